@@ -1,0 +1,105 @@
+"""The batch order: deterministic, length-bucketed, resumable; and the collator.
+
+The order belongs to (seed, epoch) and to nothing else, so that every stage can compute it alone and a resumed run
+finds its place by counting.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+
+BUCKET_BATCHES = 50  # batches that are sorted by length together: little padding, still well mixed
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which rows make up which batch.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a global batch (micro-batch x accumulation x replicas).
+        seed: of the run.
+    """
+
+    lengths: np.ndarray
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        """Batches, and so optimizer steps, of an epoch; the last batch of an epoch may be smaller."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def epoch(self, number: int) -> list[np.ndarray]:
+        """The batches of an epoch, as row numbers. Every row comes once."""
+        rng = np.random.default_rng([self.seed, number])
+        rows = rng.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(rows), self.batch_size * BUCKET_BATCHES):
+            bucket = rows[start : start + self.batch_size * BUCKET_BATCHES]
+            bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
+            batches += [bucket[i : i + self.batch_size] for i in range(0, len(bucket), self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(step, rows) of the optimizer steps `first` .. `last` - 1, counted from 0 over all epochs."""
+        epoch, batches = -1, []
+        for step in range(first, last):
+            if step // len(self) != epoch:
+                epoch = step // len(self)
+                batches = self.epoch(epoch)
+            yield step, batches[step % len(self)]
+
+
+def micro_batches(rows: np.ndarray, parts: int) -> list[np.ndarray]:
+    """A batch in `parts` parts of equal count, up to one row; fewer parts where there are fewer rows."""
+    return [part for part in np.array_split(rows, parts) if len(part)]
+
+
+def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """All rows in batches of similar length, short first; a function of the lengths alone."""
+    rows = np.argsort(lengths, kind="stable")
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+
+def token_lengths(data: Dataset) -> np.ndarray:
+    """Tokens of each row, read from the Arrow columns without making Python lists."""
+    import pyarrow.compute as pc
+
+    column = data.with_format("arrow")[:]["input_ids"]
+    return pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of a tokenized split -> `input_ids`, `attention_mask` (N, T) and `labels`, padded to the longest of them."""
+
+    pad_token_id: int
+    num_labels: int
+
+    def __call__(self, data: Dataset, rows: np.ndarray) -> dict[str, Tensor]:
+        batch = data[rows]
+        texts = batch["input_ids"]
+        longest = max(1, max(len(t) for t in texts))
+        input_ids = np.full((len(texts), longest), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(texts), longest), dtype=np.int64)
+        for i, text in enumerate(texts):
+            input_ids[i, : len(text)] = text
+            mask[i, : len(text)] = 1
+        labels = self.labels(data.features["label"], batch["label"])
+        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask), "labels": labels}
+
+    def labels(self, feature: Any, labels: Any) -> Tensor:
+        """The label column as a tensor: ids (N,), multi-hot rows (N, C) or values (N,)."""
+        if isinstance(feature, ClassLabel):
+            return torch.tensor(list(labels))
+        if not hasattr(feature, "feature"):
+            return torch.tensor(list(labels), dtype=torch.float32)
+        hot_NC = torch.zeros(len(labels), self.num_labels)
+        for i, ids in enumerate(labels):
+            hot_NC[i, ids] = 1.0
+        return hot_NC

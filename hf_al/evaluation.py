@@ -1,0 +1,238 @@
+"""Metrics of every exit, through `evaluate.Metric` subclasses that need no download.
+
+Legend: N examples, C classes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate as hf_evaluate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from .data import sources, tokenization
+from .data.batching import Collator
+from .modeling.modeling_al import ALForSequenceClassification
+from .parallel.placement import place
+from .parallel.stage import Stage
+from .training.arguments import TrainingArguments
+
+ECE_BINS = 15
+BEST_METRIC = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "f1_micro",
+    "regression": "mse",
+}
+SMALLER_IS_BETTER = {"log_loss", "ece", "mse"}
+
+
+def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
+    shifted = logits_NC.astype(np.float64) - logits_NC.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Mean distance of confidence and accuracy over bins of equal mass (Nixon et al., 2019, arXiv 1904.01685)."""
+    order = np.argsort(confidence_N, kind="stable")
+    error = sum(abs(confidence_N[part].sum() - correct_N[part].sum()) for part in np.array_split(order, bins))
+    return float(error / len(order))
+
+
+def confusion_matrix(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> np.ndarray:
+    """(C, C) counts: a row a true class, a column a predicted one."""
+    return np.bincount(labels_N * classes + predicted_N, minlength=classes**2).reshape(classes, classes)
+
+
+def _f1(hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    return 2 * hits / np.maximum(predicted + actual, 1)
+
+
+def _info(description: str, prediction: Any, reference: Any) -> hf_evaluate.MetricInfo:
+    return hf_evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description="predictions: logits, not squashed; references: labels.",
+        features=datasets.Features({"predictions": prediction, "references": reference}),
+    )
+
+
+class SingleLabelMetrics(hf_evaluate.Metric):
+    """accuracy, macro_f1 (over classes that occur or are predicted), log_loss (nats), ece (15 equal-mass bins)."""
+
+    def _info(self) -> hf_evaluate.MetricInfo:
+        logits = datasets.List(datasets.Value("float32"))
+        return _info(type(self).__doc__ or "", logits, datasets.Value("int64"))
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        logits_NC, labels_N = np.asarray(predictions, np.float32), np.asarray(references)
+        log_probabilities_NC = log_softmax(logits_NC)
+        predicted_N = logits_NC.argmax(1)
+        counts_CC = confusion_matrix(predicted_N, labels_N, logits_NC.shape[1])
+        present = (counts_CC.sum(0) + counts_CC.sum(1)) > 0
+        f1_C = _f1(counts_CC.diagonal(), counts_CC.sum(0), counts_CC.sum(1))
+        correct_N = predicted_N == labels_N
+        return {
+            "accuracy": float(correct_N.mean()),
+            "macro_f1": float(f1_C[present].mean()),
+            "log_loss": float(-log_probabilities_NC[np.arange(len(labels_N)), labels_N].mean()),
+            "ece": expected_calibration_error(np.exp(log_probabilities_NC.max(1)), correct_N),
+        }
+
+
+class MultiLabelMetrics(hf_evaluate.Metric):
+    """f1_micro, f1_macro, accuracy (all labels of an example right), log_loss (mean over labels); threshold 0.5."""
+
+    def _info(self) -> hf_evaluate.MetricInfo:
+        row = datasets.List(datasets.Value("float32"))
+        return _info(type(self).__doc__ or "", row, row)
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        logits_NC, actual_NC = np.asarray(predictions, np.float64), np.asarray(references) > 0.5
+        predicted_NC = logits_NC > 0
+        hits_C = (predicted_NC & actual_NC).sum(0)
+        totals = hits_C.sum(), predicted_NC.sum(), actual_NC.sum()
+        log_loss = np.logaddexp(0, np.where(actual_NC, -logits_NC, logits_NC)).mean()
+        return {
+            "f1_micro": float(_f1(*map(np.asarray, totals))),
+            "f1_macro": float(_f1(hits_C, predicted_NC.sum(0), actual_NC.sum(0)).mean()),
+            "accuracy": float((predicted_NC == actual_NC).all(1).mean()),
+            "log_loss": float(log_loss),
+        }
+
+
+class RegressionMetrics(hf_evaluate.Metric):
+    """mse, and the Pearson correlation (0 where one side is constant); means over outputs."""
+
+    def _info(self) -> hf_evaluate.MetricInfo:
+        row = datasets.List(datasets.Value("float32"))
+        return _info(type(self).__doc__ or "", row, row)
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        predicted_NC, actual_NC = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
+        p, a = predicted_NC - predicted_NC.mean(0), actual_NC - actual_NC.mean(0)
+        scale = np.sqrt((p**2).sum(0) * (a**2).sum(0))
+        pearson = np.divide((p * a).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)
+        return {"mse": float(((predicted_NC - actual_NC) ** 2).mean()), "pearson": float(pearson.mean())}
+
+
+METRICS: dict[str, type[hf_evaluate.Metric]] = {
+    "single_label_classification": SingleLabelMetrics,
+    "multi_label_classification": MultiLabelMetrics,
+    "regression": RegressionMetrics,
+}
+
+
+def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str) -> dict[str, float]:
+    """The metrics of one exit.
+
+    Args:
+        logits_NC: (N, C), not squashed; values in the labels' units for regression.
+        labels: (N,) class ids, (N, C) multi-hot rows, or (N,) or (N, C) values.
+        problem_type: which metrics.
+    """
+    references = labels if problem_type == "single_label_classification" else labels.reshape(logits_NC.shape)
+    metric = METRICS[problem_type](keep_in_memory=True)
+    result = metric.compute(predictions=logits_NC, references=references)
+    assert result is not None
+    return result
+
+
+def exit_metrics(logits: dict[int, np.ndarray], labels: np.ndarray, problem_type: str) -> list[dict[str, float]]:
+    """The metrics of every exit, in order, each with the `block` it is read after."""
+    return [{"block": k, **compute_metrics(logits[k], labels, problem_type)} for k in sorted(logits)]
+
+
+def is_better(metric: str, new: float, old: float | None) -> bool:
+    """Whether `new` beats `old`; NaN beats nothing."""
+    if old is None:
+        return not np.isnan(new)
+    return new < old if metric in SMALLER_IS_BETTER else new > old
+
+
+# --- of a trained model
+
+
+def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer from a folder or a Hub id.
+
+    Raises:
+        ValueError: a folder that is not a model, or a model of another library.
+    """
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
+        )
+    if not folder.exists() and name.count("/") != 1:
+        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing files, corrupt weights, no network: each library has its own exceptions
+        raise ValueError(f"Could not load {name}: {error}") from error
+    if not isinstance(model, ALForSequenceClassification):
+        raise ValueError(f"Expected an AL model, got {type(model).__name__} in {name}.")
+    return model, tokenizer
+
+
+def evaluate(
+    model: str | ALForSequenceClassification,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text_column_names: str | None = None,
+    label_column_name: str | None = None,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Metrics of every exit of `model` on labelled text.
+
+    Args:
+        model: a folder, a Hub id, or a model (then pass its tokenizer).
+        dataset: rows with text and label; labels by name, or by id where the model's names are numbers.
+        tokenizer: of a model that is passed as an object.
+        text_column_names, label_column_name: as in TrainingArguments; guessed where unambiguous.
+        batch_size: examples of a batch.
+
+    Returns:
+        The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
+
+    Raises:
+        ValueError: columns that cannot be told apart, empty texts, missing labels or labels that the model lacks.
+    """
+    if isinstance(model, str):
+        model, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise ValueError("Expected the model's tokenizer, got none. Pass tokenizer=..., or the model's folder.")
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9), 10**6)
+    args = TrainingArguments(
+        text_column_names=text_column_names,
+        label_column_name=label_column_name,
+        problem_type=model.config.resolved_problem_type,
+        max_seq_length=limit,
+    )
+    text, label = sources.choose_columns(dataset.column_names, args, dataset)
+    names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
+    dataset = dataset.select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
+    known = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    data = tokenization.tokenize(sources.encode_like(dataset, known, args.problem_type), tokenizer, args)["test"]
+    accelerator = Accelerator()
+    collator = Collator(tokenizer.pad_token_id, model.config.num_labels)
+    stage = Stage(model.to(accelerator.device), place(model.config.units), 0, accelerator, collator)
+    labels = collator.labels(data.features["label"], data["label"]).numpy()
+    exits = exit_metrics(stage.evaluate(data, batch_size), labels, args.problem_type or "")
+    last = {name: value for name, value in exits[-1].items() if name != "block"}
+    return {**last, "examples": len(data), "exits": exits}
+
+
+def evaluate_file(args: Any) -> dict[str, Any]:
+    """`hf-al evaluate`: the metrics of a saved model on a file."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model, tokenizer = load_model(args.model)
+    data = sources.read_file(args.test_file)
+    return evaluate(
+        model, data, tokenizer, args.text_column_names, args.label_column_name, args.per_device_eval_batch_size
+    )

@@ -1,0 +1,283 @@
+"""Configurations of the Associated Learning (AL) models.
+
+One AL block, k = 1 .. K (code counts from 0). The papers' letters stand only in this drawing:
+
+      s_{k-1} --encode (f)--> s_k --> next block          encode, bridge:            associated loss A_k
+                               |                          encode_target,
+                          bridge (b)                      decode_target:             reconstruction loss R_k
+                               |
+                               v  A_k = mse(bridge(pool(s_k)), sg[t_k])
+      t_{k-1} --encode_target (g)--> t_k --> next block
+         ^                            |
+         +----decode_target (h)-------+  R_k = mse(decode_target(t_k), sg[t_{k-1}]), cross-entropy on y for k = 1
+
+No gradient crosses from one block to the next. Exit k reads a prediction off block k:
+decode_target_1( ... decode_target_k( bridge_k( pool(s_k) ) ) ).
+
+Sources: Kao & Chen, Neural Computation 33(1), 2021, arXiv 1906.05560; Wu, Lin, Chen & Chen, ICLR 2022.
+"""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "backprop")
+ACTIVATIONS = ("tanh", "sigmoid", "elu", "gelu", "layer_norm", "identity")
+INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+def _choice(config, name, allowed):
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(
+            f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. Pass {name}={allowed[0]!r}, for example."
+        )
+
+
+def _at_least(config, name, minimum):
+    value = getattr(config, name)
+    if value is not None and value < minimum:
+        raise ValueError(f"Expected {name} to be at least {minimum}, got {value}. Pass {name}={minimum} or more.")
+
+
+def _probability(config, name):
+    value = getattr(config, name)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"Expected {name} in [0, 1), got {value}. Pass {name}=0.1, for example, or 0.0 to switch it off."
+        )
+
+
+@strict
+class ALConfig(PreTrainedConfig):
+    """What the two architectures share. Use [`ALLstmConfig`] or [`ALTransformerConfig`].
+
+    Args:
+        vocab_size (`int`, defaults to 30000): rows of the embedding table.
+        hidden_size (`int`, defaults to 128): D, width of the hidden states between blocks.
+        embedding_size (`int`, *optional*): width of the embedding rows; `hidden_size` where it is None.
+        num_blocks (`int`, defaults to 4): K, blocks with a local objective each, the embedding block counted.
+        layers_per_block (`int`, defaults to 1): LSTM or transformer layers inside each block.
+        embedding_block (`bool`, defaults to True): block 0 is the embedding alone, as in the papers; False merges the
+            embedding with the first encoder block.
+        target_size (`int`, defaults to 128): V, width of the target codes t_k.
+        objective (`str`, defaults to `"associated"`): `associated`, `al_ce`, `local_ce` or `backprop`;
+            see `objectives.py`.
+        associated_loss (`str`, defaults to `"mse"`): distance of bridge and target code, `mse` or `cosine`
+            (1 - cosine similarity). Read by `associated` and `al_ce`.
+        label_activation (`str`, defaults to `"tanh"`): activation of the target codes. Class logits have none.
+        bridge_activation (`str`, defaults to `"tanh"`): activation of the bridge.
+        bridge_layers (`int`, defaults to 1): linear layers in a bridge.
+        pooling (`str`, defaults to `"mean"`): how the bridge summarises the T hidden states of a text, padding excluded.
+        hidden_dropout_prob (`float`, defaults to 0.1): dropout inside the encoders.
+        embedding_dropout_prob (`float`, defaults to 0.1): dropout on what the first encoder layer reads.
+        bridge_dropout_prob (`float`, defaults to 0.1): dropout on what a bridge reads.
+        initialization (`str`, defaults to `"xavier"`): `xavier`, `kaiming`, `orthogonal` or `normal`
+            (std `initializer_range`) for the matrices of linear layers and LSTMs.
+        initializer_range (`float`, defaults to 0.02): std of `initialization="normal"`.
+        embedding_std (`float`, defaults to 0.1): std of the embedding rows at the start.
+        class_weights (`list[float]`, *optional*): one weight a class; the loss is mean(weight[y] * cross-entropy), for
+            multi-label the weight of the positive term.
+        label_smoothing (`float`, defaults to 0.0): share of the target spread evenly over the classes (single label).
+        label_mean, label_std (`list[float]`, *optional*): regression, per output: the values are standardised for
+            training; `logits` are in the original units.
+        pad_token_id (`int`, defaults to 0): token id of padding.
+        inference_only (`bool`, defaults to False): set by `save_pretrained(..., inference_only=True)`: the model has
+            no training-only parameters (encode_target of every block, bridges of all blocks but the last).
+    """
+
+    vocab_size: int = 30000
+    hidden_size: int = 128
+    embedding_size: int | None = None
+    num_blocks: int = 4
+    layers_per_block: int = 1
+    embedding_block: bool = True
+    target_size: int = 128
+    objective: str = "associated"
+    associated_loss: str = "mse"
+    label_activation: str = "tanh"
+    bridge_activation: str = "tanh"
+    bridge_layers: int = 1
+    pooling: str = "mean"
+    hidden_dropout_prob: float | int = 0.1
+    embedding_dropout_prob: float | int = 0.1
+    bridge_dropout_prob: float | int = 0.1
+    initialization: str = "xavier"
+    initializer_range: float | int = 0.02
+    embedding_std: float | int = 0.1
+    class_weights: list[float] | None = None
+    label_smoothing: float | int = 0.0
+    label_mean: list[float] | None = None
+    label_std: list[float] | None = None
+    pad_token_id: int = 0
+    inference_only: bool = False
+    tie_word_embeddings: bool = False
+
+    def validate_choices(self):
+        _choice(self, "objective", OBJECTIVE_NAMES)
+        _choice(self, "associated_loss", ("mse", "cosine"))
+        _choice(self, "label_activation", ACTIVATIONS)
+        _choice(self, "bridge_activation", ACTIVATIONS)
+        _choice(self, "initialization", INITIALIZATIONS)
+        if self.problem_type is not None:
+            _choice(self, "problem_type", PROBLEM_TYPES)
+
+    def validate_ranges(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "embedding_size",
+            "num_blocks",
+            "layers_per_block",
+            "target_size",
+            "bridge_layers",
+        ):
+            _at_least(self, name, 1)
+        for name in ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing"):
+            _probability(self, name)
+        for name in ("initializer_range", "embedding_std"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"Expected {name} to be a positive number, got {value}. Pass {name}=0.1, for example.")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"Expected pad_token_id in [0, {self.vocab_size}), the vocabulary, got {self.pad_token_id}. "
+                "Pass the tokenizer's pad_token_id and its len() as vocab_size."
+            )
+
+    def validate_labels(self):
+        kind = self.resolved_problem_type
+        if self.num_labels < 1:
+            raise ValueError(f"Expected num_labels to be at least 1, got {self.num_labels}.")
+        if self.class_weights is not None:
+            if kind == "regression":
+                raise ValueError("Expected no class_weights for regression, got a list. Pass class_weights=None.")
+            if len(self.class_weights) != self.num_labels:
+                raise ValueError(
+                    f"Expected {self.num_labels} class_weights (num_labels), got {len(self.class_weights)}. "
+                    "Pass one weight a class."
+                )
+            if any(not (w >= 0 and math.isfinite(w)) for w in self.class_weights) or not any(self.class_weights):
+                raise ValueError(f"Expected class_weights that are finite and not negative, got {self.class_weights}.")
+        if self.label_smoothing and kind != "single_label_classification":
+            raise ValueError(
+                f"Expected label_smoothing=0.0 with problem_type={kind!r}, got {self.label_smoothing}. "
+                "Smoothing spreads one label over the classes: pass label_smoothing=0.0."
+            )
+        for name in ("label_mean", "label_std"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if kind != "regression":
+                raise ValueError(f"Expected no {name} with problem_type={kind!r}, got {values}. Pass {name}=None.")
+            if len(values) != self.num_labels:
+                raise ValueError(f"Expected {self.num_labels} values in {name} (num_labels), got {len(values)}.")
+            if name == "label_std" and any(value <= 0 for value in values):
+                raise ValueError(
+                    f"Expected every label_std above 0, got {values}. A constant target cannot be learned."
+                )
+
+    @property
+    def resolved_problem_type(self) -> str:
+        """`problem_type`, or what transformers would take for it: regression for one output, else single label."""
+        if self.problem_type is not None:
+            return self.problem_type
+        return "regression" if self.num_labels == 1 else "single_label_classification"
+
+    @property
+    def units(self) -> list[range]:
+        """The runs of blocks that are trained together: gradients are cut between units, never inside one.
+
+        One block each, except for `objective="backprop"`, where the whole network is one unit.
+        """
+        if self.objective == "backprop":
+            return [range(self.num_blocks)]
+        return [range(k, k + 1) for k in range(self.num_blocks)]
+
+    def exits(self) -> list[int]:
+        """Blocks after which a prediction can be read: all of them, or the last where only that one has a bridge."""
+        if self.objective == "backprop" or self.inference_only:
+            return [self.num_blocks - 1]
+        return list(range(self.num_blocks))
+
+    def validate_encoder(self):
+        """Checks of one architecture; overridden below."""
+
+
+@strict
+class ALLstmConfig(ALConfig):
+    """Configuration of [`ALLstmForSequenceClassification`]: bidirectional LSTM blocks.
+
+    Args:
+        carry_state (`bool`, defaults to False): an LSTM block starts from the final (h, c) of the block before it,
+            in training and inference alike; False starts each from zeros.
+        pooling: `mean`, `max` or `final` (last forward and first backward state; the embedding block takes the mean).
+
+    The other arguments are those of [`ALConfig`]; `hidden_size` is even: half of it for each direction.
+    """
+
+    model_type = "al_lstm"
+    carry_state: bool = False
+
+    def validate_encoder(self):
+        _choice(self, "pooling", ("mean", "max", "final"))
+        if self.hidden_size % 2:
+            raise ValueError(
+                f"Expected an even hidden_size (half for each LSTM direction), got {self.hidden_size}. "
+                f"Pass hidden_size={self.hidden_size + 1}."
+            )
+
+
+@strict
+class ALTransformerConfig(ALConfig):
+    """Configuration of [`ALTransformerForSequenceClassification`]: pre-norm transformer blocks.
+
+    Args:
+        num_attention_heads (`int`, defaults to 4): heads; `hidden_size` is a multiple of it.
+        intermediate_size (`int`, *optional*): width inside the feed-forward part; 4 * `hidden_size` where it is None.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward part, a name in transformers' `ACT2FN`.
+        attention_probs_dropout_prob (`float`, defaults to 0.1): dropout on the attention weights.
+        position_embedding_type (`str`, defaults to `"rotary"`): `rotary` or `learned`.
+        rotary_base (`float`, defaults to 10000.0): base of the rotary wavelengths.
+        max_position_embeddings (`int`, defaults to 512): longest text in tokens; the size of the `learned` table.
+        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
+        pooling: `mean`, `max` or `first` (the first token).
+
+    The other arguments are those of [`ALConfig`].
+    """
+
+    model_type = "al_transformer"
+    num_attention_heads: int = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    attention_probs_dropout_prob: float | int = 0.1
+    position_embedding_type: str = "rotary"
+    rotary_base: float | int = 10000.0
+    max_position_embeddings: int = 512
+    layer_norm_eps: float | int = 1e-5
+
+    def validate_encoder(self):
+        from transformers.activations import ACT2FN
+
+        _choice(self, "pooling", ("mean", "max", "first"))
+        _choice(self, "position_embedding_type", ("rotary", "learned"))
+        _choice(self, "hidden_act", tuple(ACT2FN))
+        _probability(self, "attention_probs_dropout_prob")
+        for name in ("num_attention_heads", "intermediate_size", "max_position_embeddings"):
+            _at_least(self, name, 1)
+        for name in ("rotary_base", "layer_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
+        head_size, rest = divmod(self.hidden_size, self.num_attention_heads)
+        if rest:
+            raise ValueError(
+                f"Expected hidden_size to be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}. Pass hidden_size={self.num_attention_heads * (head_size + 1)}, for example."
+            )
+        if self.position_embedding_type == "rotary" and head_size % 2:
+            raise ValueError(
+                f"Expected an even hidden_size / num_attention_heads for rotary positions, got {head_size}. "
+                "Pass fewer heads, or position_embedding_type='learned'."
+            )

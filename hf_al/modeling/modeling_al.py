@@ -1,0 +1,348 @@
+"""AL models for transformers: `ALLstmForSequenceClassification`, `ALTransformerForSequenceClassification`.
+
+Legend: N batch, T tokens, D hidden size, C classes, K blocks.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .blocks import ENCODERS, ALBlock, Bridge, Embeddings, Inputs, TransformerLayer, run_block
+from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
+from .objectives import Boundary, cut, first_target, label_loss, unstandardise
+
+
+@dataclass
+class ALSequenceClassifierOutput(ModelOutput):
+    """Output of an AL classifier.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, with labels): in training the sum of the local losses, else
+            the loss of the exit that `logits` come from, in the units of the labels.
+        logits (`torch.FloatTensor` of shape `(N, C)`): of the last exit, or of `exit_block`. Never squashed.
+        local_losses (`tuple(torch.FloatTensor)`, *optional*, in training with labels): K scalars, entry k the whole
+            loss of block k, still attached to its graph; None for the objective `backprop`, which has no local loss.
+        exit_logits (`tuple(torch.FloatTensor)`, *optional*, with `output_exit_logits=True`): logits (N, C) of each exit
+            up to the one asked for; one entry where only the last block has an exit.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`): s_k (N, T, D), one
+            a block that was run.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`): weights (N, heads, T, T), one
+            a transformer layer that was run.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    local_losses: tuple[torch.FloatTensor, ...] | None = None
+    exit_logits: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class ALPreTrainedModel(PreTrainedModel):
+    config: ALConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ALBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            self._init_matrix(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LSTM):
+            hidden = module.hidden_size
+            for name, parameter in module.named_parameters():
+                if name.startswith("weight"):
+                    for gate in parameter.split(hidden):  # input, forget, cell, output: each a matrix of its own
+                        self._init_matrix(gate)
+                else:
+                    init.zeros_(parameter)
+                    if name.startswith("bias_ih"):
+                        init.ones_(parameter[hidden : 2 * hidden])  # remember at first (Jozefowicz et al., ICML 2015)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.embedding_std)
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def _init_matrix(self, weight: Tensor) -> None:
+        kind = self.config.initialization
+        if kind == "xavier":
+            init.xavier_uniform_(weight)
+        elif kind == "kaiming":
+            init.kaiming_normal_(weight, nonlinearity="linear")
+        elif kind == "orthogonal":
+            init.orthogonal_(weight)
+        else:
+            init.normal_(weight, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, *args, inference_only: bool = False, **kwargs) -> None:
+        """As in transformers. `inference_only=True` leaves out what only training needs: every `encode_target` and all
+        bridges but the last. The result loads without a warning and gives the same logits; it cannot be trained and
+        has one exit."""
+        if not inference_only:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        state_dict = {n: t for n, t in self.state_dict().items() if not self.is_training_only(n)}
+        full = self.config
+        self.config = copy.deepcopy(full)
+        self.config.inference_only = True
+        try:
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self.config = full
+
+    def is_training_only(self, name: str) -> bool:
+        """Whether the parameter `name` (as in `state_dict`) has no part in the model's answer."""
+        parts = name.removeprefix("model.").split(".")
+        last = str(self.config.num_blocks - 1)
+        return "encode_target" in parts or ("bridge" in parts and parts[1] != last)
+
+
+class ALModel(ALPreTrainedModel):
+    """The blocks. As an encoder (`AutoModel`) it returns the hidden states; the classifier adds losses and exits."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.blocks = nn.ModuleList(ALBlock(config, k) for k in range(config.num_blocks))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.blocks[0].encode.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.blocks[0].encode.embeddings.word_embeddings = value
+
+    def prepare_inputs(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Inputs:
+        """What every block knows of a batch. Without a mask, padding is where the ids equal `pad_token_id`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected either input_ids or inputs_embeds, got both or neither. Pass one of them.")
+        inputs: Inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        if attention_mask is None:
+            if input_ids is not None:
+                attention_mask = (input_ids != self.config.pad_token_id).long()
+            else:
+                attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        inputs["attention_mask"] = attention_mask.long()
+        if labels is not None:
+            inputs["labels"] = labels
+        return ENCODERS[self.config.model_type].prepare_inputs(self.config, inputs)
+
+    def initial_boundary(self, labels: Tensor | None = None) -> Boundary:
+        """What block 0 receives: nothing but t_0 (N, C) in training."""
+        return {} if labels is None else {"target": first_target(labels, self.config)}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutput:
+        """`last_hidden_state` (N, T, D) of the last block, and on request the `hidden_states` of each block."""
+        inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds)
+        boundary: Boundary = {}
+        hidden_states = []
+        for block in self.blocks:
+            boundary = block.encode(boundary, inputs)
+            hidden_states.append(boundary["hidden"])
+        wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        return BaseModelOutput(
+            last_hidden_state=boundary["hidden"], hidden_states=tuple(hidden_states) if wanted else None
+        )
+
+
+class ALForSequenceClassification(ALPreTrainedModel):
+    """A text classifier of AL blocks, trained block by block and read off at any depth."""
+
+    base_class: type[ALModel] = ALModel
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.base_class(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        exit_block: int | None = None,
+        output_exit_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> tuple | ALSequenceClassifierOutput:
+        """Logits, and with labels the loss: the local losses in training mode, the loss of the exit otherwise.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(N, T)`): token ids.
+            attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding, on either side.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
+            labels (*optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C) for regression.
+            exit_block (`int`, *optional*): the block to stop at, counted from 0; later blocks are not run.
+            output_exit_logits (`bool`, defaults to False): return the logits of every exit on the way.
+            output_hidden_states, output_attentions (`bool`, *optional*): see [`ALSequenceClassifierOutput`];
+                attentions need a model loaded with `attn_implementation="eager"`.
+
+        Raises:
+            ValueError: an exit that does not exist, training an inference-only model, attentions that the chosen
+                implementation cannot return, or more tokens than `max_position_embeddings`.
+        """
+        config = self.config
+        training = self.training and labels is not None
+        last = self._last_block(exit_block, training)
+        attentions = self._attention_list(output_attentions)
+        inputs = self.model.prepare_inputs(input_ids, attention_mask, inputs_embeds, labels)
+        blocks = self.model.blocks[: last + 1]
+        if training:
+            return self._training_output(inputs, output_exit_logits, output_hidden_states)
+        boundary = self.model.initial_boundary()
+        hidden_states, exit_logits = [], []
+        for block in blocks:
+            extra = {} if attentions is None else {"attentions": attentions}
+            boundary = block.advance(boundary, inputs, **extra)
+            hidden_states.append(boundary["hidden"])
+            if block.index == last or (output_exit_logits and block.index in config.exits()):
+                exit_logits.append(unstandardise(block.exit(boundary, inputs), config))
+        return ALSequenceClassifierOutput(
+            loss=None if labels is None else self._plain_loss(exit_logits[-1], labels),
+            logits=exit_logits[-1],
+            exit_logits=tuple(exit_logits) if output_exit_logits else None,
+            hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
+            attentions=None if attentions is None else tuple(attentions),
+        )
+
+    def _training_output(self, inputs: Inputs, output_exit_logits: bool, output_hidden_states: bool | None):
+        """All units forward, cut from each other; nothing is updated in between (transformers' Trainer does that)."""
+        boundary = self.model.initial_boundary(inputs["labels"])
+        local_losses, hidden_states = [], []
+        for unit in self.config.units:
+            for k in unit:
+                boundary, losses = run_block(self.model.blocks[k], boundary, inputs)
+                hidden_states.append(boundary["hidden"])
+            local_losses.append(sum(losses.values()))
+            boundary = cut(boundary)
+        with torch.no_grad():  # for callers that look at the logits of a training step
+            exit_logits, read = [], {}
+            for block, hidden_NTD in zip(self.model.blocks, hidden_states, strict=True):
+                read = {"hidden": hidden_NTD, **block.decoders(read)}
+                if block.index == self.config.num_blocks - 1 or (
+                    output_exit_logits and block.index in self.config.exits()
+                ):
+                    exit_logits.append(unstandardise(block.exit(read, inputs), self.config))
+        return ALSequenceClassifierOutput(
+            loss=torch.stack(local_losses).sum(),
+            logits=exit_logits[-1],
+            local_losses=None if self.config.objective == "backprop" else tuple(local_losses),
+            exit_logits=tuple(exit_logits) if output_exit_logits else None,
+            hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
+        )
+
+    def _plain_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
+        if self.config.resolved_problem_type == "regression":
+            return nn.functional.mse_loss(logits_NC.float(), labels.view_as(logits_NC).float())
+        return label_loss(logits_NC, labels, self.config)
+
+    def _wants_hidden(self, output_hidden_states: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
+    def _attention_list(self, output_attentions: bool | None) -> list[Tensor] | None:
+        if output_attentions is None:
+            output_attentions = getattr(self.config, "output_attentions", False)
+        if not output_attentions:
+            return None
+        if self.config.model_type != "al_transformer":
+            raise ValueError("Expected output_attentions=False for an LSTM model, got True: it has no attention.")
+        if self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"Expected attn_implementation='eager' for output_attentions=True, got "
+                f"{self.config._attn_implementation!r}. Call model.set_attn_implementation('eager') first."
+            )
+        return []
+
+    def _last_block(self, exit_block: int | None, training: bool) -> int:
+        last = self.config.num_blocks - 1
+        if training and self.config.inference_only:
+            raise ValueError(
+                "Expected a model with its training-only parameters, got one saved with inference_only=True. "
+                "Train from the directory that holds the whole model."
+            )
+        if exit_block is None:
+            return last
+        if training:
+            raise ValueError("Expected exit_block=None in training, got a block: every block is trained.")
+        if exit_block not in self.config.exits():
+            raise ValueError(
+                f"Expected exit_block to be one of {self.config.exits()}, got {exit_block}. An inference-only model and "
+                "one of objective 'backprop' have their last exit only."
+            )
+        return exit_block
+
+
+class ALLstmModel(ALModel):
+    """Bidirectional LSTM blocks without the losses; see [`ALModel`]."""
+
+    config: ALLstmConfig
+    supports_gradient_checkpointing = False
+
+
+class ALTransformerModel(ALModel):
+    """Transformer blocks without the losses; see [`ALModel`]."""
+
+    config: ALTransformerConfig
+
+
+class ALLstmForSequenceClassification(ALForSequenceClassification):
+    """Text classifier of bidirectional LSTM blocks; see [`ALForSequenceClassification`]."""
+
+    config: ALLstmConfig
+    base_class = ALLstmModel
+    supports_gradient_checkpointing = False
+
+
+class ALTransformerForSequenceClassification(ALForSequenceClassification):
+    """Text classifier of pre-norm transformer blocks; see [`ALForSequenceClassification`]."""
+
+    config: ALTransformerConfig
+    base_class = ALTransformerModel
+
+
+__all__ = [
+    "ALForSequenceClassification",
+    "ALLstmForSequenceClassification",
+    "ALLstmModel",
+    "ALModel",
+    "ALPreTrainedModel",
+    "ALSequenceClassifierOutput",
+    "ALTransformerForSequenceClassification",
+    "ALTransformerModel",
+    "Bridge",
+    "Embeddings",
+    "TransformerLayer",
+]

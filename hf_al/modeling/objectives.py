@@ -1,0 +1,150 @@
+"""Local objectives: what gives a block its loss. Each is one function of (block, pooled, received, labels).
+
+Legend: N batch, D hidden size, V target-code size, C classes.
+
+An objective returns `(losses, sent)`: named scalars, whose sum is the loss of the block, and what the block adds to the
+boundary besides its hidden states. `received` is the boundary that came in, already cut from the block before.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Boundary = dict[str, Tensor]
+Losses = dict[str, Tensor]
+
+
+def cut(boundary: Boundary) -> Boundary:
+    """The boundary as the next unit sees it: no gradient flows back through it (sg[.] in the equations).
+
+    The only place where hf_al detaches. Parameters in the boundary (decoders that travel forward) are copied, because
+    an update changes them in place and the next block must see them as they were before this batch's update.
+    """
+    return {n: t.detach().clone() if isinstance(t, torch.nn.Parameter) else t.detach() for n, t in boundary.items()}
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation `name` of target codes and bridges; `layer_norm` has no parameters."""
+    if name == "layer_norm":
+        return F.layer_norm(x, x.shape[-1:])
+    if name == "identity":
+        return x
+    return getattr(torch if name in ("tanh", "sigmoid") else F, name)(x)
+
+
+def first_target(labels: Tensor, config) -> Tensor:
+    """t_0 (N, C): one-hot, multi-hot or the standardised values, by problem type."""
+    kind = config.resolved_problem_type
+    if kind == "single_label_classification":
+        return F.one_hot(labels.view(-1), config.num_labels).float()
+    target_NC = labels.view(-1, config.num_labels).float()
+    return standardise(target_NC, config) if kind == "regression" else target_NC
+
+
+def standardise(values: Tensor, config) -> Tensor:
+    """Regression values (N, C) in units of their standard deviation on the train split."""
+    if config.label_mean is not None:
+        values = values - values.new_tensor(config.label_mean)
+    return values if config.label_std is None else values / values.new_tensor(config.label_std)
+
+
+def unstandardise(values: Tensor, config) -> Tensor:
+    """The inverse of `standardise`; leaves classification logits as they are."""
+    if config.label_std is not None:
+        values = values * values.new_tensor(config.label_std)
+    return values if config.label_mean is None else values + values.new_tensor(config.label_mean)
+
+
+def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
+    """Cross-entropy, binary cross-entropy or mse of `logits_NC` against the labels, the mean over examples.
+
+    Class weights multiply each example's loss and the sum is divided by N, not by the sum of the weights, so that the
+    loss of a batch is the same however it is cut into micro-batches.
+    """
+    logits_NC = logits_NC.float()
+    kind = config.resolved_problem_type
+    weight = None if config.class_weights is None else logits_NC.new_tensor(config.class_weights)
+    if kind == "single_label_classification":
+        losses = F.cross_entropy(
+            logits_NC, labels.view(-1), weight, reduction="none", label_smoothing=config.label_smoothing
+        )
+        return losses.mean()
+    target_NC = first_target(labels, config)
+    if kind == "regression":
+        return F.mse_loss(logits_NC, target_NC)
+    return F.binary_cross_entropy_with_logits(logits_NC, target_NC, pos_weight=weight)
+
+
+def read_out(code_NV: Tensor, decoders: Boundary, label_activation: str) -> Tensor:
+    """Logits (N, C): the target code of block k brought back through decode_target_k, ..., decode_target_1.
+
+    `decoders` holds `decoder_{j}_weight` and `decoder_{j}_bias` of the blocks to pass, in order. No activation follows
+    the last one, so that logits are unbounded.
+    """
+    depths = sorted(int(name.split("_")[1]) for name in decoders if name.endswith("_weight"))
+    for j in reversed(depths):
+        code_NV = F.linear(code_NV, decoders[f"decoder_{j}_weight"], decoders[f"decoder_{j}_bias"])
+        if j != depths[0]:
+            code_NV = activate(code_NV, label_activation)
+    return code_NV
+
+
+def _distance(bridged_NV: Tensor, code_NV: Tensor, kind: str) -> Tensor:
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(bridged_NV.float(), code_NV.float(), dim=-1)).mean()
+    return F.mse_loss(bridged_NV.float(), code_NV.float())
+
+
+def _associate(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Tensor, Losses, Boundary]:
+    """A_k and R_k of block k, and its bridge's output (N, V)."""
+    config = block.config
+    code_NV = block.encode_target(received["target"])
+    bridged_NV = block.bridge(pooled_ND)
+    decoded = block.decode_target(code_NV)  # (N, V), or (N, C) logits in block 0
+    losses = {
+        "associated": _distance(bridged_NV, cut({"target": code_NV})["target"], config.associated_loss),
+        "reconstruction": label_loss(decoded, labels, config)
+        if block.index == 0
+        else F.mse_loss(decoded.float(), received["target"].float()),
+    }
+    return bridged_NV, losses, {"target": code_NV}
+
+
+def associated(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
+    """Associated Learning as in the papers: the bridge learns to hit the target code, the label side to keep the label.
+
+    Source: Kao & Chen 2021, arXiv 1906.05560, section 3; Wu et al., ICLR 2022. t_k is detached inside A_k, and the
+    class decoder ends in logits, without the squashing function of the authors' code.
+    """
+    _, losses, sent = _associate(block, pooled_ND, received, labels)
+    return losses, sent
+
+
+def al_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
+    """`associated` plus the cross-entropy of this block's own exit, read through all label decoders held constant.
+
+    The cross-entropy therefore updates encode and bridge only. Copies of the earlier blocks' decoders, from before
+    their update on this batch, travel in the boundary.
+    """
+    bridged_NV, losses, sent = _associate(block, pooled_ND, received, labels)
+    decoders = cut(block.decoders(received))
+    losses["exit"] = label_loss(read_out(bridged_NV, decoders, block.config.label_activation), labels, block.config)
+    return losses, {**sent, **decoders}
+
+
+def local_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
+    """A softmax head of its own for each block, no target codes: the control that asks what the codes are good for."""
+    logits_NC = read_out(block.bridge(pooled_ND), block.decoders(received), block.config.label_activation)
+    return {"exit": label_loss(logits_NC, labels, block.config)}, {"target": received["target"]}
+
+
+def backprop(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
+    """The same network without cuts: the last bridge and all decoders are its head, and their loss reaches everything.
+
+    Only the last block of a unit is asked for a loss; the decoders before it came in the uncut boundary.
+    """
+    logits_NC = read_out(block.bridge(pooled_ND), block.decoders(received), block.config.label_activation)
+    return {"exit": label_loss(logits_NC, labels, block.config)}, {}
+
+
+OBJECTIVES = {"associated": associated, "al_ce": al_ce, "local_ce": local_ce, "backprop": backprop}

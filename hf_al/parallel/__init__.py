@@ -1,0 +1,1 @@
+"""Blocks on stages: placement and what one stage does."""

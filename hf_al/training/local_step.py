@@ -1,0 +1,46 @@
+"""One unit on one micro-batch: forward and local loss; and the seeding that makes it repeatable anywhere."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..modeling.blocks import ALBlock, Inputs, run_block
+from ..modeling.objectives import Boundary, Losses, cut
+
+
+@contextmanager
+def block_randomness(seed: int, block: int, step: int, micro_batch: int, replica: int) -> Iterator[None]:
+    """Random numbers that depend on these five numbers alone, not on which process asks, nor on what ran before."""
+    key = hashlib.blake2b(repr((seed, block, step, micro_batch, replica)).encode(), digest_size=8).digest()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(key, "big") >> 1)
+        yield
+
+
+def forward_unit(
+    blocks: list[ALBlock], boundary: Boundary, inputs: Inputs, accelerator: Accelerator, key: tuple[int, int, int, int]
+) -> tuple[Boundary, Tensor, Losses]:
+    """Forward of one unit on one micro-batch.
+
+    Args:
+        blocks: the unit's blocks, in order.
+        boundary: what the unit before it sent, already cut.
+        inputs: what every block knows of the micro-batch.
+        accelerator: for mixed precision.
+        key: (run seed, optimizer step, micro-batch, replica).
+
+    Returns:
+        The boundary for the next unit, cut, with values from before this batch's update; the unit's loss, attached;
+        and the named local losses it is the sum of, detached.
+    """
+    seed, step, micro_batch, replica = key
+    losses: Losses = {}
+    for block in blocks:
+        with block_randomness(seed, block.index, step, micro_batch, replica), accelerator.autocast():
+            boundary, losses = run_block(block, boundary, inputs)
+    return cut(boundary), torch.stack(list(losses.values())).sum(), cut(losses)
