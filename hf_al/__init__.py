@@ -23,6 +23,7 @@ MODEL_CLASSES = {
     "al_transformer": (ALTransformerConfig, ALTransformerModel, ALTransformerForSequenceClassification),
 }
 
+_config: Any
 for _type, (_config, _model, _classifier) in MODEL_CLASSES.items():
     AutoConfig.register(_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)

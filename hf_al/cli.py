@@ -3,7 +3,6 @@
 Results go to standard output, messages to standard error. Exit status 0, or 2 for a user's mistake.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -33,7 +32,9 @@ def _train(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("hf-al evaluate", description="Metrics of a trained model, one json object.")
+    from .training.arguments import FlagParser
+
+    parser = FlagParser("hf-al evaluate", description="Metrics of a trained model, one json object.")
     parser.add_argument("model", metavar="DIR", help="folder of a trained model, or a Hub id")
     parser.add_argument("--test_file", required=True, help="csv, tsv, json lines or parquet, also .gz")
     parser.add_argument("--text_column_names", help="column of the text, or two, comma-separated, for pairs")
@@ -58,9 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         print(f"hf-al: Expected one of {', '.join(COMMANDS)}, got {argv[0]!r}. See hf-al --help.", file=sys.stderr)
         sys.exit(2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "datasets", "filelock", "fsspec", "evaluate", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_up_output()
     try:
         COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
@@ -71,6 +70,18 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"hf-al {argv[0]}: error: {_message(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def set_up_output() -> None:
+    """Messages to standard error; no progress bars of libraries where nobody watches."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hf_al").setLevel(logging.INFO)
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def _is_users_mistake(error: Exception) -> bool:

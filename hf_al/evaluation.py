@@ -11,11 +11,12 @@ import evaluate as hf_evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from .data import sources, tokenization
 from .data.batching import Collator
+from .data.labels import encode_labels
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
 from .parallel.stage import Stage
@@ -206,20 +207,19 @@ def evaluate(
         model, tokenizer = load_model(model)
     if tokenizer is None:
         raise ValueError("Expected the model's tokenizer, got none. Pass tokenizer=..., or the model's folder.")
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9), 10**6)
+    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     args = TrainingArguments(
         text_column_names=text_column_names,
         label_column_name=label_column_name,
         problem_type=model.config.resolved_problem_type,
         max_seq_length=limit,
     )
-    text, label = sources.choose_columns(dataset.column_names, args, dataset)
-    names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
-    dataset = dataset.select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
-    known = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    data = tokenization.tokenize(sources.encode_like(dataset, known, args.problem_type), tokenizer, args)["test"]
+    dataset = sources.named_columns(dataset, *sources.choose_columns(dataset, args), "test")
+    sources.check_rows(dataset, "test")
+    encoded = encode_labels({"test": dataset}, args.problem_type, model.config.label_names)
+    data = tokenization.tokenize(DatasetDict(encoded), tokenizer, args)["test"]
     accelerator = Accelerator()
-    collator = Collator(tokenizer.pad_token_id, model.config.num_labels)
+    collator = Collator(tokenizer.pad_token_id, model.config.classes)
     stage = Stage(model.to(accelerator.device), place(model.config.units), 0, accelerator, collator)
     labels = collator.labels(data.features["label"], data["label"]).numpy()
     exits = exit_metrics(stage.evaluate(data, batch_size), labels, args.problem_type or "")

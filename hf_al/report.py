@@ -75,8 +75,8 @@ def markdown(report: dict[str, Any]) -> str:
         "## Run",
         "",
         f"Data: {', '.join(f'{name} {rows}' for name, rows in report['data']['rows'].items())} rows. "
-        f"Training took {speed['train_seconds']:.1f} s, {speed['examples_per_second']:.0f} examples/s over whole epochs "
-        f"(evaluation and checkpoints excluded), peak memory of the process {speed['peak_memory_mib']:.0f} MiB.",
+        f"Training took {speed['train_seconds']:.1f} s, {speed['examples_per_second']:.0f} examples/s (evaluation and "
+        f"checkpoints excluded), peak memory of the process {speed['peak_memory_mib']:.0f} MiB.",
         "",
         "```",
         report["placement"],

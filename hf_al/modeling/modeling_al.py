@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .blocks import ENCODERS, ALBlock, Bridge, Embeddings, Inputs, TransformerLayer, run_block
+from .blocks import ENCODERS, ALBlock, Inputs, run_block, truncate
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .objectives import Boundary, cut, first_target, label_loss, unstandardise
 
@@ -32,23 +32,23 @@ class ALSequenceClassifierOutput(ModelOutput):
             up to the one asked for; one entry where only the last block has an exit.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`): s_k (N, T, D), one
             a block that was run.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`): weights (N, heads, T, T), one
-            a transformer layer that was run.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`): weights (N, heads, T, T),
+            one a transformer layer that was run.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    local_losses: tuple[torch.FloatTensor, ...] | None = None
-    exit_logits: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    local_losses: tuple[Tensor, ...] | None = None
+    exit_logits: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class ALPreTrainedModel(PreTrainedModel):
     config: ALConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ALBlock"]
+    _no_split_modules = ["ALBlock"]  # noqa: RUF012  (transformers reads a list)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -89,19 +89,21 @@ class ALPreTrainedModel(PreTrainedModel):
         else:
             init.normal_(weight, std=self.config.initializer_range)
 
-    def save_pretrained(self, save_directory, *args, inference_only: bool = False, **kwargs) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, *, inference_only: bool = False, **kwargs
+    ) -> None:
         """As in transformers. `inference_only=True` leaves out what only training needs: every `encode_target` and all
         bridges but the last. The result loads without a warning and gives the same logits; it cannot be trained and
         has one exit."""
         if not inference_only:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, **kwargs)
             return
         state_dict = {n: t for n, t in self.state_dict().items() if not self.is_training_only(n)}
         full = self.config
         self.config = copy.deepcopy(full)
         self.config.inference_only = True
         try:
-            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.config = full
 
@@ -134,18 +136,21 @@ class ALModel(ALPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Inputs:
-        """What every block knows of a batch. Without a mask, padding is where the ids equal `pad_token_id`."""
-        if (input_ids is None) == (inputs_embeds is None):
+        """What every block knows of a batch. Without a mask, padding is where the ids equal `pad_token_id`. Texts of
+        more than `max_position_embeddings` tokens are cut."""
+        inputs: Inputs = {}
+        if input_ids is not None and inputs_embeds is None:
+            inputs["input_ids"] = input_ids
+            mask_NT = (input_ids != self.config.pad_token_id) if attention_mask is None else attention_mask
+        elif inputs_embeds is not None and input_ids is None:
+            inputs["inputs_embeds"] = inputs_embeds
+            mask_NT = torch.ones_like(inputs_embeds[..., 0]) if attention_mask is None else attention_mask
+        else:
             raise ValueError("Expected either input_ids or inputs_embeds, got both or neither. Pass one of them.")
-        inputs: Inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        if attention_mask is None:
-            if input_ids is not None:
-                attention_mask = (input_ids != self.config.pad_token_id).long()
-            else:
-                attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        inputs["attention_mask"] = attention_mask.long()
+        inputs["attention_mask"] = mask_NT.long()
         if labels is not None:
             inputs["labels"] = labels
+        inputs = truncate(inputs, self.config.max_position_embeddings)
         return ENCODERS[self.config.model_type].prepare_inputs(self.config, inputs)
 
     def initial_boundary(self, labels: Tensor | None = None) -> Boundary:
@@ -211,8 +216,8 @@ class ALForSequenceClassification(ALPreTrainedModel):
                 attentions need a model loaded with `attn_implementation="eager"`.
 
         Raises:
-            ValueError: an exit that does not exist, training an inference-only model, attentions that the chosen
-                implementation cannot return, or more tokens than `max_position_embeddings`.
+            ValueError: an exit that does not exist, training an inference-only model, or attentions that the chosen
+                implementation cannot return.
         """
         config = self.config
         training = self.training and labels is not None
@@ -246,10 +251,11 @@ class ALForSequenceClassification(ALPreTrainedModel):
             for k in unit:
                 boundary, losses = run_block(self.model.blocks[k], boundary, inputs)
                 hidden_states.append(boundary["hidden"])
-            local_losses.append(sum(losses.values()))
+            local_losses.append(torch.stack(list(losses.values())).sum())
             boundary = cut(boundary)
         with torch.no_grad():  # for callers that look at the logits of a training step
-            exit_logits, read = [], {}
+            exit_logits: list[Tensor] = []
+            read: Boundary = {}
             for block, hidden_NTD in zip(self.model.blocks, hidden_states, strict=True):
                 read = {"hidden": hidden_NTD, **block.decoders(read)}
                 if block.index == self.config.num_blocks - 1 or (
@@ -299,8 +305,8 @@ class ALForSequenceClassification(ALPreTrainedModel):
             raise ValueError("Expected exit_block=None in training, got a block: every block is trained.")
         if exit_block not in self.config.exits():
             raise ValueError(
-                f"Expected exit_block to be one of {self.config.exits()}, got {exit_block}. An inference-only model and "
-                "one of objective 'backprop' have their last exit only."
+                f"Expected exit_block to be one of {self.config.exits()}, got {exit_block}. An inference-only model "
+                "and one of objective 'backprop' have their last exit only."
             )
         return exit_block
 
@@ -342,7 +348,4 @@ __all__ = [
     "ALSequenceClassifierOutput",
     "ALTransformerForSequenceClassification",
     "ALTransformerModel",
-    "Bridge",
-    "Embeddings",
-    "TransformerLayer",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -40,8 +41,8 @@ def place(units: Sequence[range], num_stages: int = 1) -> Placement:
     """
     if not 1 <= num_stages <= len(units):
         raise ValueError(
-            f"Expected 1 to {len(units)} stages (one unit each at least), got {num_stages}. Pass fewer stages, or build a "
-            "deeper model."
+            f"Expected 1 to {len(units)} stages (at least one unit each), got {num_stages}. "
+            "Pass fewer stages, or build a deeper model."
         )
     cuts = [len(units) * s // num_stages for s in range(num_stages + 1)]
-    return Placement(tuple(tuple(units[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)))
+    return Placement(tuple(tuple(units[a:b]) for a, b in pairwise(cuts)))

@@ -72,7 +72,7 @@ class Stage:
                 self.accelerator.backward(loss * weight)
                 mean = losses.setdefault(unit[-1], {})
                 for name, value in named.items():
-                    mean[name] = mean.get(name, 0) + value * weight
+                    mean[name] = mean.get(name, torch.zeros_like(value)) + value * weight
                 if micro_batch == len(parts) - 1:
                     norms[unit] = self.optimizers.update(unit, step)
         return losses, norms
@@ -83,7 +83,7 @@ class Stage:
         was_training = self.model.training
         self.model.eval()
         exits = [k for k in self.model.config.exits() if k in self.blocks]
-        logits = {k: np.zeros((len(data), self.model.config.num_labels), np.float32) for k in exits}
+        logits = {k: np.zeros((len(data), self.model.config.classes), np.float32) for k in exits}
         for rows in evaluation_batches(token_lengths(data), batch_size):
             inputs = self._inputs(data, rows)
             boundary = self.receive(None)

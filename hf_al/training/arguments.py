@@ -12,7 +12,7 @@ import typing
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -241,14 +241,24 @@ def model_fields(model_type: str) -> dict[str, Any]:
     from ..modeling.configuration_al import ALLstmConfig, ALTransformerConfig
 
     config_class = {"al_lstm": ALLstmConfig, "al_transformer": ALTransformerConfig}[model_type]
-    decided = {"vocab_size", "pad_token_id", "inference_only", "tie_word_embeddings", "label_mean", "label_std"}
+    decided = {
+        "vocab_size", "pad_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
+        "label_mean", "label_std",
+    }  # fmt: skip
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     return {f.name: f.type for f in dataclasses.fields(config_class) if f.name not in inherited | decided}
 
 
-def build_parser(prog: str) -> ArgumentParser:
+class FlagParser(ArgumentParser):
+    """argparse whose errors are one sentence instead of a page of flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message[:1].upper() + message[1:] + ".")
+
+
+def build_parser(prog: str) -> FlagParser:
     """Flags for every field of TrainingArguments and every config value of either architecture."""
-    parser = ArgumentParser(prog, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = FlagParser(prog, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with values of these arguments.")
     hints = typing.get_type_hints(TrainingArguments)
 
@@ -296,10 +306,14 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def parse_arguments(argv: list[str], prog: str = "hf-al train") -> TrainingArguments:
     """Command line -> TrainingArguments. A data flag replaces the whole data section of the YAML file."""
-    flags = vars(build_parser(prog).parse_args(argv))
+    parsed, unknown = build_parser(prog).parse_known_args(argv)
+    flags = vars(parsed)
+    fields = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    if unknown:
+        known = [f"--{name}" for name in (*fields, *model_fields("al_lstm"), *model_fields("al_transformer"))]
+        raise ValueError(f"Unknown flag {unknown[0]}.{_nearest(unknown[0].split('=')[0], known)}")
     config = flags.pop("config")
     values = read_yaml(config) if config else {}
-    fields = {f.name: f for f in dataclasses.fields(TrainingArguments)}
     data = {name for name, f in fields.items() if f.metadata.get("section") == "data"}
     if {"train_file", "dataset_name"} & flags.keys():
         values = {name: value for name, value in values.items() if name not in data}

@@ -88,7 +88,8 @@ def find_checkpoint(name: str, output_dir: Path) -> Path | None:
         ValueError: a folder that is not a complete checkpoint.
     """
     if name == "last":
-        return (complete_checkpoints(output_dir) or [None])[-1]
+        paths = complete_checkpoints(output_dir)
+        return paths[-1] if paths else None
     path = Path(name)
     if read_manifest(path) is None:
         raise ValueError(

@@ -17,15 +17,21 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
 
     Args:
         model: the classifier.
-        labels: class ids (N,), multi-hot rows (N, C) or values (N,): of the validation split, say.
+        labels: multi-hot rows (N, C) or values (N,), of the validation split, say; with single labels all classes are
+            looked at instead.
 
     Returns:
         For each block: `spread` (std of t_k over the distinct targets, root mean square over its V entries),
-        `rank` (of the centred codes), `possible_rank` (of the centred targets) and `collapsed`. Empty for objectives without target codes.
+        `rank` (of the centred codes), `possible_rank` (of the centred targets) and `collapsed`. Empty for objectives
+        without target codes.
     """
     if model.config.objective in ("local_ce", "backprop"):
         return []
-    target_NV = torch.unique(first_target(labels, model.config), dim=0)
+    if model.config.resolved_problem_type == "single_label_classification":
+        labels = torch.arange(model.config.classes)
+    target_NV = torch.unique(first_target(labels.to(model.device), model.config), dim=0)
+    if len(target_NV) < 2:
+        return []
     possible = _rank(target_NV)
     rows = []
     for block in model.model.blocks:

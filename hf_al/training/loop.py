@@ -4,9 +4,9 @@ Everything a step does follows from (arguments, data, step): batch order, dropou
 resumed run therefore needs weights, optimizer tensors and a step number, and ends where the undisturbed one ends.
 """
 
+import json
 import logging
 import math
-import os
 import resource
 import shutil
 import sys
@@ -29,28 +29,15 @@ from .. import report as reporting
 from ..data import sources, tokenization
 from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
 from ..evaluation import BEST_METRIC, exit_metrics, is_better
-from ..modeling.configuration_al import ALLstmConfig, ALTransformerConfig
-from ..modeling.modeling_al import (
-    ALForSequenceClassification,
-    ALLstmForSequenceClassification,
-    ALTransformerForSequenceClassification,
-)
+from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import place
 from ..parallel.stage import Stage
 from . import checkpoint, health
 from .arguments import TrainingArguments, check_model_keys
 from .optim import BlockOptimizers
+from .setup import build_model, make_accelerator, prepare_output_dir, set_threads
 
 logger = logging.getLogger(__name__)
-
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "al_lstm": (ALLstmConfig, ALLstmForSequenceClassification),
-    "al_transformer": (ALTransformerConfig, ALTransformerForSequenceClassification),
-}
-# What a run may leave in its folder, and so what --overwrite_output_dir removes
-RUN_FILES = ("checkpoints", "report.json", "report.md", "training_config.yaml", "config.json", "model*.safetensors*",
-             "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "logs", "*_al.py", "blocks.py", "objectives.py",
-             "export.tmp")  # fmt: skip
 
 
 @dataclass
@@ -90,7 +77,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     accelerator = make_accelerator(args, output_dir)
     set_threads(args)
     set_seed(args.seed)
-    data = sources.load_text_datasets(args) if datasets is None else _given(datasets, args)
+    data = sources.load_text_datasets(args, datasets)
     tokenizer = tokenization.build_tokenizer(args, data["train"])
     model = build_model(args, tokenizer, data["train"]).to(accelerator.device)
     run = Run(args, output_dir, accelerator, model, tokenizer, tokenization.tokenize(data, tokenizer, args))
@@ -100,115 +87,6 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     accelerator.end_training()
     AcceleratorState._reset_state()  # so that the next run in this process may choose another precision
     return TrainResult(run.model, tokenizer, report)
-
-
-def _given(datasets: DatasetDict, args: TrainingArguments) -> DatasetDict:
-    named = [n for n in ("train_file", "dataset_name") if getattr(args, n)]
-    if named:
-        raise ValueError(f"Expected data once, got datasets and {named[0]}. Leave one of them out.")
-    text, label = sources.choose_columns(datasets["train"].column_names, args, datasets["train"])
-    names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
-    keep = {s: d.select_columns(list(names)) for s, d in datasets.items() if s in ("train", "validation", "test")}
-    return sources.finish_splits(
-        DatasetDict({s: d.rename_columns({a: b for a, b in names.items() if a != b}) for s, d in keep.items()}), args
-    )
-
-
-# --- before the first step
-
-
-def prepare_output_dir(args: TrainingArguments) -> Path:
-    """The output folder: new or empty, emptied of an earlier run, or holding the run to resume."""
-    if not args.output_dir:
-        raise ValueError("Expected output_dir, got none. Pass output_dir='out/my_run', for example.")
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected a folder as output_dir, got the file {folder}.")
-    if folder.exists() and any(folder.iterdir()) and args.resume_from_checkpoint is None:
-        if not args.overwrite_output_dir:
-            raise ValueError(
-                f"Expected an empty output_dir, got files in {folder}. Pass --overwrite_output_dir to start anew, "
-                "--resume_from_checkpoint last to go on, or another folder."
-            )
-        for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = folder / "checkpoints" / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"Expected a writable output_dir, got {folder}: {error.strerror}.") from None
-    return folder
-
-
-def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
-    trackers = [] if args.report_to in ("none", "") else args.report_to.split(",")
-    try:
-        accelerator = Accelerator(
-            cpu=args.use_cpu,
-            mixed_precision="bf16" if args.bf16 else "no",
-            log_with=trackers or None,
-            project_dir=str(output_dir),
-        )
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"Could not start accelerate: {error}") from error
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != 1 or accelerator.num_processes != 1:
-        raise ValueError(
-            f"Expected one process, got {max(world, accelerator.num_processes)}: this version trains all blocks in one. "
-            "Launch with accelerate launch --num_processes 1."
-        )
-    return accelerator
-
-
-def set_threads(args: TrainingArguments) -> None:
-    """The number of threads decides rounding, so it follows from the arguments and never from the launcher."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = args.threads or max(1, cores // local)
-    torch.set_num_threads(threads)
-    logger.info("Threads: %d of %d cores (%d processes here).", threads, cores, local)
-
-
-def build_model(
-    args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
-) -> ALForSequenceClassification:
-    """A new model whose vocabulary, labels and problem type follow from tokenizer and data; weights from `args.seed`."""
-    names = sources.label_names(train)
-    problem_type = sources.problem_type_of(train)
-    values: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "problem_type": problem_type,
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-        **args.model,
-    }
-    if problem_type == "regression":
-        labels = np.asarray(train["label"], np.float64)
-        values |= {"label_mean": [float(labels.mean())], "label_std": [float(labels.std())]}
-    if args.model_type == "al_transformer":
-        values.setdefault("max_position_embeddings", max(512, args.max_seq_length))
-    rows = None
-    if args.word_vectors:
-        rows = tokenization.embedding_rows(tokenizer, args.word_vectors, args.seed)
-        wanted = values.setdefault("embedding_size", rows.shape[1])
-        if wanted != rows.shape[1]:
-            raise ValueError(
-                f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
-            )
-    config_class, model_class = CLASSES[args.model_type]
-    config = config_class(**values)
-    torch.manual_seed(args.seed)
-    model = model_class(config)
-    if rows is not None:
-        with torch.no_grad():
-            model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))
-    return model
-
-
-# --- the run
 
 
 class Run:
@@ -236,7 +114,7 @@ class Run:
         units = self.placement.units(0)
         blocks = {k: model.model.blocks[k] for k in self.placement.blocks(0)}
         self.optimizers = BlockOptimizers(blocks, units, args, self.total_steps)
-        collator = Collator(tokenizer.pad_token_id, model.config.num_labels)
+        collator = Collator(tokenizer.pad_token_id, model.config.classes)
         self.stage = Stage(model, self.placement, 0, accelerator, collator, self.optimizers)
         self.labels = {name: split_labels(data[name], collator) for name in data}
         self.progress = Progress()
@@ -244,7 +122,11 @@ class Run:
         self.window: dict[int, dict[str, Tensor]] = {}
         self.window_steps = 0
         self.identity = {
-            "model": {k: v for k, v in model.config.to_dict().items() if k != "transformers_version"},
+            "model": {
+                key: value
+                for key, value in json.loads(model.config.to_json_string(use_diff=False)).items()
+                if key != "transformers_version"
+            },
             "data": {name: sources.fingerprint(data[name]) for name in ("train", "validation")},
             "run": {
                 name: getattr(args, name)
@@ -328,7 +210,7 @@ class Run:
     def _due_evaluation(self, last: bool) -> bool:
         if self.args.eval_strategy == "no":
             return last
-        every = self.args.eval_steps if self.args.eval_strategy == "steps" else len(self.order)
+        every = self.args.eval_steps or len(self.order)
         return last or self.progress.step % every == 0
 
     def _collect(self, losses: dict[int, dict[str, Tensor]]) -> None:
@@ -432,7 +314,7 @@ class Run:
             results[split] = exit_metrics(logits, self.labels[split], self.problem_type)
             if self.problem_type == "single_label_classification":
                 last = logits[max(logits)]
-                results["confusion_matrix"] = reporting.confusion(last, self.labels[split], config.num_labels)
+                results["confusion_matrix"] = reporting.confusion(last, self.labels[split], config.classes)
         names = dict(self.model.named_parameters())
         training_only = sum(p.numel() for n, p in names.items() if self.model.is_training_only(n))
         rows = len(self.data["train"])
@@ -440,7 +322,7 @@ class Run:
             "model_type": config.model_type,
             "objective": config.objective,
             "num_blocks": config.num_blocks,
-            "label_names": [config.id2label[i] for i in range(config.num_labels)],
+            "label_names": config.label_names,
             "problem_type": self.problem_type,
             "metric": self.metric,
             "steps": progress.step,

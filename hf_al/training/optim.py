@@ -17,7 +17,7 @@ LABEL_SIDE = ("encode_target", "decode_target")
 
 
 def schedule_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
-    """Learning rate at optimizer step `step` (from 0) over its peak: linear warm-up, then linear, cosine or constant."""
+    """Learning rate at `step` (from 0) over its peak: linear warm-up, then linear to 0, cosine to 0, or constant."""
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -72,7 +72,7 @@ class BlockOptimizers:
     def learning_rate(self, step: int) -> float:
         return self.args.learning_rate * schedule_factor(step, self.total_steps, self.args)
 
-    def update(self, unit: range, step: int) -> float:
+    def update(self, unit: range, step: int) -> Tensor:
         """Clips the unit's gradients, updates its weights and frees the gradients. Returns the norm before clipping."""
         parameters = [p for k in unit for p in self.names[k].values() if p.grad is not None]
         limit = self.args.max_grad_norm

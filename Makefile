@@ -1,0 +1,49 @@
+# Targets make what they need: a fresh checkout and Python 3.11+ are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml constraints.txt
+
+.PHONY: quickstart test test-fast test-slow check format clean
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+# torch first and pinned: a range would let another package pull a build with gigabytes of CUDA
+.venv/torch: .venv/bin/pip constraints.txt
+	$(INSTALL) --constraint constraints.txt torch
+	@touch $@
+
+.venv/quickstart: .venv/torch $(SOURCES)
+	$(INSTALL) --constraint constraints.txt --editable '.[quickstart]'
+	@touch $@
+
+.venv/all: .venv/torch $(SOURCES)
+	$(INSTALL) --constraint constraints.txt --editable '.[quickstart,test,dev]'
+	@touch $@ .venv/quickstart
+
+quickstart: .venv/quickstart
+	$(BIN)/python recipes/quickstart.py --output_dir out/quickstart
+
+test: .venv/all
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-fast: .venv/all
+	$(BIN)/python -m pytest -m "not slow and not medium" -n 2 --dist loadfile
+
+test-slow: .venv/all
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(MAKE) test-fast
+
+format: .venv/all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv out build dist *.egg-info

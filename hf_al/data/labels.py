@@ -1,0 +1,140 @@
+"""Labels of every kind as ids or numbers; what they are called comes from the train split, or from a trained model.
+
+The encoded column `label` is a class id with a `ClassLabel` feature (single label), a list of such ids (multi-label) or
+a float (regression), so that its feature alone tells the problem type and the names.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Value
+from datasets import List as ListFeature
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+def encode_labels(
+    data: Mapping[str, Dataset], problem_type: str | None, names: list[str] | None = None
+) -> dict[str, Dataset]:
+    """The splits with their column `label` encoded.
+
+    Args:
+        data: split name -> rows with a column `label`.
+        problem_type: guessed from the values of the first split where it is None.
+        names: classes of a trained model; those of the split `train` where it is None.
+
+    Raises:
+        ValueError: missing labels, labels that are not among the names, fewer than two classes.
+    """
+    first = next(iter(data.values()))
+    problem_type = problem_type or guess_problem_type(first)
+    if problem_type == REGRESSION:
+        return {split: _with_labels(rows, _numbers(rows, split), Value("float32")) for split, rows in data.items()}
+    lists = {split: _names(rows, split, problem_type) for split, rows in data.items()}
+    if names is None:
+        names = _class_names(first) or sorted({name for row in lists["train"] for name in row}, key=_sort_key)
+        seen = {name for row in lists["train"] for name in row}
+        if len(seen) < (2 if problem_type == SINGLE else 1):
+            raise ValueError(f"Expected at least two classes in train, got only {', '.join(seen) or 'none'}.")
+    ids = {name: i for i, name in enumerate(names)}
+    feature = ClassLabel(names=names)
+    encoded = {}
+    for split, rows in lists.items():
+        unknown = sorted({name for row in rows for name in row} - ids.keys())
+        if unknown:
+            raise ValueError(
+                f"Expected the labels {', '.join(names[:20])} in the {split} split, got {unknown[:5]} too. "
+                "Add such rows to train, or remove them."
+            )
+        values = [[ids[name] for name in row] for row in rows]
+        if problem_type == SINGLE:
+            encoded[split] = _with_labels(data[split], [row[0] for row in values], feature)
+        else:
+            encoded[split] = _with_labels(data[split], values, ListFeature(feature))
+    return encoded
+
+
+def guess_problem_type(rows: Dataset) -> str:
+    """Lists are multi-label, numbers with a fraction regression, everything else single label."""
+    feature = rows.features["label"]
+    if _is_list(feature):
+        return MULTI
+    is_float = getattr(feature, "dtype", "").startswith("float")
+    has_fraction = is_float and any(v is not None and v == v and v != int(v) for v in rows["label"])
+    return REGRESSION if has_fraction else SINGLE
+
+
+def problem_type_of(rows: Dataset) -> str:
+    """The problem type that an encoded `label` column stands for."""
+    feature = rows.features["label"]
+    if isinstance(feature, ClassLabel):
+        return SINGLE
+    return MULTI if _is_list(feature) else REGRESSION
+
+
+def label_names(rows: Dataset) -> list[str]:
+    """The class names of an encoded `label` column; one made-up name for regression."""
+    return _class_names(rows) or ["value"]
+
+
+def _class_names(rows: Dataset) -> list[str] | None:
+    feature = rows.features["label"]
+    feature = feature.feature if _is_list(feature) else feature
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def _is_list(feature: Any) -> bool:
+    return isinstance(feature, list) or hasattr(feature, "feature")
+
+
+def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
+    """The class names of each row: one for single label, any number for multi-label (comma-separated in csv)."""
+    class_names = _class_names(rows)
+
+    def name(value: Any) -> str:
+        if class_names is not None and isinstance(value, int):
+            return class_names[value]
+        if isinstance(value, float) and value == int(value):
+            value = int(value)  # 1.0 in one file and 1 in another are one class
+        return str(value).strip()
+
+    result = []
+    for number, value in enumerate(rows["label"]):
+        if problem_type == MULTI and value is not None:
+            values = value if isinstance(value, list) else str(value).split(",")
+            result.append([name(v) for v in values if not _missing(v)])
+        elif _missing(value) or (class_names is not None and isinstance(value, int) and value < 0):
+            raise ValueError(f"Expected a label in every row, got none in row {number} (from 0) of the {split} split.")
+        else:
+            result.append([name(value)])
+    return result
+
+
+def _numbers(rows: Dataset, split: str) -> list[float]:
+    result = []
+    for number, value in enumerate(rows["label"]):
+        try:
+            result.append(float("nan" if _missing(value) else value))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"Expected numbers as labels for regression, got {value!r} in row {number} (from 0) of {split}."
+            ) from None
+        if result[-1] != result[-1]:
+            raise ValueError(f"Expected a label in every row, got none in row {number} (from 0) of the {split} split.")
+    return result
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _sort_key(name: str) -> tuple[int, float, str]:
+    """Numbers by value, then words."""
+    try:
+        return (0, float(name), name)
+    except ValueError:
+        return (1, 0.0, name)
+
+
+def _with_labels(rows: Dataset, values: list, feature: Any) -> Dataset:
+    return rows.remove_columns("label").add_column("label", values, feature=feature)

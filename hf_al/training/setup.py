@@ -1,0 +1,126 @@
+"""Before the first step: the output folder, the accelerator, the threads, the model."""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..data import tokenization
+from ..data.labels import label_names, problem_type_of
+from ..modeling.configuration_al import ALLstmConfig, ALTransformerConfig
+from ..modeling.modeling_al import (
+    ALForSequenceClassification,
+    ALLstmForSequenceClassification,
+    ALTransformerForSequenceClassification,
+)
+from .arguments import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "al_lstm": (ALLstmConfig, ALLstmForSequenceClassification),
+    "al_transformer": (ALTransformerConfig, ALTransformerForSequenceClassification),
+}
+# What a run may leave in its folder, and so what --overwrite_output_dir removes
+RUN_FILES = (
+    "checkpoints", "export.tmp", "report.json", "report.md", "training_config.yaml", "config.json", "logs",
+    "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py",
+    "objectives.py",
+)  # fmt: skip
+
+
+def prepare_output_dir(args: TrainingArguments) -> Path:
+    """The output folder: new or empty, emptied of an earlier run, or holding the run to resume."""
+    if not args.output_dir:
+        raise ValueError("Expected output_dir, got none. Pass output_dir='out/my_run', for example.")
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder as output_dir, got the file {folder}.")
+    if folder.exists() and any(folder.iterdir()) and args.resume_from_checkpoint is None:
+        if not args.overwrite_output_dir:
+            raise ValueError(
+                f"Expected an empty output_dir, got files in {folder}. Pass --overwrite_output_dir to start anew, "
+                "--resume_from_checkpoint last to go on, or another folder."
+            )
+        for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"Expected a writable output_dir, got {folder}: {error.strerror}.") from None
+    return folder
+
+
+def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
+    trackers = [] if args.report_to in ("none", "") else args.report_to.split(",")
+    try:
+        accelerator = Accelerator(
+            cpu=args.use_cpu,
+            mixed_precision="bf16" if args.bf16 else "no",
+            log_with=trackers or None,
+            project_dir=str(output_dir),
+        )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"Could not start accelerate: {error}") from error
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != 1 or accelerator.num_processes != 1:
+        raise ValueError(
+            f"Expected one process, got {max(world, accelerator.num_processes)}: this version trains all blocks in "
+            "one. Launch with accelerate launch --num_processes 1."
+        )
+    return accelerator
+
+
+def set_threads(args: TrainingArguments) -> None:
+    """The number of threads decides rounding, so it follows from the arguments and never from the launcher."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = args.threads or max(1, cores // local)
+    torch.set_num_threads(threads)
+    logger.info("Threads: %d of %d cores (%d processes here).", threads, cores, local)
+
+
+def build_model(
+    args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
+) -> ALForSequenceClassification:
+    """A new model: vocabulary, labels and problem type follow from tokenizer and data, its weights from `args.seed`."""
+    names = label_names(train)
+    problem_type = problem_type_of(train)
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": args.max_seq_length,
+        "problem_type": problem_type,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        **args.model,
+    }
+    if problem_type == "regression":
+        labels = np.asarray(train["label"], np.float64)
+        values |= {"label_mean": [float(labels.mean())], "label_std": [float(labels.std())]}
+    rows = None
+    if args.word_vectors:
+        rows = tokenization.embedding_rows(tokenizer, args.word_vectors, args.seed)
+        wanted = values.setdefault("embedding_size", rows.shape[1])
+        if wanted != rows.shape[1]:
+            raise ValueError(
+                f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
+            )
+    config_class, model_class = CLASSES[args.model_type]
+    config = config_class(**values)
+    torch.manual_seed(args.seed)
+    model = model_class(config)
+    if rows is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))
+    return model
