@@ -33,9 +33,9 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import place
 from ..parallel.stage import Stage
 from . import checkpoint, health
-from .arguments import TrainingArguments, check_model_keys
+from .arguments import TrainingArguments
 from .optim import BlockOptimizers
-from .setup import build_model, make_accelerator, prepare_output_dir, set_threads
+from .setup import build_model, check_model, make_accelerator, prepare_output_dir, set_threads
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     Raises:
         ValueError: arguments or data that cannot work, with what to do instead.
     """
-    check_model_keys(args)
+    check_model(args)
     output_dir = prepare_output_dir(args)
     accelerator = make_accelerator(args, output_dir)
     set_threads(args)

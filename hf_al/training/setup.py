@@ -21,7 +21,7 @@ from ..modeling.modeling_al import (
     ALLstmForSequenceClassification,
     ALTransformerForSequenceClassification,
 )
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, check_model_keys
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,19 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "al_lstm": (ALLstmConfig, ALLstmForSequenceClassification),
     "al_transformer": (ALTransformerConfig, ALTransformerForSequenceClassification),
 }
+NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "checkpoints", "export.tmp", "report.json", "report.md", "training_config.yaml", "config.json", "logs",
     "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py",
     "objectives.py",
 )  # fmt: skip
+
+
+def check_model(args: TrainingArguments) -> None:
+    """Refuses unknown config values, and those out of range, before any data is read."""
+    check_model_keys(args)
+    CLASSES[args.model_type][0](**{name: value for name, value in args.model.items() if name not in NEED_LABELS})
 
 
 def prepare_output_dir(args: TrainingArguments) -> Path:
