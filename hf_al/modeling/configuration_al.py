@@ -18,6 +18,7 @@ Sources: Kao & Chen, Neural Computation 33(1), 2021, arXiv 1906.05560; Wu, Lin, 
 """
 
 import math
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -87,6 +88,8 @@ class ALConfig(PreTrainedConfig):
         inference_only (`bool`, defaults to False): set by `save_pretrained(..., inference_only=True)`: the model has
             no training-only parameters (encode_target of every block, bridges of all blocks but the last).
     """
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["local_losses", "exit_logits", "hidden_states", "attentions"]
 
     vocab_size: int = 30000
     hidden_size: int = 128

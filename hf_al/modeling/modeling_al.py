@@ -220,6 +220,10 @@ class ALForSequenceClassification(ALPreTrainedModel):
                 implementation cannot return.
         """
         config = self.config
+        if labels is not None and config.problem_type is None:  # by the labels, as transformers' own classifiers do
+            multi_label = config.classes > 1 and labels.is_floating_point()
+            kind = "multi_label_classification" if multi_label else config.resolved_problem_type
+            config.problem_type = kind  # type: ignore[assignment]
         training = self.training and labels is not None
         last = self._last_block(exit_block, training)
         attentions = self._attention_list(output_attentions)

@@ -13,13 +13,26 @@ from ..modeling.objectives import Boundary, Losses, cut
 
 
 @contextmanager
-def block_randomness(seed: int, block: int, step: int, micro_batch: int, replica: int) -> Iterator[None]:
-    """Random numbers that depend on these five numbers alone, not on which process asks, nor on what ran before."""
+def block_randomness(
+    device: torch.device, seed: int, block: int, step: int, micro_batch: int, replica: int
+) -> Iterator[None]:
+    """Random numbers that depend on these five numbers alone, not on which process asks, nor on what ran before.
+
+    On the generators themselves: `torch.manual_seed` would queue a call with a stack trace for every GPU kind that is
+    not in use, each time.
+    """
     key = hashlib.blake2b(repr((seed, block, step, micro_batch, replica)).encode(), digest_size=8).digest()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(key, "big") >> 1)
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(int.from_bytes(key, "big") >> 1)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def forward_unit(
@@ -41,6 +54,9 @@ def forward_unit(
     seed, step, micro_batch, replica = key
     losses: Losses = {}
     for block in blocks:
-        with block_randomness(seed, block.index, step, micro_batch, replica), accelerator.autocast():
+        with (
+            block_randomness(accelerator.device, seed, block.index, step, micro_batch, replica),
+            accelerator.autocast(),
+        ):
             boundary, losses = run_block(block, boundary, inputs)
     return cut(boundary), torch.stack(list(losses.values())).sum(), cut(losses)
