@@ -130,9 +130,12 @@ def read_file(path: str) -> Dataset:
         data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
         cause = error.__cause__ or error
-        raise ValueError(f"Could not read {path} as {kind}: {type(cause).__name__}: {cause}") from error
-    if len(data) == 0:
-        raise ValueError(f"Expected rows in {path}, got only a header.")
+        if "no data" in str(cause):
+            raise ValueError(f"Expected rows in {path}, got only a header. Add rows of text and label.") from None
+        advice = "Save it as UTF-8." if isinstance(cause, UnicodeDecodeError) else "Check its format and its ending."
+        raise ValueError(
+            f"Expected {path} to be a {kind} file, got {type(cause).__name__}: {cause}. {advice}"
+        ) from error
     return data
 
 

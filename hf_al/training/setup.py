@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -75,7 +76,7 @@ def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
             cpu=args.use_cpu,
             mixed_precision="bf16" if args.bf16 else "no",
             log_with=trackers or None,
-            project_dir=str(output_dir),
+            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"Could not start accelerate: {error}") from error

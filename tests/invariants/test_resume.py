@@ -1,0 +1,263 @@
+"""Resume: stopped at any step and resumed, a run ends with the weights of one that was never stopped, bit for bit."""
+
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hf_al
+from hf_al.parallel.stage import Stage
+from hf_al.training import checkpoint
+from hf_al.training.arguments import parse_arguments
+from hf_al.training.optim import BlockOptimizers
+
+STEPS = 60  # 25 an epoch: 397 rows in batches of 16; saves at 7, 14, ... and evaluations at 11, 22, ... are mid-epoch
+FLAGS = [
+    f"--max_steps={STEPS}", "--max_train_samples=397", "--per_device_train_batch_size=8",
+    "--gradient_accumulation_steps=2", "--max_grad_norm=0.5", "--warmup_steps=0.2", "--learning_rate=5e-3",
+    "--weight_decay=0.01", "--target_learning_rate_factor=2", "--save_steps=7", "--eval_strategy=steps",
+    "--eval_steps=11", "--num_blocks=3", "--hidden_size=16", "--target_size=12", "--hidden_dropout_prob=0.2",
+    "--embedding_dropout_prob=0.2", "--bridge_dropout_prob=0.2", "--threads=1", "--use_cpu", "--disable_tqdm",
+    "--max_seq_length=32",
+]  # fmt: skip
+ARCHITECTURES = {"al_lstm": [], "al_transformer": ["--num_attention_heads=2"]}
+
+
+class Stopped(Exception):
+    """Thrown into a run from outside."""
+
+
+@pytest.fixture(scope="module")
+def run_flags(few_tweets, tmp_path_factory):
+    """Flags of a run on real tweets in files: run_flags("al_lstm", "associated", output_dir, *more) -> argv."""
+    folder = tmp_path_factory.mktemp("tweets")
+    files = []
+    for split in few_tweets:
+        few_tweets[split].to_json(folder / f"{split}.jsonl")
+        files.append(f"--{split}_file={folder / f'{split}.jsonl'}")
+
+    def flags(model_type: str, objective: str, output_dir: Path, *more: str) -> list[str]:
+        which = [f"--model_type={model_type}", f"--objective={objective}", f"--output_dir={output_dir}"]
+        return [*files, *FLAGS, *ARCHITECTURES[model_type], *which, *more]
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def never_stopped(run_flags, tmp_path_factory):
+    """The folder of an undisturbed run, trained once for each architecture and objective."""
+    folders: dict[tuple[str, str], Path] = {}
+
+    def folder(model_type: str, objective: str) -> Path:
+        key = (model_type, objective)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("never_stopped") / "run"
+            hf_al.train(parse_arguments(run_flags(*key, folders[key])))
+        return folders[key]
+
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of the exported model, and of the weights and optimizer state at the last step."""
+    last = checkpoint.checkpoint_path(folder, STEPS)
+    files = [folder / "model.safetensors", *sorted(last.glob("*.safetensors"))]
+    assert len(files) == 4, files
+    return {path.name: path.read_bytes() for path in files}
+
+
+def stop_after_save(monkeypatch, which: int) -> None:
+    save = checkpoint.save_checkpoint
+    calls = []
+
+    def save_and_stop(*args):
+        save(*args)
+        calls.append(args)
+        if len(calls) == which:
+            raise Stopped
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_stop)
+
+
+def stop_while_saving(monkeypatch, which: int) -> None:
+    """One block's file of checkpoint `which` is written, the next one is not."""
+    save_file = checkpoint.save_file
+    calls = []
+
+    def save_file_or_stop(*args):
+        calls.append(args)
+        if len(calls) == 3 * (which - 1) + 2:
+            raise Stopped
+        save_file(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file_or_stop)
+
+
+def stop_between_updates(monkeypatch, step: int) -> None:
+    """Block 0 has taken step `step`, the last block has not."""
+    update = BlockOptimizers.update
+
+    def update_or_stop(self, unit, now):
+        if now == step and unit[-1] == 2:
+            raise Stopped
+        return update(self, unit, now)
+
+    monkeypatch.setattr(BlockOptimizers, "update", update_or_stop)
+
+
+def stop_before_evaluation(monkeypatch, which: int) -> None:
+    evaluate = Stage.evaluate
+    calls = []
+
+    def evaluate_or_stop(self, *args):
+        calls.append(args)
+        if len(calls) == which:
+            raise Stopped
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(Stage, "evaluate", evaluate_or_stop)
+
+
+STOPS = {
+    "after_the_first_save": (stop_after_save, 1),
+    "after_the_fourth_save": (stop_after_save, 4),
+    "while_saving": (stop_while_saving, 3),
+    "between_updates_of_step_20": (stop_between_updates, 20),
+    "between_updates_of_the_last_step": (stop_between_updates, STEPS - 1),
+    "before_an_evaluation": (stop_before_evaluation, 3),
+}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("objective", "stop"),
+    [
+        *(("associated", stop) for stop in STOPS),
+        ("al_ce", "after_the_fourth_save"),
+        ("al_ce", "between_updates_of_step_20"),
+        ("backprop", "after_the_first_save"),
+        ("backprop", "between_updates_of_the_last_step"),
+    ],
+)
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(objective, stop, run_flags, never_stopped, tmp_path):
+    flags = run_flags("al_lstm", objective, tmp_path / "run", "--resume_from_checkpoint=last")
+    throw, when = STOPS[stop]
+    with pytest.MonkeyPatch.context() as patch:
+        throw(patch, when)
+        with pytest.raises(Stopped):
+            hf_al.train(parse_arguments(flags))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    hf_al.train(parse_arguments(flags))
+    assert weights_of(tmp_path / "run") == weights_of(never_stopped("al_lstm", objective))
+
+
+@pytest.mark.medium
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(run_flags, never_stopped, tmp_path):
+    flags = run_flags("al_lstm", "associated", tmp_path / "run", "--resume_from_checkpoint=last")
+    for step in (9, 12, 58):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_between_updates(patch, step)
+            with pytest.raises(Stopped):
+                hf_al.train(parse_arguments(flags))
+    hf_al.train(parse_arguments(flags))
+    assert weights_of(tmp_path / "run") == weights_of(never_stopped("al_lstm", "associated"))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_killed_process_and_its_resumption_end_with_the_same_bits(model_type, run_flags, never_stopped, tmp_path):
+    expected = weights_of(never_stopped(model_type, "associated"))
+    flags = run_flags(model_type, "associated", tmp_path / "run", "--resume_from_checkpoint=last")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not checkpoint.complete_checkpoints(tmp_path / "run"):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL, "the run was over before it could be killed"
+    newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
+    step = checkpoint.read_manifest(newest)["progress"]["step"]
+    assert 0 < step < STEPS
+    assert step % 25, "not in the middle of an epoch"
+    hf_al.train(parse_arguments(flags))
+    assert weights_of(tmp_path / "run") == expected
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("what", ["optimizer_state", "step_number"])
+def test_a_resume_that_forgets_something_is_seen(what, run_flags, never_stopped, tmp_path, monkeypatch):
+    flags = run_flags("al_lstm", "associated", tmp_path / "run", "--resume_from_checkpoint=last")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_save(patch, 2)
+        with pytest.raises(Stopped):
+            hf_al.train(parse_arguments(flags))
+    if what == "optimizer_state":
+        monkeypatch.setattr(BlockOptimizers, "load_state", lambda self, k, tensors: None)
+    else:
+        read = checkpoint.read_manifest
+
+        def earlier(path):
+            manifest = read(path)
+            if manifest is not None:
+                manifest["progress"]["step"] -= 1
+            return manifest
+
+        monkeypatch.setattr(checkpoint, "read_manifest", earlier)
+    hf_al.train(parse_arguments(flags))
+    spoiled, expected = weights_of(tmp_path / "run"), weights_of(never_stopped("al_lstm", "associated"))
+    assert all(spoiled[name] != expected[name] for name in expected if name.startswith("block"))
+
+
+def test_last_starts_at_step_0_and_says_so_where_there_is_no_checkpoint(run_flags, never_stopped, tmp_path, caplog):
+    flags = run_flags("al_lstm", "associated", tmp_path, "--resume_from_checkpoint=last")
+    with caplog.at_level(logging.INFO, "hf_al"):
+        hf_al.train(parse_arguments(flags))
+    assert [r.levelname for r in caplog.records if "starting at step 0" in r.message] == ["WARNING"]
+    assert weights_of(tmp_path) == weights_of(never_stopped("al_lstm", "associated"))
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run_flags, never_stopped, tmp_path):
+    before = never_stopped("al_lstm", "associated")
+    shutil.copytree(before, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    flags = run_flags("al_lstm", "associated", tmp_path / "run", "--resume_from_checkpoint=last")
+    assert hf_al.train(parse_arguments(flags)).report["steps"] == STEPS
+    assert weights_of(tmp_path / "run") == weights_of(before)
+
+
+def test_a_checkpoint_resumes_in_another_output_dir(run_flags, never_stopped, tmp_path):
+    """Also where the best step so far is from before it, so that its weights lie in the first folder only."""
+    first = never_stopped("al_lstm", "associated")
+    last = f"--resume_from_checkpoint={checkpoint.checkpoint_path(first, STEPS)}"
+    manifest = checkpoint.read_manifest(checkpoint.checkpoint_path(first, STEPS))
+    assert manifest["progress"]["best_step"] < STEPS, "choose a seed whose best step is not the last one"
+    hf_al.train(parse_arguments(run_flags("al_lstm", "associated", tmp_path / "run", last)))
+    expected = (first / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--hidden_size=20", "hidden_size was 16 and is now 20"),
+        ("--seed=43", "seed was 42 and is now 43"),
+        ("--per_device_train_batch_size=4", "per_device_train_batch_size was 8 and is now 4"),
+        ("--max_train_samples=396", "train was"),
+        ("--objective=al_ce", "objective was 'associated' and is now 'al_ce'"),
+    ],
+)
+def test_another_run_is_not_resumed(flag, named, run_flags, never_stopped):
+    folder = never_stopped("al_lstm", "associated")
+    flags = run_flags("al_lstm", "associated", folder, "--resume_from_checkpoint=last", flag)
+    with pytest.raises(ValueError, match=r"Expected the (model|data|run) of .*, got another") as error:
+        hf_al.train(parse_arguments(flags))
+    assert named in str(error.value)

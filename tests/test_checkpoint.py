@@ -1,0 +1,350 @@
+"""Checkpoints: old or new and never a mix, by parameter name, without pickle."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hf_al
+from hf_al.training import checkpoint
+from hf_al.training.optim import BlockOptimizers
+
+
+class Broken(OSError):
+    """A disk that fails."""
+
+
+@pytest.fixture
+def make_run(make_model):
+    """A model with optimizer state; the seed tells two of them apart: make_run(seed) -> (blocks, optimizers)."""
+
+    def make(seed: int = 0, steps: int = 1):
+        model = make_model(seed=seed, num_blocks=2)
+        blocks = dict(enumerate(model.model.blocks))
+        args = hf_al.TrainingArguments(output_dir="unused")
+        optimizers = BlockOptimizers(blocks, model.config.units, args, total_steps=10)
+        for step in range(steps):
+            for unit in model.config.units:
+                for parameter in blocks[unit[0]].parameters():
+                    parameter.grad = torch.full_like(parameter, 0.1 + seed)
+                optimizers.update(unit, step)
+        return blocks, optimizers
+
+    return make
+
+
+def save(folder: Path, step: int, run, **manifest) -> Path:
+    path = checkpoint.checkpoint_path(folder, step)
+    checkpoint.save_checkpoint(path, *run, {"progress": {"step": step}, **manifest})
+    return path
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def fail_at(patch: pytest.MonkeyPatch, call: int) -> list[str]:
+    """Lets everything that touches the disk fail from the given call on, as when the process is killed there."""
+    calls: list[str] = []
+
+    def guard(owner, name):
+        original = getattr(owner, name)
+
+        def guarded(*args, **kwargs):
+            calls.append(name)
+            if len(calls) >= call:
+                raise Broken(name)
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, guarded)
+
+    guard(checkpoint, "save_file")
+    guard(os, "fsync")
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+        guard(os, name)
+    guard(Path, "write_text")
+    return calls
+
+
+def touches(make_run, folder: Path, before: int | None) -> int:
+    """How often an undisturbed save of step 20 touches the disk, with a checkpoint of step `before` there."""
+    if before is not None:
+        save(folder, before, make_run(0))
+    with pytest.MonkeyPatch.context() as patch:
+        calls = fail_at(patch, 10**9)
+        save(folder, 20, make_run(1))
+    return len(calls)
+
+
+@pytest.mark.parametrize("before", [None, 10, 20], ids=["first", "another_step", "same_step"])
+def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(before, make_run, tmp_path):
+    old, new = make_run(0), make_run(1)
+    new_content = content(save(tmp_path / "new", 20, new))
+    old_content = content(save(tmp_path / "old", before or 20, old))
+    calls = touches(make_run, tmp_path / "count", before)
+    assert calls >= 8
+    outcomes = set()
+    for call in range(1, calls + 1):
+        folder = tmp_path / f"broken_{call}"
+        if before is not None:
+            save(folder, before, old)
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, call)
+            with pytest.raises(Broken):
+                save(folder, 20, new)
+        newest = checkpoint.find_checkpoint("last", folder)
+        if newest is None:
+            assert before is None, f"the old checkpoint is lost when call {call} of {calls} fails"
+            outcomes.add("none")
+        elif content(newest) == new_content:
+            outcomes.add("new")
+        else:
+            assert content(newest) == old_content, f"a mix when call {call} of {calls} fails"
+            outcomes.add("old")
+        again = content(save(folder, 20, new))
+        assert again == new_content
+        checkpoint.rotate(folder, 1, None)
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-00000020"]
+    assert ("none" if before is None else "old") in outcomes
+
+
+def test_a_text_that_breaks_while_written_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "report.json"
+    for call in (1, 2, 3):
+        checkpoint.write_atomically(path, "old")
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, call)
+            with pytest.raises(Broken):
+                checkpoint.write_atomically(path, "new" * 1000)
+        assert path.read_text() == "old"
+    checkpoint.write_atomically(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(make_run, tmp_path, monkeypatch):
+    """What a power cut leaves, not only a kill: bytes first, name last, then the folder that holds the name."""
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def log_fsync(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def log_rename(source, target, **kwargs):
+        events.append(f"rename to {Path(target).name}")
+        rename(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "rename", log_rename)
+    save(tmp_path, 20, make_run())
+    name = events.index("rename to checkpoint-00000020")
+    assert {"block-000.safetensors", "block-001.safetensors"} <= set(events[:name])
+    assert any(event.startswith("manifest.json") for event in events[:name])
+    assert events[name + 1 :] == ["checkpoints"]
+
+
+# --- what counts as a checkpoint
+
+
+def cut_a_block_file(path: Path) -> None:
+    file = path / "block-001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def remove_a_block_file(path: Path) -> None:
+    (path / "block-000.safetensors").unlink()
+
+
+def remove_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def cut_the_manifest(path: Path) -> None:
+    file = path / "manifest.json"
+    file.write_text(file.read_text()[:-20])
+
+
+def empty_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("{}")
+
+
+def manifest_of_another_kind(path: Path) -> None:
+    (path / "manifest.json").write_text("[1, 2]")
+
+
+DAMAGES = [
+    cut_a_block_file, remove_a_block_file, remove_the_manifest, cut_the_manifest, empty_the_manifest,
+    manifest_of_another_kind,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_incomplete_checkpoint_is_not_taken(damage, make_run, tmp_path):
+    whole, broken = (save(tmp_path, step, make_run()) for step in (10, 20))
+    damage(broken)
+    assert checkpoint.find_checkpoint("last", tmp_path) == whole
+    with pytest.raises(ValueError, match=r"Expected a complete checkpoint .* found none.*or 'last'"):
+        checkpoint.find_checkpoint(str(broken), tmp_path)
+
+
+def test_what_an_interrupted_write_left_is_not_taken(make_run, tmp_path):
+    path = save(tmp_path, 10, make_run())
+    path.rename(path.with_name("tmp-checkpoint-00000010"))
+    assert checkpoint.find_checkpoint("last", tmp_path) is None
+
+
+def test_last_is_by_step_and_not_by_time(make_run, tmp_path):
+    for step in (100, 20, 9):
+        save(tmp_path, step, make_run())
+    assert checkpoint.find_checkpoint("last", tmp_path) == checkpoint.checkpoint_path(tmp_path, 100)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a complete checkpoint \(manifest.json and its block files\)"):
+        checkpoint.find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+
+
+@pytest.mark.parametrize("where", ["header", "length"])
+def test_a_corrupt_file_of_the_right_size_says_what_to_do(where, make_run, tmp_path):
+    path = save(tmp_path, 10, make_run())
+    file = path / "block-001.safetensors"
+    content = bytearray(file.read_bytes())
+    start = {"header": 8, "length": 0}[where]
+    content[start : start + 8] = b"\xff" * 8
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"Could not read .*block-001.safetensors.*Resume from an earlier checkpoint"):
+        checkpoint.load_checkpoint(path, *make_run(1))
+
+
+def test_changed_bytes_among_the_weights_are_seen(make_run, tmp_path):
+    """A flipped bit keeps the file's size and its header."""
+    path = save(tmp_path, 10, make_run())
+    file = path / "block-001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 0x40
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="Resume from an earlier checkpoint"):
+        checkpoint.load_checkpoint(path, *make_run(1))
+
+
+def test_weights_of_another_model_are_refused(make_run, make_model, tmp_path):
+    path = save(tmp_path, 10, make_run())
+    wider = make_model(num_blocks=2, hidden_size=20)
+    with pytest.raises(ValueError, match=r"Expected the weights of block 0 in .*other names or shapes"):
+        checkpoint.load_checkpoint(path, dict(enumerate(wider.model.blocks)), None)
+
+
+# --- what is in it
+
+
+def test_weights_and_optimizer_state_come_back_as_they_were(make_run, tmp_path):
+    blocks, optimizers = make_run(0, steps=3)
+    path = save(tmp_path, 3, (blocks, optimizers), note="kept")
+    other_blocks, other_optimizers = make_run(1, steps=1)
+    assert checkpoint.load_checkpoint(path, other_blocks, other_optimizers)["note"] == "kept"
+    for k in blocks:
+        for name, tensor in blocks[k].state_dict().items():
+            assert torch.equal(other_blocks[k].state_dict()[name], tensor), name
+        state, other = optimizers.state(k), other_optimizers.state(k)
+        assert state.keys() == other.keys()
+        assert all(torch.equal(other[name], state[name]) for name in state)
+
+
+def test_weights_alone_can_be_loaded(make_run, tmp_path):
+    path = save(tmp_path, 3, make_run(0))
+    blocks, optimizers = make_run(1)
+    before = {name: tensor.clone() for name, tensor in optimizers.state(0).items()}
+    checkpoint.load_checkpoint(path, blocks, None)
+    assert all(torch.equal(optimizers.state(0)[name], before[name]) for name in before)
+
+
+def test_state_is_stored_by_block_and_parameter_name(make_run, tmp_path):
+    blocks, optimizers = make_run()
+    path = save(tmp_path, 1, (blocks, optimizers))
+    assert sorted(file.name for file in path.iterdir()) == [
+        "block-000.safetensors", "block-001.safetensors", "manifest.json",
+    ]  # fmt: skip
+    for k, block in blocks.items():
+        names = [name for name, _ in block.named_parameters()]
+        expected = {f"weight/{name}" for name in names}
+        expected |= {f"optimizer/{name}/{entry}" for name in names for entry in ("exp_avg", "exp_avg_sq", "step")}
+        assert set(load_file(path / f"block-{k:03d}.safetensors")) == expected
+
+
+def test_a_block_loads_alone_wherever_it_is_placed(make_run, tmp_path):
+    """Another stage may own one block of those that were saved together."""
+    blocks, optimizers = make_run(0)
+    path = save(tmp_path, 1, (blocks, optimizers))
+    other, _ = make_run(1)
+    args = hf_al.TrainingArguments(output_dir="unused")
+    alone = BlockOptimizers({1: other[1]}, [range(1, 2)], args, total_steps=10)
+    checkpoint.load_checkpoint(path, {1: other[1]}, alone)
+    assert torch.equal(other[1].decode_target.weight, blocks[1].decode_target.weight)
+    assert all(torch.equal(alone.state(1)[name], tensor) for name, tensor in optimizers.state(1).items())
+
+
+def test_a_run_writes_nothing_pickled(few_tweets, tmp_path):
+    model = {"num_blocks": 2, "hidden_size": 16, "target_size": 12}
+    args = hf_al.TrainingArguments(output_dir=str(tmp_path), max_steps=4, save_steps=2, threads=1, model=model)
+    hf_al.train(args, few_tweets)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files if "checkpoints" in path.parts} == {".safetensors", ".json"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".yaml", ".py"}
+    for path in files:
+        assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x04", b"PK")), path
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+# --- how many
+
+
+@pytest.mark.parametrize(("keep", "best", "left"), [(2, None, [40, 50]), (2, 20, [20, 40, 50]), (1, 50, [50])])
+def test_rotation_keeps_the_newest_and_the_best(keep, best, left, make_run, tmp_path):
+    run = make_run()
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step, run)
+    (tmp_path / "checkpoints" / "tmp-checkpoint-00000060").mkdir()
+    checkpoint.rotate(tmp_path, keep, best)
+    expected = [checkpoint.checkpoint_path(tmp_path, step) for step in left]
+    assert sorted((tmp_path / "checkpoints").iterdir()) == expected
+    assert checkpoint.complete_checkpoints(tmp_path) == expected
+
+
+def test_rotation_that_breaks_leaves_the_newest_and_the_best(make_run, tmp_path, monkeypatch):
+    run = make_run()
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, run)
+
+    def delete_a_part(path, **kwargs):
+        next(iter(path.iterdir())).unlink()
+        raise Broken
+
+    monkeypatch.setattr(shutil, "rmtree", delete_a_part)
+    with pytest.raises(Broken):
+        checkpoint.rotate(tmp_path, 1, 20)
+    kept = checkpoint.complete_checkpoints(tmp_path)
+    assert {checkpoint.checkpoint_path(tmp_path, step) for step in (20, 40)} <= set(kept)
+
+
+def test_what_a_broken_rotation_left_is_cleared_by_the_next(make_run, tmp_path):
+    run = make_run()
+    for step in (10, 20, 30):
+        save(tmp_path, step, run)
+    (checkpoint.checkpoint_path(tmp_path, 10) / "manifest.json").unlink()
+    checkpoint.rotate(tmp_path, 1, None)
+    assert list((tmp_path / "checkpoints").iterdir()) == [checkpoint.checkpoint_path(tmp_path, 30)]
+
+
+def test_a_run_keeps_as_many_checkpoints_as_asked(few_tweets, tmp_path):
+    args = hf_al.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=12, save_steps=2, save_total_limit=3, threads=1, eval_strategy="no",
+        model={"num_blocks": 2, "hidden_size": 16, "target_size": 12},
+    )  # fmt: skip
+    hf_al.train(args, few_tweets)
+    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["checkpoint-00000008", "checkpoint-00000010", "checkpoint-00000012"]

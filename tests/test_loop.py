@@ -1,0 +1,505 @@
+"""The Python API: `hf_al.train` and `hf_al.evaluate`, from data to a saved, evaluated model."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_al
+from hf_al.evaluation import exit_metrics
+from hf_al.parallel.stage import Stage
+from hf_al.training import checkpoint
+from hf_al.training.optim import BlockOptimizers
+
+ARCHITECTURES = ("al_lstm", "al_transformer")
+OBJECTIVES = ("associated", "al_ce", "local_ce", "backprop")
+TOPICS = {
+    "food": "bread cheese soup apple rice",
+    "sport": "goal team match ball race",
+    "sky": "cloud rain sun wind fog",
+}
+
+
+def arguments(output_dir, model_type="al_lstm", **values) -> hf_al.TrainingArguments:
+    heads = {"num_attention_heads": 2} if model_type == "al_transformer" else {}
+    model = {"num_blocks": 2, "hidden_size": 16, "target_size": 12, **heads, **values.pop("model", {})}
+    defaults = {"max_steps": 20, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "max_seq_length": 24}
+    rest = {"threads": 1, "use_cpu": True, "disable_tqdm": True, "logging_steps": 5}
+    values = {**defaults, **rest, **values}
+    return hf_al.TrainingArguments(output_dir=str(output_dir), model_type=model_type, model=model, **values)
+
+
+@pytest.fixture(scope="module")
+def topics() -> DatasetDict:
+    """Three words a text, all of one topic: nothing is left to doubt."""
+    rows = []
+    for first in range(5):
+        for second in range(5):
+            for label, words in TOPICS.items():
+                word = words.split()
+                rows.append({"text": f"{word[first]} {word[second]} {word[first - second]}", "label": label})
+    splits = {"train": rows, "validation": rows[::2], "test": rows[1::2]}
+    return DatasetDict({name: Dataset.from_list(split) for name, split in splits.items()})
+
+
+@pytest.fixture(scope="module")
+def trained(few_tweets, tmp_path_factory):
+    """A run on real tweets with evaluations and checkpoints: (arguments, result)."""
+    args = arguments(
+        tmp_path_factory.mktemp("trained") / "run",
+        max_steps=60, eval_strategy="steps", eval_steps=20, save_steps=30, model={"num_blocks": 3},
+    )  # fmt: skip
+    return args, hf_al.train(args, few_tweets)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_learns_what_can_be_learned(objective, model_type, topics, tmp_path):
+    model = {"objective": objective}
+    result = hf_al.train(arguments(tmp_path, model_type, max_steps=100, model=model, min_frequency=1), topics)
+    assert [row["accuracy"] for row in result.report["test"]][-1] == 1.0
+    assert hf_al.evaluate(str(tmp_path), topics["test"])["accuracy"] == 1.0
+
+
+def test_training_loss_falls_on_real_text(trained):
+    _, result = trained
+    losses = [row for row in result.report["history"] if "validation" not in row]
+    for name in [name for name in losses[0] if name.startswith("loss/")]:
+        assert losses[-1][name] < losses[0][name], name
+    assert {name.split("/")[1] for name in losses[0] if name.startswith("loss/")} == {"0", "1", "2"}
+
+
+def test_a_run_leaves_what_a_user_expects_in_its_folder(trained):
+    args, result = trained
+    folder = Path(args.output_dir)
+    names = {path.name for path in folder.iterdir()}
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "report.json", "report.md"}
+    assert wanted | {"training_config.yaml", "checkpoints"} <= names
+    assert not [name for name in names if "tmp" in name]
+    assert yaml.safe_load((folder / "training_config.yaml").read_text()) == args.to_dict()
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(result.report))
+
+
+def test_the_saved_model_is_the_returned_one(trained):
+    args, result = trained
+    loaded = AutoModelForSequenceClassification.from_pretrained(args.output_dir)
+    assert not result.model.training
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    text = "Thank you @united for the great flight"
+    assert AutoTokenizer.from_pretrained(args.output_dir)(text)["input_ids"] == result.tokenizer(text)["input_ids"]
+
+
+def test_the_exported_weights_are_those_of_the_best_evaluation(trained):
+    args, result = trained
+    evaluations = [row for row in result.report["history"] if "validation" in row]
+    assert [row["step"] for row in evaluations] == [20, 40, 60]
+    best = max(evaluations, key=lambda row: row["validation"][-1]["accuracy"])  # the first of equal ones
+    assert result.report["best_step"] == best["step"]
+    assert result.report["validation"] == best["validation"]
+    path = checkpoint.checkpoint_path(Path(args.output_dir), best["step"])
+    saved = load_file(path / "block-001.safetensors")
+    for name, tensor in result.model.model.blocks[1].state_dict().items():
+        assert torch.equal(saved[f"weight/{name}"], tensor), name
+
+
+def spoil_after(monkeypatch, step):
+    """From optimizer step `step` on, weights are useless: the best evaluation lies before it."""
+    train_batch = Stage.train_batch
+
+    def train_and_spoil(self, data, parts, now, seed):
+        result = train_batch(self, data, parts, now, seed)
+        if now >= step:
+            with torch.no_grad():
+                for block in self.blocks.values():
+                    block.decode_target.weight.zero_()
+                    block.decode_target.bias.copy_(torch.arange(len(block.decode_target.bias)).float())
+        return result
+
+    monkeypatch.setattr(Stage, "train_batch", train_and_spoil)
+
+
+def test_the_best_checkpoint_is_chosen_on_validation(topics, tmp_path, monkeypatch):
+    spoil_after(monkeypatch, 60)
+    args = arguments(tmp_path, max_steps=100, eval_strategy="steps", eval_steps=20, min_frequency=1, save_total_limit=1)
+    report = hf_al.train(args, topics).report
+    assert report["best_step"] in (20, 40, 60)
+    assert report["steps"] == 100
+    assert report["test"][-1]["accuracy"] == report["validation"][-1]["accuracy"] == 1.0
+
+
+def test_early_stopping_counts_evaluations_without_gain(topics, tmp_path, monkeypatch):
+    spoil_after(monkeypatch, 60)
+    args = arguments(
+        tmp_path, max_steps=500, eval_strategy="steps", eval_steps=10, early_stopping_patience=3, min_frequency=1
+    )
+    report = hf_al.train(args, topics).report
+    assert report["steps"] == report["best_step"] + 30
+    assert report["test"][-1]["accuracy"] == report["validation"][-1]["accuracy"]
+
+
+def test_a_smaller_loss_is_a_better_checkpoint(topics, tmp_path):
+    args = arguments(
+        tmp_path, max_steps=60, eval_strategy="steps", eval_steps=20, metric_for_best_model="log_loss", min_frequency=1
+    )
+    report = hf_al.train(args, topics).report
+    losses = {row["step"]: row["validation"][-1]["log_loss"] for row in report["history"] if "validation" in row}
+    assert report["best_step"] == min(losses, key=losses.get)
+    assert len(set(losses.values())) == 3
+
+
+def test_a_metric_that_does_not_exist_is_refused_with_those_that_do(topics, tmp_path):
+    with pytest.raises(ValueError, match=r"Expected metric_for_best_model among .*accuracy.*got 'bleu'"):
+        hf_al.train(arguments(tmp_path, max_steps=2, metric_for_best_model="bleu"), topics)
+
+
+def test_test_labels_choose_nothing(few_tweets, tmp_path):
+    names = sorted(set(few_tweets["test"]["label"]))
+    turned = few_tweets["test"].map(lambda row: {"label": names[(names.index(row["label"]) + 1) % len(names)]})
+    reports = []
+    for name, data in {
+        "right": few_tweets,
+        "wrong": DatasetDict({**few_tweets, "test": turned}),
+        "none": DatasetDict({n: few_tweets[n] for n in ("train", "validation")}),
+    }.items():
+        reports.append(
+            hf_al.train(arguments(tmp_path / name, max_steps=30, eval_steps=10, eval_strategy="steps"), data)
+        )
+    right, wrong, none = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("right", "wrong", "none"))
+    assert right == wrong == none
+    assert reports[0].report["test"] != reports[1].report["test"]
+
+
+def test_the_seed_decides_everything(few_tweets, tmp_path):
+    for name, seed in {"first": 1, "again": 1, "other": 2}.items():
+        torch.manual_seed(seed * 100)
+        hf_al.train(arguments(tmp_path / name, max_steps=10, seed=seed), few_tweets)
+    first, again, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("first", "again", "other"))
+    assert first == again
+    assert first != other
+
+
+def test_one_update_is_the_same_however_the_batch_is_cut(few_tweets, tmp_path):
+    """Micro-batches are weighted by their examples: 50 = 17 + 17 + 16."""
+    model = {"hidden_dropout_prob": 0, "embedding_dropout_prob": 0, "bridge_dropout_prob": 0}
+    whole = arguments(tmp_path / "whole", max_steps=1, per_device_train_batch_size=51, model=model)
+    parts = arguments(
+        tmp_path / "parts", max_steps=1, per_device_train_batch_size=17, gradient_accumulation_steps=3, model=model
+    )
+    data = DatasetDict({**few_tweets, "train": few_tweets["train"].select(range(50))})
+    losses = [hf_al.train(args, data).report["history"][0] for args in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "parts"))
+    # Adam's first step has the size of the learning rate whatever the gradient: rounding may turn a gradient of 1e-9
+    close = [torch.isclose(first[name], second[name], atol=1e-4).float().mean() for name in first]
+    assert min(close) > 0.95
+
+
+def test_the_launcher_does_not_decide_the_gradient(few_tweets, tmp_path, monkeypatch):
+    hf_al.train(arguments(tmp_path / "plain", max_steps=3), few_tweets)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    hf_al.train(arguments(tmp_path / "launched", max_steps=3), few_tweets)
+    plain, launched = (load_file(tmp_path / n / "checkpoints/checkpoint-00000003/block-001.safetensors") for n in
+                       ("plain", "launched"))  # fmt: skip
+    assert all(torch.equal(plain[name], launched[name]) for name in plain)
+
+
+# --- what goes wrong
+
+
+def poison(monkeypatch, block, step, value):
+    """Puts `value` into a weight of `block` just before optimizer step `step` (from 0)."""
+    train_batch = Stage.train_batch
+
+    def train(self, data, parts, now, seed):
+        if now == step:
+            with torch.no_grad():
+                self.blocks[block].bridge.layers[0].weight[0, 0] = value
+        return train_batch(self, data, parts, now, seed)
+
+    monkeypatch.setattr(Stage, "train_batch", train)
+
+
+def all_finite(path) -> bool:
+    return all(tensor.isfinite().all() for file in path.glob("*.safetensors") for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_block_and_step_and_keeps_the_checkpoints(
+    value, few_tweets, tmp_path, monkeypatch
+):
+    poison(monkeypatch, block=1, step=13, value=value)
+    args = arguments(
+        tmp_path, save_steps=3, logging_steps=7, model={"num_blocks": 3, "bridge_activation": "identity"}, max_steps=30
+    )
+    with pytest.raises(ValueError, match=r"Expected finite losses, got (nan|inf).*block 1 .*step 14.*learning rate"):
+        hf_al.train(args, few_tweets)
+    kept = checkpoint.complete_checkpoints(tmp_path)
+    assert [checkpoint.read_manifest(path)["progress"]["step"] for path in kept] == [9, 12]
+    assert all(all_finite(path) for path in kept)
+
+
+def test_an_update_that_breaks_the_weights_is_not_saved(few_tweets, tmp_path, monkeypatch):
+    """The loss of step 6 is finite, its gradient is not: the broken weights must not become the last checkpoint."""
+    update = BlockOptimizers.update
+
+    def update_with_nan(self, unit, step):
+        if step == 5 and 1 in unit:
+            next(iter(self.names[1].values())).grad[0, 0] = math.nan
+        return update(self, unit, step)
+
+    monkeypatch.setattr(BlockOptimizers, "update", update_with_nan)
+    with pytest.raises(ValueError, match=r"Expected finite"):
+        hf_al.train(arguments(tmp_path, save_steps=3, max_steps=9), few_tweets)
+    kept = checkpoint.complete_checkpoints(tmp_path)
+    assert [checkpoint.read_manifest(path)["progress"]["step"] for path in kept] == [3]
+    assert all(all_finite(path) for path in kept)
+
+
+def test_a_huge_learning_rate_ends_with_advice(few_tweets, tmp_path):
+    data = few_tweets.map(lambda row: {"label": float(len(row["text"])) + 0.5})
+    model = {"bridge_activation": "identity", "label_activation": "identity"}
+    with pytest.raises(ValueError, match="Lower the learning rate"):
+        hf_al.train(arguments(tmp_path, learning_rate=1e30, max_grad_norm=0, model=model), data)
+
+
+def test_fp16_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected bf16 or float32, got fp16=True.*loss scaler.*Pass bf16=True"):
+        arguments(tmp_path, fp16=True)
+
+
+def test_two_processes_are_refused(few_tweets, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Expected one process, got 2"):
+        hf_al.train(arguments(tmp_path), few_tweets)
+
+
+def test_a_folder_with_files_is_not_overwritten_unless_asked(few_tweets, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"Expected an empty output_dir, got files in .*--overwrite_output_dir"):
+        hf_al.train(arguments(tmp_path), few_tweets)
+    (tmp_path / "model.safetensors").write_text("an old one")
+    hf_al.train(arguments(tmp_path, max_steps=2, overwrite_output_dir=True), few_tweets)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"output_dir": ""}, "Expected output_dir, got none"),
+        ({"model": {"num_blocks": 0}}, "Expected num_blocks to be at least 1, got 0"),
+        ({"model": {"hiden_size": 4}}, "Unknown config value 'hiden_size' for al_lstm. Did you mean hidden_size"),
+        ({"model": {"num_attention_heads": 2}}, "Unknown config value 'num_attention_heads' for al_lstm"),
+        ({"model": {"hidden_size": "wide"}}, "Expected hidden_size as int, got 'wide'"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_before_data_is_read(values, message, tmp_path):
+    with pytest.raises(Exception, match=message):
+        hf_al.train(hf_al.TrainingArguments(**{"output_dir": str(tmp_path / "run"), **values}), None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 0}, "Expected learning_rate above 0, got 0"),
+        ({"learning_rate": math.nan}, "Expected learning_rate above 0, got nan"),
+        ({"learning_rate": "fast"}, "Expected learning_rate as float, got 'fast'"),
+        ({"max_steps": 0}, "Expected max_steps above 0, or -1"),
+        ({"seed": 1.5}, "Expected seed as int, got 1.5"),
+        ({"validation_fraction": 1.0}, r"Expected validation_fraction in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1}, "Expected weight_decay to be 0 or more, got -1"),
+        ({"eval_strategy": "steps"}, "Expected eval_steps exactly with eval_strategy='steps'"),
+        ({"eval_steps": 5}, "Expected eval_steps exactly with eval_strategy='steps'"),
+        ({"eval_strategy": "no", "early_stopping_patience": 2}, "Expected an eval_strategy for early_stopping"),
+        ({"lr_scheduler_type": "liner"}, "Expected lr_scheduler_type to be one of .*'liner'. Did you mean linear"),
+        ({"model_type": "lstm"}, "Expected model_type to be one of .*Did you mean al_lstm"),
+        ({"word_vectors_extra_words": 10}, "Expected word_vectors and tokenizer_type='word'"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_when_it_is_made(values, message):
+    with pytest.raises(ValueError, match=message):
+        hf_al.TrainingArguments(output_dir="out", **values)
+
+
+# --- precision, kinds of labels, weights of classes
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_bf16_trains_and_keeps_weights_in_float32(model_type, topics, tmp_path):
+    result = hf_al.train(arguments(tmp_path, model_type, bf16=True, max_steps=100, min_frequency=1), topics)
+    assert result.report["test"][-1]["accuracy"] > 0.9
+    assert {tensor.dtype for tensor in result.model.state_dict().values()} == {torch.float32}
+
+
+def test_precision_can_be_chosen_anew_after_evaluate_and_after_a_failed_run(topics, trained, few_tweets, tmp_path):
+    args, _ = trained
+    hf_al.evaluate(args.output_dir, few_tweets["test"])
+    hf_al.train(arguments(tmp_path / "bf16", bf16=True, max_steps=2), topics)
+    with pytest.raises(ValueError, match="metric_for_best_model"):
+        hf_al.train(arguments(tmp_path / "failed", max_steps=2, metric_for_best_model="bleu"), topics)
+    hf_al.train(arguments(tmp_path / "again", bf16=True, max_steps=2), topics)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Each test starts as a new process would."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_regression_end_to_end(objective, topics, tmp_path):
+    values = {"food": -3.5, "sport": 10.0, "sky": 52.25}
+    data = topics.map(lambda row: {"label": values[row["label"]]})
+    args = arguments(tmp_path, max_steps=150, min_frequency=1, model={"objective": objective})
+    report = hf_al.train(args, data).report
+    assert report["problem_type"] == "regression"
+    assert report["metric"] == "mse"
+    assert report["test"][-1]["pearson"] > 0.95
+    assert report["test"][-1]["mse"] < 50  # the variance of the labels is 575
+    again = hf_al.evaluate(str(tmp_path), data["test"])
+    assert again["mse"] == pytest.approx(report["test"][-1]["mse"], rel=1e-4)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_labels == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_multi_label_end_to_end(objective, topics, tmp_path):
+    """A text of two topics has both labels, one of no topic has none."""
+
+    def mixed(split):
+        rows = [{"text": row["text"], "label": [row["label"]]} for row in split]
+        pairs = [{"text": f"{a['text']} {b['text']}", "label": [*a["label"], *b["label"]]} for a, b in pairwise(rows)]
+        return Dataset.from_list([*rows, *pairs, *[{"text": "nothing at all", "label": []}] * 10])
+
+    data = DatasetDict({name: mixed(split) for name, split in topics.items()})
+    args = arguments(tmp_path, max_steps=250, min_frequency=1, model={"objective": objective})
+    report = hf_al.train(args, data).report
+    assert report["problem_type"] == "multi_label_classification"
+    assert report["metric"] == "f1_micro"
+    assert report["label_names"] == ["food", "sky", "sport"]
+    assert report["test"][-1]["f1_micro"] > 0.8  # the share of labels is a half: 0.67 for saying yes to all
+    assert hf_al.evaluate(str(tmp_path), data["test"])["f1_micro"] == pytest.approx(report["test"][-1]["f1_micro"])
+
+
+def test_text_pairs_end_to_end(topics, tmp_path):
+    """Whether two texts have the same topic cannot be told from one of them."""
+    rows = []
+    for i, a in enumerate(topics["train"]):
+        for b in list(topics["train"])[i % 7 :: 7]:
+            rows.append({"premise": a["text"], "hypothesis": b["text"], "label": str(a["label"] == b["label"])})
+    data = DatasetDict({"train": Dataset.from_list(rows)})
+    result = hf_al.train(arguments(tmp_path, max_steps=5), data)
+    assert result.report["data"]["rows"]["validation"] == pytest.approx(len(rows) / 10, abs=2)
+    texts = result.tokenizer("rain", "goal")["input_ids"]
+    assert result.tokenizer.convert_ids_to_tokens(texts) == ["[CLS]", "rain", "[SEP]", "goal", "[SEP]"]
+    assert 0 <= hf_al.evaluate(str(tmp_path), data["train"])["accuracy"] <= 1
+
+
+def test_class_weights_raise_the_recall_of_their_class(few_tweets, tmp_path):
+    """The confusion matrix has the predictions of class 1 in column 1."""
+    predicted = {}
+    for name, weights in {"plain": [1, 1, 1], "heavy": [1, 30, 1]}.items():
+        args = arguments(tmp_path / name, max_steps=40, model={"class_weights": weights, "objective": "local_ce"})
+        matrix = hf_al.train(args, few_tweets).report["confusion_matrix"]
+        predicted[name] = sum(row[1] for row in matrix)
+    assert predicted["heavy"] > predicted["plain"]
+
+
+def test_class_weights_of_another_length_are_refused(few_tweets, tmp_path):
+    with pytest.raises(Exception, match="Expected 3 class_weights"):
+        hf_al.train(arguments(tmp_path, model={"class_weights": [1.0, 2.0]}), few_tweets)
+
+
+# --- report and evaluate
+
+
+def test_the_report_says_what_was_done_and_found(trained, few_tweets):
+    args, result = trained
+    report = result.report
+    assert [row["block"] for row in report["test"]] == [0, 1, 2]
+    assert {"accuracy", "macro_f1", "log_loss", "ece"} <= report["test"][0].keys()
+    assert report["label_names"] == ["negative", "neutral", "positive"]
+    assert report["data"]["rows"] == {name: len(split) for name, split in few_tweets.items()}
+    assert sum(map(sum, report["confusion_matrix"])) == len(few_tweets["test"])
+    hits = sum(report["confusion_matrix"][i][i] for i in range(3))
+    assert hits / len(few_tweets["test"]) == pytest.approx(report["test"][-1]["accuracy"])
+    assert report["steps"] == 60
+    assert report["parameters"]["inference"] + report["parameters"]["training_only"] == result.model.num_parameters()
+    assert report["arguments"] == args.to_dict()
+    assert report["speed"]["train_seconds"] > 0
+    assert report["machine"]["threads"] == 1
+    text = (Path(args.output_dir) / "report.md").read_text()
+    assert f"{report['test'][-1]['accuracy']:.4f}" in text
+    assert "Confusion matrix (test" in text
+
+
+def test_evaluate_gives_the_numbers_of_the_report(trained, few_tweets):
+    args, result = trained
+    from_folder = hf_al.evaluate(args.output_dir, few_tweets["test"])
+    from_object = hf_al.evaluate(result.model, few_tweets["test"], result.tokenizer)
+    assert from_folder == from_object
+    assert from_folder["exits"] == result.report["test"]
+    assert from_folder["examples"] == 80
+    assert {name: from_folder[name] for name in from_folder["exits"][-1] if name != "block"} == {
+        name: value for name, value in from_folder["exits"][-1].items() if name != "block"
+    }
+
+
+def test_evaluation_is_of_the_rows_in_their_order(trained, few_tweets):
+    """Batches are made by length; the logits come back row by row, as from the model called on each text alone."""
+    args, result = trained
+    texts, names = few_tweets["test"]["text"], result.report["label_names"]
+    logits = []
+    for text in texts:
+        encoded = result.tokenizer(text, truncation=True, max_length=args.max_seq_length, return_tensors="pt")
+        with torch.no_grad():
+            logits.append(result.model(input_ids=encoded["input_ids"]).logits[0].numpy())
+    labels = np.array([names.index(label) for label in few_tweets["test"]["label"]])
+    alone = exit_metrics({2: np.stack(logits)}, labels, "single_label_classification")[-1]
+    assert alone == pytest.approx(result.report["test"][-1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("nowhere", "found nothing at nowhere"), (".", "Expected a model folder with config.json")],
+)
+def test_evaluate_refuses_what_is_not_a_model(model, message, few_tweets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        hf_al.evaluate(model, few_tweets["test"])
+
+
+def test_evaluate_refuses_labels_that_the_model_lacks(trained, few_tweets):
+    args, _ = trained
+    strange = few_tweets["test"].map(lambda row: {"label": "angry"})
+    with pytest.raises(ValueError, match=r"Expected the labels negative, neutral, positive .*got \['angry'\]"):
+        hf_al.evaluate(args.output_dir, strange)
+
+
+def test_evaluate_does_not_need_every_class_in_the_data(trained, few_tweets):
+    args, _ = trained
+    some = few_tweets["test"].filter(lambda row: row["label"] == "negative")
+    assert hf_al.evaluate(args.output_dir, some)["examples"] == len(some)
+
+
+def test_metrics_go_to_the_tracker_that_was_asked_for(few_tweets, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    hf_al.train(arguments(tmp_path, report_to="tensorboard", max_steps=10), few_tweets)
+    tags = set()
+    for events in tmp_path.rglob("events.out.tfevents.*"):
+        accumulator = EventAccumulator(str(events))
+        accumulator.Reload()
+        tags |= set(accumulator.Tags()["scalars"])
+    assert {"loss/0/associated", "loss/1/reconstruction", "validation/1/accuracy", "learning_rate"} <= tags
