@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import report as reporting
@@ -119,7 +120,7 @@ class Run:
         self.labels = {name: split_labels(data[name], collator) for name in data}
         self.progress = Progress()
         self.at_start = health.part_sums(model)
-        self.window: dict[int, dict[str, Tensor]] = {}
+        self.window: dict[str, Tensor | int] = {}
         self.window_steps = 0
         self.identity = {
             "model": {
@@ -171,20 +172,26 @@ class Run:
         )  # fmt: skip
         self.accelerator.init_trackers("hf_al", config=_flat(args.to_dict()))
         self.model.train()
-        bar = tqdm(
-            total=self.total_steps,
-            initial=progress.step,
-            disable=args.disable_tqdm or not sys.stderr.isatty(),
-            desc=self.model.config.objective,
-        )
+        with logging_redirect_tqdm():
+            self._train_steps(
+                tqdm(
+                    total=self.total_steps,
+                    initial=progress.step,
+                    disable=args.disable_tqdm or not sys.stderr.isatty(),
+                    desc=self.model.config.objective,
+                )
+            )
+
+    def _train_steps(self, bar: tqdm) -> None:
+        args, progress = self.args, self.progress
         clock = time.perf_counter()
         for step, rows in self.order.steps(progress.step, self.total_steps):
             if self._stopped_early():
                 break
             parts = micro_batches(rows, args.gradient_accumulation_steps)
-            losses, _ = self.stage.train_batch(self.data["train"], parts, step, args.seed)
+            losses, norms = self.stage.train_batch(self.data["train"], parts, step, args.seed)
             progress.step = step + 1
-            self._collect(losses)
+            self._collect(losses, norms)
             bar.update()
             last = progress.step == self.total_steps
             evaluate = self._due_evaluation(last)
@@ -213,13 +220,13 @@ class Run:
         every = self.args.eval_steps or len(self.order)
         return last or self.progress.step % every == 0
 
-    def _collect(self, losses: dict[int, dict[str, Tensor]]) -> None:
+    def _collect(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
         """Adds to the running sums on the device; reading them waits for it, so that happens only when logging."""
         self.window_steps += 1
-        for k, named in losses.items():
-            sums = self.window.setdefault(k, {})
-            for name, value in named.items():
-                sums[name] = sums.get(name, 0) + value
+        values = {f"loss/{k}/{name}": value for k, named in losses.items() for name, value in named.items()}
+        values |= {f"grad_norm/{unit[-1]}": norm for unit, norm in norms.items()}
+        for name, value in values.items():
+            self.window[name] = self.window.get(name, 0) + value
 
     def _log(self) -> dict[str, float]:
         """Means since the last log, to history and trackers; the total of the local losses for the bar.
@@ -229,18 +236,14 @@ class Run:
         """
         if not self.window_steps:
             return {}
-        values = {
-            f"loss/{k}/{name}": float(total) / self.window_steps
-            for k, named in self.window.items()
-            for name, total in named.items()
-        }
+        values = {name: float(total) / self.window_steps for name, total in self.window.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                _, k, which = name.split("/")
+                kind, k, *which = name.split("/")
                 raise ValueError(
-                    f"Expected finite losses, got {value} as the {which} loss of block {k} in the {self.window_steps} "
-                    f"steps up to step {self.progress.step}. Lower the learning rate, or clip: --max_grad_norm 1. The "
-                    "last checkpoint is from before."
+                    f"Expected finite losses and gradients, got {value} as the {' '.join([*which, kind])} of block {k} "
+                    f"in the {self.window_steps} steps up to step {self.progress.step}. Lower the learning rate, or "
+                    "clip: --max_grad_norm 1. The last checkpoint is from before."
                 )
         self.window, self.window_steps = {}, 0
         row = {
@@ -250,7 +253,7 @@ class Run:
         }
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
-        return {"loss": round(sum(values.values()), 4)}
+        return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
 
     def _evaluate(self) -> bool:
         """Validation metrics of every exit; whether the last exit is the best so far."""
