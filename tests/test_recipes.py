@@ -1,0 +1,85 @@
+"""Every shipped recipe trains, and `accelerate launch` starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hf_al
+from hf_al.training.arguments import parse_arguments
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+YAMLS = sorted(RECIPES.glob("*.yaml"))
+SHORT = [
+    "--max_steps=3", "--max_train_samples=200", "--max_eval_samples=60", "--max_predict_samples=60", "--threads=1",
+    "--use_cpu",
+]  # fmt: skip
+PER_BLOCK = ("layers_per_block", "target_size", "bridge_layers", "hidden_size", "num_attention_heads")
+
+
+def test_the_promised_recipes_are_there():
+    assert {"tweets_lstm", "tweets_transformer"} <= {path.stem for path in YAMLS}
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_a_recipe_trains_three_steps(path, tmp_path):
+    result = hf_al.train(parse_arguments([f"--config={path}", f"--output_dir={tmp_path}", *SHORT]))
+    assert result.report["steps"] == 3
+    assert result.report["data"]["rows"] == {"train": 200, "validation": 60, "test": 60}
+    assert len(result.report["test"]) == result.model.config.num_blocks
+    assert hf_al.evaluation.load_model(str(tmp_path))[0].config.num_blocks == result.model.config.num_blocks
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("objective", ["backprop"])
+def test_a_recipe_trains_its_backpropagation_twin(objective, path, tmp_path):
+    argv = [f"--config={path}", f"--output_dir={tmp_path}", *SHORT, f"--objective={objective}", "--num_blocks=2"]
+    result = hf_al.train(parse_arguments(argv))
+    assert result.model.config.objective == objective
+    assert result.model.config.num_blocks == 2
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_a_recipe_gives_every_setting_of_a_block_as_one_number(path):
+    values = yaml.safe_load(path.read_text())
+    for name in PER_BLOCK:
+        assert isinstance(values.get("model", {}).get(name, 1), int), name
+    assert not [name for name, value in {**values, **values.get("model", {})}.items() if isinstance(value, list)]
+
+
+@pytest.mark.medium
+def test_accelerate_launch_trains_a_recipe(tmp_path):
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    done = subprocess.run(
+        [
+            accelerate, "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", str(RECIPES / "train.py"), "--config", str(RECIPES / "tweets_lstm.yaml"),
+            "--output_dir", str(tmp_path / "launched"), "--learning_rate", "1e-3", *SHORT,
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "launched" / "report.json").read_text())
+    assert report["steps"] == 3
+    assert report["arguments"]["learning_rate"] == 1e-3
+    argv = [f"--config={RECIPES / 'tweets_lstm.yaml'}", f"--output_dir={tmp_path / 'called'}", "--learning_rate=1e-3"]
+    hf_al.train(parse_arguments([*argv, *SHORT]))
+    launched, called = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("launched", "called"))
+    assert launched == called
+
+
+@pytest.mark.medium
+def test_the_quickstart_compares_three_models_and_classifies_sentences(tmp_path):
+    """Also over what an earlier run left there."""
+    (tmp_path / "associated" / "checkpoints" / "checkpoint-00000009").mkdir(parents=True)
+    (tmp_path / "associated" / "config.json").write_text("{}")
+    flags = ["--output_dir", str(tmp_path), *SHORT, "--hidden_size=16", "--num_blocks=2"]
+    program = [sys.executable, str(RECIPES / "quickstart.py"), *flags]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for words in ("Associated Learning", "ackprop", "TF-IDF", "You lost my bag again"):
+        assert words in done.stdout + done.stderr, words

