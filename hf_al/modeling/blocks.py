@@ -27,7 +27,7 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     """One vector (N, D) a text; padding (mask 0) has no part in it."""
     if how == "mean":
         mask_NT1 = mask_NT[..., None].to(hidden_NTD.dtype)
-        return (hidden_NTD * mask_NT1).sum(1) / mask_NT1.sum(1).clamp(min=1)
+        return (hidden_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
     if how == "max":
         return hidden_NTD.masked_fill(mask_NT[..., None] == 0, torch.finfo(hidden_NTD.dtype).min).amax(1)
     first_N = mask_NT.argmax(1)
@@ -47,7 +47,7 @@ def truncate(inputs: Inputs, longest: int) -> Inputs:
         return inputs
     order_NT = mask_NT.argsort(dim=1, descending=True, stable=True)  # text first, padding last
     lengths_N1 = mask_NT.sum(1, keepdim=True)
-    last_N1 = order_NT.gather(1, (lengths_N1 - 1).clamp(min=0))
+    last_N1 = order_NT.gather(1, lengths_N1 - 1)
     kept_NT = order_NT[:, :longest].clone()
     kept_NT[:, -1:] = torch.where(lengths_N1 > longest, last_N1, kept_NT[:, -1:])
     cut: Inputs = {n: inputs[n].gather(1, kept_NT) for n in ("input_ids", "attention_mask") if n in inputs}
@@ -108,7 +108,7 @@ class LstmEncoder(nn.Module):
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
         """Adds `lengths` (N,) on the CPU, and where padding is not all on the right, `order` (N, T) to put it there."""
         mask_NT = inputs["attention_mask"]
-        inputs["lengths"] = mask_NT.sum(1).clamp(min=1).cpu()
+        inputs["lengths"] = mask_NT.sum(1).cpu()
         if bool((mask_NT[:, 1:] > mask_NT[:, :-1]).any()):
             inputs["order"] = mask_NT.argsort(dim=1, descending=True, stable=True)
         return inputs
@@ -213,7 +213,7 @@ class TransformerEncoder(nn.Module):
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
         """Adds `position_ids` (N, T), the attention's `bias`, and `cos`, `sin` (N, T, d / 2) for rotary positions."""
         mask_NT = inputs["attention_mask"]
-        inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0)  # padding on the left comes before 0
         like = inputs["inputs_embeds"] if "inputs_embeds" in inputs else mask_NT[..., None].float()
         bias = create_bidirectional_mask(config=config, inputs_embeds=like, attention_mask=mask_NT)
         if bias is not None:

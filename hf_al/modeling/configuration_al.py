@@ -119,6 +119,11 @@ class ALConfig(PreTrainedConfig):
     inference_only: bool = False
     tie_word_embeddings: bool = False
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.problem_type is None and self.num_labels == 1:
+            self.problem_type = "regression"  # said here, because `pipeline` takes None for a sigmoid
+
     def validate_choices(self):
         _choice(self, "objective", OBJECTIVE_NAMES)
         _choice(self, "associated_loss", ("mse", "cosine"))

@@ -48,6 +48,7 @@ class ALPreTrainedModel(PreTrainedModel):
     config: ALConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # Trainer shall divide the loss by the accumulation steps itself
     _no_split_modules = ["ALBlock"]  # noqa: RUF012  (transformers reads a list)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -88,6 +89,16 @@ class ALPreTrainedModel(PreTrainedModel):
             init.orthogonal_(weight)
         else:
             init.normal_(weight, std=self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers. Weights on a CPU are moved to 64-byte boundaries: loaded from a mapped file they lie
+        anywhere, the same matmul then rounds differently, and a reloaded model would not be the trained one."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+        return loaded
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory, *, inference_only: bool = False, **kwargs
@@ -147,7 +158,9 @@ class ALModel(ALPreTrainedModel):
             mask_NT = torch.ones_like(inputs_embeds[..., 0]) if attention_mask is None else attention_mask
         else:
             raise ValueError("Expected either input_ids or inputs_embeds, got both or neither. Pass one of them.")
-        inputs["attention_mask"] = mask_NT.long()
+        mask_NT = mask_NT.long()
+        empty_N1 = mask_NT.sum(1, keepdim=True) == 0  # a text without a token is read as one padding token
+        inputs["attention_mask"] = torch.cat([mask_NT[:, :1] | empty_N1, mask_NT[:, 1:]], 1)
         if labels is not None:
             inputs["labels"] = labels
         inputs = truncate(inputs, self.config.max_position_embeddings)
@@ -155,7 +168,7 @@ class ALModel(ALPreTrainedModel):
 
     def initial_boundary(self, labels: Tensor | None = None) -> Boundary:
         """What block 0 receives: nothing but t_0 (N, C) in training."""
-        return {} if labels is None else {"target": first_target(labels, self.config)}
+        return {} if labels is None else {"target": first_target(labels, self.config).to(self.dtype)}
 
     @can_return_tuple
     def forward(

@@ -294,13 +294,17 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected YAML in {path}, got something else: {error}") from None
+        raise ValueError(f"Expected YAML in {path}, got something else: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"Expected a mapping of arguments in {path}, got {type(values).__name__}.")
     known = [f.name for f in dataclasses.fields(TrainingArguments)]
     for key in values:
+        if key not in known and (key in model_fields("al_lstm") or key in model_fields("al_transformer")):
+            raise ValueError(f"Unknown key {key!r} at the top of {path}: it is a config value. Put it under model:")
         if key not in known:
             raise ValueError(f"Unknown key {key!r} in {path}.{_nearest(str(key), known)}")
+    if not isinstance(values.get("model") or {}, dict):
+        raise ValueError(f"Expected a mapping of config values as model: in {path}, got {values['model']!r}.")
     return values
 
 

@@ -59,10 +59,14 @@ def save_checkpoint(
         _fsync(aside / name)
         files[name] = (aside / name).stat().st_size
     write_atomically(aside / MANIFEST, json.dumps({**manifest, "files": files}, indent=1))
-    if path.exists():  # the same step again, after a resume: the same content
-        shutil.rmtree(path)
+    replaced = path.with_name(path.name + ".old")
+    if path.exists():  # the same step again: until the new one has its name, the old one is found under another
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
     aside.rename(path)
     _fsync(path.parent)
+    if replaced.exists():
+        _remove(replaced)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -70,7 +74,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         complete = all((path / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return manifest if complete else None
 
@@ -124,15 +128,45 @@ def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockO
     return manifest
 
 
+def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
+    """Copies the best checkpoint of the run that `resumed` belongs to, where it is resumed into another folder.
+
+    Raises:
+        ValueError: that run no longer has it.
+    """
+    if best_step is None or read_manifest(checkpoint_path(output_dir, best_step)) is not None:
+        return
+    target = checkpoint_path(output_dir, best_step)
+    best = resumed.parent / target.name
+    if read_manifest(best) is None:
+        raise ValueError(
+            f"Expected the best checkpoint of the run, {best.name}, beside {resumed}, found none that is complete. "
+            "Resume from a checkpoint that has it beside it, or start anew."
+        )
+    aside = target.with_name(f"tmp-{target.name}")
+    shutil.copytree(best, aside, dirs_exist_ok=True)
+    aside.rename(target)
+
+
+def _remove(path: Path) -> None:
+    """A folder that is half deleted when the process dies has no checkpoint's name any more."""
+    aside = path.with_name(f"tmp-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
 def rotate(output_dir: Path, keep: int, best_step: int | None) -> None:
-    """Deletes all complete checkpoints but the newest `keep` and the best one, and what an interrupted write left."""
-    paths = complete_checkpoints(output_dir)
-    spared = paths[-keep:] + ([checkpoint_path(output_dir, best_step)] if best_step is not None else [])
-    for path in paths:
-        if path not in spared:
-            shutil.rmtree(path)
+    """Deletes all checkpoints but the newest `keep` and the best one, and what an interrupted write left."""
     for leftover in (output_dir / "checkpoints").glob("tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    spared = [path for path in complete_checkpoints(output_dir) if path.suffix != ".old"][-keep:]
+    if best_step is not None:
+        spared.append(checkpoint_path(output_dir, best_step))
+    for path in (output_dir / "checkpoints").glob("checkpoint-*"):
+        if path not in spared:
+            _remove(path)
 
 
 def first_difference(expected: dict[str, Any], got: dict[str, Any]) -> str | None:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict
 from torch import Tensor
@@ -86,7 +85,6 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     run.fit()
     report = run.finish()
     accelerator.end_training()
-    AcceleratorState._reset_state()  # so that the next run in this process may choose another precision
     return TrainResult(run.model, tokenizer, report)
 
 
@@ -159,6 +157,7 @@ class Run:
                 self.total_steps,
             )
         checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers)
+        checkpoint.adopt_best(path, self.output_dir, manifest["progress"]["best_step"])
         self.progress = Progress(**manifest["progress"])
         logger.info("Resuming from %s, step %d of %d.", path, self.progress.step, self.total_steps)
 

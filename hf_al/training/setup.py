@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,8 @@ def prepare_output_dir(args: TrainingArguments) -> Path:
 
 
 def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != ("bf16" if args.bf16 else "no"):
+        AcceleratorState._reset_state()  # an earlier run in this process chose another precision
     trackers = [] if args.report_to in ("none", "") else args.report_to.split(",")
     try:
         accelerator = Accelerator(
@@ -80,6 +83,7 @@ def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"Could not start accelerate: {error}") from error
+    accelerator.gradient_accumulation_steps = 1  # micro-batches are weighted by their examples here, in stage.py
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != 1 or accelerator.num_processes != 1:
         raise ValueError(

@@ -83,7 +83,10 @@ def through_trainer(model, data, folder, **values) -> dict[str, torch.Tensor]:
     )
     numbered = Dataset.from_dict({"row": list(range(ROWS))})
     trainer = Trainer(
-        model, args, train_dataset=numbered, data_collator=lambda rows: collator(data, np.array([r["row"] for r in rows]))
+        model,
+        args,
+        train_dataset=numbered,
+        data_collator=lambda rows: collator(data, np.array([r["row"] for r in rows])),
     )
     trainer.train()
     return model.state_dict()
