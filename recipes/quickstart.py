@@ -31,9 +31,9 @@ SENTENCES = (
 )
 
 
-def train(objective: str, output_dir: str, extra: list[str]) -> dict[str, Any]:
-    flags = ["--config", str(RECIPE), "--output_dir", f"{output_dir}/{objective}", "--objective", objective]
-    return hf_al.train(parse_arguments([*flags, "--overwrite_output_dir", *extra])).report
+def train(output_dir: str, flags: list[str]) -> dict[str, Any]:
+    config = ["--config", str(RECIPE), "--output_dir", output_dir, "--overwrite_output_dir"]
+    return hf_al.train(parse_arguments([*config, *flags])).report
 
 
 def tfidf_baseline(extra: list[str]) -> dict[str, Any]:
@@ -57,9 +57,9 @@ def main() -> None:
 
     clock = time.perf_counter()
     console.rule("Associated Learning: every block has its own loss")
-    al = train("associated", known.output_dir, extra)
+    al = train(f"{known.output_dir}/al", extra)
     console.rule("The same network by backpropagation")
-    backprop = train("backprop", known.output_dir, extra)
+    backprop = train(f"{known.output_dir}/backprop", [*extra, "--objective", "backprop"])
     console.rule("TF-IDF + logistic regression")
     tfidf = tfidf_baseline(extra)
     minutes = (time.perf_counter() - clock) / 60
@@ -71,7 +71,7 @@ def main() -> None:
     for exit_ in al["test"]:
         last = exit_ is al["test"][-1]
         seconds = f"{al['speed']['train_seconds']:.0f} s" if last else ""
-        table.add_row("AL", f"block {exit_['block']}", f"{exit_['accuracy']:.4f}", seconds)
+        table.add_row(f"AL ({al['objective']})", f"block {exit_['block']}", f"{exit_['accuracy']:.4f}", seconds)
     seconds = f"{backprop['speed']['train_seconds']:.0f} s"
     table.add_row("backpropagation", "the end", f"{backprop['test'][-1]['accuracy']:.4f}", seconds)
     table.add_row("TF-IDF + log. regression", "-", f"{tfidf['accuracy']:.4f}", f"{tfidf['seconds']:.0f} s")
@@ -81,7 +81,7 @@ def main() -> None:
         f"validation tweets; one seed, so differences below about 1.5 points mean little. {minutes:.1f} minutes in all."
     )
 
-    folder = f"{known.output_dir}/associated"
+    folder = f"{known.output_dir}/al"
     classify = pipeline("text-classification", model=folder)
     console.rule(f"pipeline('text-classification', model='{folder}')")
     for sentence, answer in zip(SENTENCES, classify(list(SENTENCES)), strict=True):

@@ -160,7 +160,9 @@ class ALConfig(PreTrainedConfig):
     def validate_labels(self):
         kind = self.resolved_problem_type
         if self.num_labels < 1:
-            raise ValueError(f"Expected num_labels to be at least 1, got {self.num_labels}.")
+            raise ValueError(
+                f"Expected num_labels to be at least 1, got {self.num_labels}. Pass num_labels=2 or more, or id2label."
+            )
         if self.class_weights is not None:
             if kind == "regression":
                 raise ValueError("Expected no class_weights for regression, got a list. Pass class_weights=None.")
@@ -170,7 +172,10 @@ class ALConfig(PreTrainedConfig):
                     "Pass one weight a class."
                 )
             if any(not (w >= 0 and math.isfinite(w)) for w in self.class_weights) or not any(self.class_weights):
-                raise ValueError(f"Expected class_weights that are finite and not negative, got {self.class_weights}.")
+                raise ValueError(
+                    f"Expected class_weights that are finite and not negative, got {self.class_weights}. "
+                    "Pass a weight of 0 or more for each class, not all 0."
+                )
         if self.label_smoothing and kind != "single_label_classification":
             raise ValueError(
                 f"Expected label_smoothing=0.0 with problem_type={kind!r}, got {self.label_smoothing}. "
@@ -183,10 +188,14 @@ class ALConfig(PreTrainedConfig):
             if kind != "regression":
                 raise ValueError(f"Expected no {name} with problem_type={kind!r}, got {values}. Pass {name}=None.")
             if len(values) != self.num_labels:
-                raise ValueError(f"Expected {self.num_labels} values in {name} (num_labels), got {len(values)}.")
-            if name == "label_std" and any(value <= 0 for value in values):
                 raise ValueError(
-                    f"Expected every label_std above 0, got {values}. A constant target cannot be learned."
+                    f"Expected {self.num_labels} values in {name} (num_labels), got {len(values)}. "
+                    "Pass one value for each output."
+                )
+            if not all(math.isfinite(value) and (value > 0 or name == "label_mean") for value in values):
+                raise ValueError(
+                    f"Expected finite values in {name}, above 0 for label_std, got {values}. Pass the labels' mean and "
+                    "standard deviation; a constant target cannot be learned."
                 )
 
     @property
@@ -287,9 +296,10 @@ class ALTransformerConfig(ALConfig):
         _probability(self, "attention_probs_dropout_prob")
         for name in ("num_attention_heads", "intermediate_size"):
             _at_least(self, name, 1)
-        for name in ("rotary_base", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
+        for name, usual in (("rotary_base", 10000.0), ("layer_norm_eps", 1e-5)):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"Expected {name} to be a positive number, got {value}. Pass {name}={usual}, say.")
         head_size, rest = divmod(self.hidden_size, self.num_attention_heads)
         if rest:
             raise ValueError(
