@@ -83,3 +83,20 @@ def test_the_quickstart_compares_three_models_and_classifies_sentences(tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("Associated Learning", "ackprop", "TF-IDF", "You lost my bag again"):
         assert words in done.stdout + done.stderr, words
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("labels", "problem_type"),
+    [
+        ([0.25, 1.5, 2.75, 3.5] * 10, "regression"),
+        ([["good"], ["good", "short"], [], ["short"]] * 10, "multi_label_classification"),
+    ],
+    ids=["regression", "multi_label"],
+)
+def test_a_recipe_serves_labels_of_another_kind(labels, problem_type, path, tmp_path):
+    rows = [{"text": f"flight {i} was late", "label": label} for i, label in enumerate(labels)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    argv = [f"--config={path}", f"--output_dir={tmp_path / 'run'}", *SHORT[:1], "--threads=1", f"--train_file={file}"]
+    assert hf_al.train(parse_arguments([*argv, "--use_cpu"])).report["problem_type"] == problem_type

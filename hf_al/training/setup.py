@@ -117,6 +117,9 @@ def build_model(
         "label2id": {name: i for i, name in enumerate(names)},
         **args.model,
     }
+    if values.get("label_smoothing") and problem_type != "single_label_classification":
+        logger.warning("label_smoothing spreads one label over the classes: it is not used for %s.", problem_type)
+        values["label_smoothing"] = 0.0
     if problem_type == "regression":
         labels = np.asarray(train["label"], np.float64)
         values |= {"label_mean": [float(labels.mean())], "label_std": [float(labels.std())]}
