@@ -18,6 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .lstm import bidirectional, packed
 from .objectives import OBJECTIVES, Boundary, Losses, activate, read_out
 
 Inputs = dict[str, Any]  # tensors: what every block knows of a batch: see `prepare_inputs` of an encoder
@@ -121,9 +122,8 @@ class LstmEncoder(nn.Module):
         x_NTE = self.dropout(x_NTE)
         if "order" in inputs:
             x_NTE = x_NTE.gather(1, inputs["order"][..., None].expand_as(x_NTE))
-        packed = nn.utils.rnn.pack_padded_sequence(x_NTE, inputs["lengths"], batch_first=True, enforce_sorted=False)
-        packed, (h, c) = self.lstm(packed, state)  # h, c: (2 * layers, N, D / 2)
-        hidden_NTD, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=x_NTE.shape[1])
+        run = bidirectional if x_NTE.device.type == "cpu" else packed
+        hidden_NTD, (h, c) = run(self.lstm, x_NTE, inputs["lengths"], state)  # h, c: (2 * layers, N, D / 2)
         if "order" in inputs:
             index = inputs["order"][..., None].expand_as(hidden_NTD)
             hidden_NTD = torch.zeros_like(hidden_NTD).scatter(1, index, hidden_NTD)
@@ -181,9 +181,11 @@ class TransformerLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_index: int):
         super().__init__()
         inner = config.intermediate_size or 4 * config.hidden_size
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        # no scale of its own: the matrix that follows has one, and the scale's gradient would cost a block of AL the
+        # gradient of what that matrix reads, which nothing else needs
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
         self.attention = SelfAttention(config, layer_index)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
         self.up = nn.Linear(config.hidden_size, inner)
         self.activation = ACT2FN[config.hidden_act]
         self.down = nn.Linear(inner, config.hidden_size)

@@ -75,7 +75,7 @@ class ALPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.embedding_std)
             if module.padding_idx is not None:
                 init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             init.ones_(module.weight)
             init.zeros_(module.bias)
 

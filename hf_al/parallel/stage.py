@@ -72,7 +72,7 @@ class Stage:
                 self.accelerator.backward(loss * weight)
                 mean = losses.setdefault(unit[-1], {})
                 for name, value in named.items():
-                    mean[name] = mean.get(name, torch.zeros_like(value)) + value * weight
+                    mean[name] = mean[name] + value * weight if micro_batch else value * weight
                 if micro_batch == len(parts) - 1:
                     norms[unit] = self.optimizers.update(unit, step)
         return losses, norms

@@ -19,6 +19,12 @@ import yaml
 DATA = {"section": "data"}  # a data flag on the command line replaces a recipe's values of this whole section
 
 
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
+
+
 def _arg(default: Any, help: str, **metadata: Any) -> Any:
     metadata["help"] = help
     if isinstance(default, (list, dict)):
@@ -69,15 +75,32 @@ class TrainingArguments:
     word_vectors_extra_words: int = _arg(0, "Also give entries to the first N words of the word vectors (word).")
     preprocessing_num_workers: int | None = _arg(None, "Processes for tokenization.")
     # --- optimisation
-    learning_rate: float = _arg(1e-3, "Peak learning rate of every block.")
-    target_learning_rate_factor: float = _arg(1.0, "Label side's learning rate = this times learning_rate.")
-    embedding_learning_rate_factor: float = _arg(1.0, "Embedding rows' learning rate = this times learning_rate.")
-    weight_decay: float = _arg(0.0, "AdamW's weight decay (matrices only; not biases, norms and embeddings).")
-    adam_beta1: float = _arg(0.9, "AdamW's first beta.")
-    adam_beta2: float = _arg(0.999, "AdamW's second beta.")
-    adam_epsilon: float = _arg(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _arg(1.0, "Clip the gradient norm of each block (of the network under backprop); 0 = off.")
-    lr_scheduler_type: str = _arg("linear", "linear, cosine or constant, after the warm-up.")
+    optim: str = _arg("adamw", "Optimizer of every block: adamw, adam, sgd or adafactor.")
+    optim_args: dict = _arg({}, "More values for it, as torch names them: momentum=0.9,nesterov=true.")
+    embedding_optimizer: str = _arg(
+        "same", "sparse_adam: a step touches the embedding rows of its batch only; same: as everything else."
+    )
+    learning_rate: float | list[float] = _arg(1e-3, "Peak learning rate; a list has one for each block.")
+    target_learning_rate_factor: float | list[float] = _arg(
+        1.0, "Label side's learning rate = this times learning_rate; a list has one for each block."
+    )
+    embedding_learning_rate_factor: float = _arg(
+        1.0, "Embedding rows' learning rate = this times learning_rate; 0 = they stay as they are."
+    )
+    weight_decay: float | list[float] = _arg(
+        0.0, "Weight decay (matrices only; not biases, norms and embeddings); a list has one for each block."
+    )
+    target_weight_decay: float | list[float] | None = _arg(None, "Label side's weight decay (default: weight_decay).")
+    adam_beta1: float = _arg(0.9, "First beta of adamw, adam and sparse_adam.")
+    adam_beta2: float = _arg(0.999, "Second beta.")
+    adam_epsilon: float = _arg(1e-8, "Epsilon.")
+    max_grad_norm: float | list[float] = _arg(
+        1.0, "Clip the gradient norm of each block (of the network under backprop); 0 = off; a list has one for each."
+    )
+    lr_scheduler_type: str = _arg(
+        "linear", "A schedule of transformers (linear, cosine, constant, ...), or reduce_lr_on_plateau of each exit."
+    )
+    lr_scheduler_kwargs: dict = _arg({}, "More values for the schedule: num_cycles=2; factor=0.5,patience=1.")
     warmup_steps: float = _arg(0, "Warm-up: optimizer steps, or a share of all steps if below 1.")
     num_train_epochs: float = _arg(10.0, "Passes over train.")
     max_steps: int = _arg(-1, "Optimizer steps; above 0 it replaces num_train_epochs.")
@@ -128,16 +151,17 @@ class TrainingArguments:
         )
         for name in positive.split():
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if not all(v > 0 and math.isfinite(v) for v in _numbers(value)):
                 raise ValueError(f"Expected {name} above 0, got {value}.")
         for name in [
             "weight_decay",
+            "target_weight_decay",
             "max_grad_norm",
             "warmup_steps",
             "word_vectors_extra_words",
             "embedding_learning_rate_factor",
         ]:
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+            if not all(v >= 0 and math.isfinite(v) for v in _numbers(getattr(self, name))):
                 raise ValueError(f"Expected {name} to be 0 or more, got {getattr(self, name)}.")
         for name in ("adam_beta1", "adam_beta2", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
@@ -146,7 +170,9 @@ class TrainingArguments:
             "model_type": ("al_lstm", "al_transformer"),
             "tokenizer_type": ("word", "wordpiece", "bpe", "unigram"),
             "text_style": ("plain", "tweets"),
-            "lr_scheduler_type": ("linear", "cosine", "constant"),
+            "optim": ("adamw", "adam", "sgd", "adafactor"),
+            "embedding_optimizer": ("same", "sparse_adam"),
+            "lr_scheduler_type": SCHEDULES,
             "eval_strategy": ("epoch", "steps", "no"),
             "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
         }
@@ -162,10 +188,15 @@ class TrainingArguments:
                 f"Expected eval_steps exactly with eval_strategy='steps', got eval_strategy={self.eval_strategy!r} and "
                 f"eval_steps={self.eval_steps}."
             )
-        if self.eval_strategy == "no" and self.early_stopping_patience is not None:
-            raise ValueError(
-                "Expected an eval_strategy for early_stopping_patience, got 'no'. Pass eval_strategy='epoch'."
-            )
+        needs_evaluation = {
+            "early_stopping_patience": self.early_stopping_patience is not None,
+            "lr_scheduler_type='reduce_lr_on_plateau'": self.lr_scheduler_type == "reduce_lr_on_plateau",
+        }
+        for name, needed in needs_evaluation.items():
+            if needed and self.eval_strategy == "no":
+                raise ValueError(f"Expected an eval_strategy for {name}, got 'no'. Pass eval_strategy='epoch'.")
+        if self.lr_scheduler_kwargs and self.lr_scheduler_type == "constant":
+            raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {self.max_steps}.")
         if self.word_vectors_extra_words and not (self.word_vectors and self.tokenizer_type == "word"):
@@ -220,13 +251,31 @@ def _convert(value: Any, kind: Any) -> Any:
             if origin is str and isinstance(value, (str, Path)):
                 return str(value)
             if origin is list:
-                items = yaml.safe_load(value) if isinstance(value, str) else value
+                if isinstance(value, str):  # 1,2 or [1, 2]
+                    value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+                items = value if isinstance(value, list) else [value]
                 return [_convert(item, typing.get_args(member)[0]) for item in items]
-            if origin is dict and isinstance(value, dict):
-                return dict(value)
+            if origin is dict:
+                if isinstance(value, str):  # a=1,b=true or {"a": 1}
+                    pairs = value if value.startswith("{") else "{" + value.replace("=", ": ") + "}"
+                    value = yaml.safe_load(pairs)
+                return {k: _number(v) for k, v in dict(value).items()}
         except (TypeError, ValueError, AttributeError, yaml.YAMLError):
             continue
     raise TypeError(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-4 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in an argument that is one, a list of them, or None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _nearest(name: str, known: list[str]) -> str:

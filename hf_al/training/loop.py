@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import report as reporting
 from ..data import sources, tokenization
 from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
-from ..evaluation import BEST_METRIC, exit_metrics, is_better
+from ..evaluation import BEST_METRIC, SMALLER_IS_BETTER, exit_metrics, is_better
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import place
 from ..parallel.stage import Stage
@@ -88,6 +88,41 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     return TrainResult(run.model, tokenizer, report)
 
 
+class Window:
+    """Losses and gradient norms since the last log, summed on the device: reading them would wait for it."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.names: list[str] = []
+        self.total = self.first_bad = torch.zeros(0)
+
+    def add(self, step: int, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
+        values = {f"loss/{k}/{name}": value for k, named in losses.items() for name, value in named.items()}
+        values |= {f"grad_norm/{unit[-1]}": norm for unit, norm in norms.items()}
+        row = torch.stack([value.float() for value in values.values()])
+        bad = torch.where(row.isfinite(), math.inf, float(step))
+        self.total = row if self.steps == 0 else self.total + row
+        self.first_bad = bad if self.steps == 0 else torch.minimum(self.first_bad, bad)
+        self.names, self.steps = list(values), self.steps + 1
+
+    def means(self) -> dict[str, float]:
+        """Name -> mean over the steps.
+
+        Raises:
+            ValueError: a value that is not finite, naming its block and the first step that had one.
+        """
+        steps = self.first_bad.tolist()
+        if min(steps) < math.inf:
+            worst = steps.index(min(steps))
+            kind, k, *which = self.names[worst].split("/")
+            raise ValueError(
+                f"Expected finite losses and gradients, got NaN or infinity as the {' '.join([*which, kind])} of block "
+                f"{k} at step {int(steps[worst])}. Lower the learning rate, or clip: --max_grad_norm 1. The last "
+                "checkpoint is from before."
+            )
+        return dict(zip(self.names, (self.total / self.steps).tolist(), strict=True))
+
+
 class Run:
     """One run: its data, its stage and its progress; `resume`, `fit` and `finish` in this order."""
 
@@ -112,14 +147,14 @@ class Run:
         self.placement = place(model.config.units)
         units = self.placement.units(0)
         blocks = {k: model.model.blocks[k] for k in self.placement.blocks(0)}
-        self.optimizers = BlockOptimizers(blocks, units, args, self.total_steps)
+        larger_is_better = self.metric not in SMALLER_IS_BETTER
+        self.optimizers = BlockOptimizers(blocks, units, args, self.total_steps, larger_is_better)
         collator = Collator(tokenizer.pad_token_id, model.config.classes)
         self.stage = Stage(model, self.placement, 0, accelerator, collator, self.optimizers)
         self.labels = {name: split_labels(data[name], collator) for name in data}
         self.progress = Progress()
         self.at_start = health.part_sums(model)
-        self.window: dict[str, Tensor | int] = {}
-        self.window_steps = 0
+        self.window = Window()
         self.identity = {
             "model": {
                 key: value
@@ -129,7 +164,14 @@ class Run:
             "data": {name: sources.fingerprint(data[name]) for name in ("train", "validation")},
             "run": {
                 name: getattr(args, name)
-                for name in ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16"]
+                for name in [
+                    "seed",
+                    "per_device_train_batch_size",
+                    "gradient_accumulation_steps",
+                    "bf16",
+                    "optim",
+                    "embedding_optimizer",
+                ]
             },
         }
 
@@ -190,7 +232,7 @@ class Run:
             parts = micro_batches(rows, args.gradient_accumulation_steps)
             losses, norms = self.stage.train_batch(self.data["train"], parts, step, args.seed)
             progress.step = step + 1
-            self._collect(losses, norms)
+            self.window.add(progress.step, losses, norms)
             bar.update()
             last = progress.step == self.total_steps
             evaluate = self._due_evaluation(last)
@@ -205,6 +247,7 @@ class Run:
                 clock = time.perf_counter()
         progress.seconds += time.perf_counter() - clock
         bar.close()
+        self.optimizers.release()
 
     def _stopped_early(self) -> bool:
         patience = self.args.early_stopping_patience
@@ -219,37 +262,20 @@ class Run:
         every = self.args.eval_steps or len(self.order)
         return last or self.progress.step % every == 0
 
-    def _collect(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
-        """Adds to the running sums on the device; reading them waits for it, so that happens only when logging."""
-        self.window_steps += 1
-        values = {f"loss/{k}/{name}": value for k, named in losses.items() for name, value in named.items()}
-        values |= {f"grad_norm/{unit[-1]}": norm for unit, norm in norms.items()}
-        for name, value in values.items():
-            self.window[name] = self.window.get(name, 0) + value
-
     def _log(self) -> dict[str, float]:
         """Means since the last log, to history and trackers; the total of the local losses for the bar.
 
         Raises:
             ValueError: a loss that is not finite, naming block and step; the last checkpoint is from before it.
         """
-        if not self.window_steps:
+        if not self.window.steps:
             return {}
-        values = {name: float(total) / self.window_steps for name, total in self.window.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                kind, k, *which = name.split("/")
-                raise ValueError(
-                    f"Expected finite losses and gradients, got {value} as the {' '.join([*which, kind])} of block {k} "
-                    f"in the {self.window_steps} steps up to step {self.progress.step}. Lower the learning rate, or "
-                    "clip: --max_grad_norm 1. The last checkpoint is from before."
-                )
-        self.window, self.window_steps = {}, 0
-        row = {
-            "step": self.progress.step,
-            "learning_rate": self.optimizers.learning_rate(self.progress.step - 1),
-            **values,
-        }
+        values = self.window.means()
+        rates = self.optimizers.learning_rates(self.progress.step - 1)
+        same = len(set(rates.values())) == 1
+        values |= {"learning_rate" if same else f"learning_rate/{k}": rate for k, rate in rates.items()}
+        self.window = Window()
+        row = {"step": self.progress.step, **values}
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
@@ -267,6 +293,7 @@ class Run:
             progress.best_metric, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
         else:
             progress.evaluations_without_gain += 1
+        self.optimizers.observe({int(row["block"]): row[self.metric] for row in exits})
         progress.history.append({"step": progress.step, "validation": exits})
         flat = {f"validation/{row['block']}/{n}": v for row in exits for n, v in row.items() if n != "block"}
         self.accelerator.log(flat, step=progress.step)

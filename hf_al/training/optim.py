@@ -1,32 +1,80 @@
-"""One AdamW and one schedule for each unit (a block; the whole network under backprop), behind one object.
+"""Optimizers and schedules of the units (a block each; the whole network under backprop), behind one object.
 
-The learning rate is a pure function of the step, so a schedule has no state to save. Optimizer state is kept by the
-name of the parameter it belongs to, so that a checkpoint of a block fits wherever the block is placed.
+The schedules of transformers are pure functions of the step and have no state. Optimizer state, and what a plateau
+schedule remembers, is kept by block and parameter name, so that a checkpoint of a block fits wherever the block is.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import get_scheduler
 
 from .arguments import TrainingArguments
 
 LABEL_SIDE = ("encode_target", "decode_target")
+PLATEAU = "reduce_lr_on_plateau"
+PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 
-def schedule_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
-    """Learning rate at `step` (from 0) over its peak: linear warm-up, then linear to 0, cosine to 0, or constant."""
+def of_block(value: Any, k: int) -> float:
+    """The value of block k, from one number for all or a list of one a block."""
+    return value[k] if isinstance(value, list) else value
+
+
+def make_schedule(args: TrainingArguments, total_steps: int) -> Callable[[int], float]:
+    """Step, from 0, -> learning rate over its peak: transformers' schedule, except that no step has a rate of 0.
+
+    transformers starts its warm-up at 0, which makes nothing of a batch; here the first step has 1 / warmup_steps.
+
+    Raises:
+        ValueError: `lr_scheduler_kwargs` that the schedule does not take.
+    """
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    if args.lr_scheduler_type == "linear":
-        return max(0.0, 1 - progress)
-    if args.lr_scheduler_type == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return 1.0
+    is_plain = args.lr_scheduler_type in ("constant", PLATEAU)
+    name = "constant_with_warmup" if is_plain else args.lr_scheduler_type
+    options = None if is_plain else args.lr_scheduler_kwargs
+    try:
+        schedule = get_scheduler(name, _unit_rate(), warmup, total_steps, scheduler_specific_kwargs=options)
+        if args.lr_scheduler_type == PLATEAU:
+            ReduceLROnPlateau(_unit_rate(), **args.lr_scheduler_kwargs)
+        factor = schedule.lr_lambdas[0]
+        factor(0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected lr_scheduler_kwargs of {args.lr_scheduler_type}, got {args.lr_scheduler_kwargs}: {error}. "
+            "transformers' get_scheduler and torch's ReduceLROnPlateau say what each schedule takes."
+        ) from None
+    return lambda step: 1.0 if step + 1 == warmup else float(factor(step + 1 if step < warmup else step))
+
+
+def _unit_rate() -> torch.optim.Optimizer:
+    """An optimizer of nothing with the learning rate 1, for schedules to turn."""
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+def make_optimizer(args: TrainingArguments, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer that `args.optim` names, over parameter groups with their own lr and weight_decay.
+
+    Raises:
+        ValueError: `optim_args` that it does not take.
+    """
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "adamw": (torch.optim.AdamW, adam),
+        "adam": (torch.optim.Adam, adam),
+        "sgd": (torch.optim.SGD, {"fused": True}),
+        "adafactor": (torch.optim.Adafactor, {}),
+    }
+    kind, defaults = kinds[args.optim]
+    try:
+        return kind(groups, **{**defaults, **args.optim_args})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected optim_args of torch's {kind.__name__}, got {args.optim_args}: {error}.") from None
 
 
 class BlockOptimizers:
@@ -35,70 +83,157 @@ class BlockOptimizers:
     Args:
         blocks: block number -> block, those that the stage owns.
         units: runs of blocks that are trained together.
-        args: learning rates, factors, clipping and schedule.
+        args: optimizer, learning rates, factors, clipping and schedule.
         total_steps: optimizer steps of the whole run, which the schedule spans.
+        larger_is_better: of the metric that a plateau schedule watches.
     """
 
-    def __init__(self, blocks: dict[int, nn.Module], units: Iterable[range], args: TrainingArguments, total_steps: int):
-        self.args, self.total_steps = args, total_steps
+    def __init__(
+        self,
+        blocks: dict[int, nn.Module],
+        units: Iterable[range],
+        args: TrainingArguments,
+        total_steps: int,
+        larger_is_better: bool = True,
+    ):
+        self.args = args
+        self.schedule = make_schedule(args, total_steps)
         self.names: dict[int, dict[str, nn.Parameter]] = {}
-        self.by_unit: dict[range, AcceleratedOptimizer] = {}
+        self.by_unit: dict[range, list[AcceleratedOptimizer]] = {}
+        self.plateaus: dict[int, ReduceLROnPlateau] = {}  # by the last block of a unit
+        self.embeddings = [m for k in blocks if k == 0 for m in [_word_embeddings(blocks[k])] if m is not None]
+        for table in self.embeddings:
+            table.sparse = args.embedding_optimizer == "sparse_adam"
+            table.weight.requires_grad_(args.embedding_learning_rate_factor > 0)
         for unit in units:
-            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
             for k in unit:
-                self.names[k] = dict(blocks[k].named_parameters())
-                for name, parameter in self.names[k].items():
-                    groups.setdefault(self._group(name, parameter), []).append(parameter)
-            optimizer = torch.optim.AdamW(
-                [{"params": p, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), p in groups.items()],
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                fused=True,
-            )
+                self.names[k] = {n: p for n, p in blocks[k].named_parameters() if p.requires_grad}
             # not through Accelerator.prepare, which would save it by its order and from the main process only
-            self.by_unit[unit] = AcceleratedOptimizer(optimizer)
+            self.by_unit[unit] = [AcceleratedOptimizer(optimizer) for optimizer in self._make(unit)]
+            if args.lr_scheduler_type == PLATEAU:
+                self.plateaus[unit[-1]] = ReduceLROnPlateau(
+                    _unit_rate(), "max" if larger_is_better else "min", **args.lr_scheduler_kwargs
+                )
 
-    def _group(self, name: str, parameter: nn.Parameter) -> tuple[float, float]:
-        """(peak learning rate, weight decay) of a parameter, by its name inside the block."""
+    def _make(self, unit: range) -> list[torch.optim.Optimizer]:
+        """One optimizer for the unit, and one more where the embedding rows have their own."""
+        sparse = [table.weight for table in self.embeddings if table.sparse]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        sparse_groups = []
+        for k in unit:
+            for name, parameter in self.names[k].items():
+                lr, decay = self._group(k, name, parameter)
+                if any(parameter is weight for weight in sparse):
+                    sparse_groups.append({"params": [parameter], "lr": lr, "peak": lr})
+                else:
+                    groups.setdefault((lr, decay), []).append(parameter)
+        made = make_optimizer(
+            self.args,
+            [{"params": p, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), p in groups.items()],
+        )
+        if not sparse_groups:
+            return [made]
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        return [made, torch.optim.SparseAdam(sparse_groups, betas=betas, eps=self.args.adam_epsilon)]
+
+    def _group(self, k: int, name: str, parameter: nn.Parameter) -> tuple[float, float]:
+        """(peak learning rate, weight decay) of a parameter of block k, by its name inside the block."""
         args = self.args
-        lr = args.learning_rate
+        lr, decay = of_block(args.learning_rate, k), of_block(args.weight_decay, k)
         if name.startswith(LABEL_SIDE):
-            lr *= args.target_learning_rate_factor
+            lr *= of_block(args.target_learning_rate_factor, k)
+            decay = decay if args.target_weight_decay is None else of_block(args.target_weight_decay, k)
         embedding = "word_embeddings" in name
         if embedding:
             lr *= args.embedding_learning_rate_factor
-        return lr, args.weight_decay if parameter.ndim > 1 and not embedding else 0.0
+        return lr, decay if parameter.ndim > 1 and not embedding else 0.0
 
-    def learning_rate(self, step: int) -> float:
-        return self.args.learning_rate * schedule_factor(step, self.total_steps, self.args)
+    def factor(self, unit: range, step: int) -> float:
+        """Learning rate of a unit at `step` over its peak."""
+        plateau = self.plateaus.get(unit[-1])
+        return self.schedule(step) * (plateau.optimizer.param_groups[0]["lr"] if plateau else 1.0)
+
+    def learning_rates(self, step: int) -> dict[int, float]:
+        """Last block of each unit -> the learning rate of its hidden side at `step`."""
+        return {
+            unit[-1]: of_block(self.args.learning_rate, unit[-1]) * self.factor(unit, step) for unit in self.by_unit
+        }
+
+    def observe(self, metric_by_exit: dict[int, float]) -> None:
+        """Tells each plateau schedule the validation metric of its own exit."""
+        for k, plateau in self.plateaus.items():
+            plateau.step(metric_by_exit[k])
 
     def update(self, unit: range, step: int) -> Tensor:
         """Clips the unit's gradients, updates its weights and frees the gradients. Returns the norm before clipping."""
         parameters = [p for k in unit for p in self.names[k].values() if p.grad is not None]
-        limit = self.args.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-        optimizer = self.by_unit[unit]
-        factor = schedule_factor(step, self.total_steps, self.args)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for table in self.embeddings:
+            if table.weight.grad is not None and table.weight.grad.is_sparse:
+                table.weight.grad = table.weight.grad.coalesce()  # one entry a row, before the norm is taken
+        gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        limit = of_block(self.args.max_grad_norm, unit[-1])
+        if limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        factor = self.factor(unit, step)
+        for optimizer in self.by_unit[unit]:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def release(self) -> None:
+        """Makes the model an ordinary one again: dense gradients for all parameters."""
+        for table in self.embeddings:
+            table.sparse = False
+            table.weight.requires_grad_(True)
 
     # --- state of one block, by parameter name
 
-    def _optimizer_of(self, k: int) -> AcceleratedOptimizer:
-        return next(optimizer for unit, optimizer in self.by_unit.items() if k in unit)
+    def _states_of(self, k: int) -> list[dict[Tensor, dict[str, Any]]]:
+        return [o.optimizer.state for unit, optimizers in self.by_unit.items() if k in unit for o in optimizers]
 
     def state(self, k: int) -> dict[str, Tensor]:
-        """Optimizer tensors of block k: "<parameter>/<exp_avg | exp_avg_sq | step>"."""
-        state = self._optimizer_of(k).optimizer.state
-        return {f"{n}/{key}": value for n, p in self.names[k].items() for key, value in state.get(p, {}).items()}
+        """State of block k: "<parameter>/<exp_avg | exp_avg_sq | step | ...>" and "schedule/<name>", all tensors."""
+        tensors = {}
+        for state in self._states_of(k):
+            for name, parameter in self.names[k].items():
+                for entry, value in state.get(parameter, {}).items():
+                    tensors[f"{name}/{entry}"] = torch.as_tensor(value)
+        if k in self.plateaus:
+            plateau = self.plateaus[k]
+            values = {
+                "rate": plateau.optimizer.param_groups[0]["lr"],
+                **{n: getattr(plateau, n) for n in PLATEAU_STATE},
+            }
+            tensors |= {f"schedule/{n}": torch.tensor(float(v), dtype=torch.float64) for n, v in values.items()}
+        return tensors
 
     def load_state(self, k: int, tensors: dict[str, Tensor]) -> None:
-        state = self._optimizer_of(k).optimizer.state
+        """Takes back what `state` gave."""
+        sparse = {id(table.weight) for table in self.embeddings if table.sparse}
         for key, value in tensors.items():
             name, entry = key.rsplit("/", 1)
+            if name == "schedule":
+                self._load_plateau(k, entry, value.item())
+                continue
             parameter = self.names[k][name]
-            device = "cpu" if entry == "step" and parameter.device.type == "cpu" else parameter.device
-            state[parameter][entry] = value.to(device).clone()
+            state = self._states_of(k)[-1 if id(parameter) in sparse else 0]
+            if entry == "step" and id(parameter) in sparse:
+                state[parameter][entry] = int(value)
+            else:
+                on_cpu = entry == "step" and self.args.optim == "adafactor"
+                state[parameter][entry] = value.to("cpu" if on_cpu else parameter.device).clone()
+
+    def _load_plateau(self, k: int, entry: str, value: float) -> None:
+        if k not in self.plateaus:
+            return  # another schedule from here on
+        if entry == "rate":
+            self.plateaus[k].optimizer.param_groups[0]["lr"] = value
+        else:
+            setattr(self.plateaus[k], entry, value if entry == "best" else int(value))
+
+
+def _word_embeddings(block: nn.Module) -> nn.Embedding | None:
+    return next((m for n, m in block.named_modules() if n.endswith("word_embeddings")), None)

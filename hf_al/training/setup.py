@@ -24,6 +24,7 @@ from ..modeling.modeling_al import (
     ALTransformerForSequenceClassification,
 )
 from .arguments import TrainingArguments, check_model_keys
+from .optim import make_optimizer, make_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,14 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "al_lstm": (ALLstmConfig, ALLstmForSequenceClassification),
     "al_transformer": (ALTransformerConfig, ALTransformerForSequenceClassification),
 }
+PER_BLOCK = (
+    "learning_rate", "target_learning_rate_factor", "weight_decay", "target_weight_decay", "max_grad_norm",
+)  # fmt: skip
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "checkpoints", "export.tmp", "report.json", "report.md", "training_config.yaml", "config.json", "logs",
-    "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py",
+    "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py", "lstm.py",
     "objectives.py",
 )  # fmt: skip
 
@@ -43,7 +47,16 @@ RUN_FILES = (
 def check_model(args: TrainingArguments) -> None:
     """Refuses unknown config values, and those out of range, before any data is read."""
     check_model_keys(args)
-    CLASSES[args.model_type][0](**{name: value for name, value in args.model.items() if name not in NEED_LABELS})
+    values = {name: value for name, value in args.model.items() if name not in NEED_LABELS}
+    config = CLASSES[args.model_type][0](**values)
+    for name in PER_BLOCK:
+        value = getattr(args, name)
+        if isinstance(value, list) and len(value) != config.num_blocks:
+            raise ValueError(
+                f"Expected {name} as one number, or {config.num_blocks} of them (num_blocks), got {len(value)}."
+            )
+    make_schedule(args, total_steps=100)
+    make_optimizer(args, [{"params": [torch.zeros(1)], "lr": 1.0}])
 
 
 def prepare_output_dir(args: TrainingArguments) -> Path:

@@ -1,0 +1,67 @@
+"""What the benchmarks share: rounds that take turns, the json file, and a text table."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_al.report import machine, table
+
+
+def interleaved(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each call. The arms take turns, so that a slow moment of a shared machine hits all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(warmup + rounds):
+        names = list(arms) if number % 2 else list(reversed(arms))
+        for name in names:
+            synchronise()
+            clock = time.perf_counter()
+            arms[name]()
+            synchronise()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - clock)
+    return seconds
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def paired_ratio(above: list[float], below: list[float]) -> float:
+    """Median over rounds of one arm's time over the other's in the same round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """Most bytes that live tensors hold during `step`, above what they hold before it.
+
+    On a GPU by its allocator. On a CPU by adding up what torch's allocator reports to the profiler: every tensor, those
+    that autograd keeps inside included.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def write_results(path: str | None, rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
+    """Prints the machine, and writes {"machine", "rows", "ratios"} to `path` where there is one."""
+    print(table([machine()]))
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"machine": machine(), "rows": rows, "ratios": ratios}, indent=1) + "\n")
+        print(f"Written: {path}")
