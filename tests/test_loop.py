@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_names_block_and_step_and_keeps_the_checkpoint
     args = arguments(
         tmp_path, save_steps=3, logging_steps=7, model={"num_blocks": 3, "bridge_activation": "identity"}, max_steps=30
     )
-    with pytest.raises(ValueError, match=r"Expected finite .* got (nan|inf) .*block 1 .*step 14.*learning rate"):
+    with pytest.raises(ValueError, match=r"Expected finite .* got NaN .*block 1 at step 14.*learning rate"):
         hf_al.train(args, few_tweets)
     kept = checkpoint.complete_checkpoints(tmp_path)
     assert [checkpoint.read_manifest(path)["progress"]["step"] for path in kept] == [9, 12]
@@ -319,7 +319,7 @@ def test_arguments_that_cannot_work_are_refused_before_data_is_read(values, mess
     [
         ({"learning_rate": 0}, "Expected learning_rate above 0, got 0"),
         ({"learning_rate": math.nan}, "Expected learning_rate above 0, got nan"),
-        ({"learning_rate": "fast"}, "Expected learning_rate as float, got 'fast'"),
+        ({"learning_rate": "fast"}, "Expected learning_rate as .*, got 'fast'"),
         ({"max_steps": 0}, "Expected max_steps above 0, or -1"),
         ({"seed": 1.5}, "Expected seed as int, got 1.5"),
         ({"validation_fraction": 1.0}, r"Expected validation_fraction in \[0, 1\), got 1.0"),

@@ -15,18 +15,19 @@ from torch.autograd.function import once_differentiable
 class Recurrence(torch.autograd.Function):
     """One layer, both directions, every step; gates in torch's order: input, forget, cell, output.
 
-    Args of forward: x (2, T * N, E), weight_ih (2, E, 4H), weight_hh (2, H, 4H), bias (2, 1, 4H), h and c (2, N, H).
+    Args of forward: x (2, T * N, E), weight_ih (2, E, 4H), weight_hh (2, H, 4H), both biases (2, 4H), h and c (2, N, H).
     Returns h and c after every step, (2, T, N, H).
     """
 
     @staticmethod
-    def forward(ctx, x, weight_ih, weight_hh, bias, h, c):
+    def forward(ctx, x, weight_ih, weight_hh, bias_ih, bias_hh, h, c):
         N, H = h.shape[1:]
         steps = x.shape[1] // N
         # tanh(a) = 2 sigmoid(2 a) - 1: one sigmoid serves all gates
         double = x.new_ones(4 * H)
         double[2 * H : 3 * H] = 2
-        gates = torch.baddbmm(bias * double, x, weight_ih * double).view(2, steps, N, 4 * H)
+        bias = (bias_ih + bias_hh)[:, None] * double
+        gates = torch.baddbmm(bias, x, weight_ih * double).view(2, steps, N, 4 * H)
         recurrent = weight_hh * double
         h_all, c_all = x.new_empty(2, steps + 1, N, H), x.new_empty(2, steps + 1, N, H)
         tanh_c = x.new_empty(2, steps, N, H)
@@ -71,11 +72,13 @@ class Recurrence(torch.autograd.Function):
             torch.bmm(slope[:, t], weights, out=grad_h)
         grad_gates = slope.view(2, steps * N, 4 * H)
         h_before = h_all[:, :-1].reshape(2, steps * N, H)
+        grad_bias = grad_gates.sum(1)
         return (
             grad_gates @ weight_ih.transpose(1, 2) if ctx.needs_input_grad[0] else None,
             x.transpose(1, 2) @ grad_gates,
             h_before.transpose(1, 2) @ grad_gates,
-            grad_gates.sum(1, keepdim=True),
+            grad_bias,
+            grad_bias.clone(),  # two parameters: whoever scales one gradient in place must not scale both
             grad_h,
             grad_c,
         )
@@ -129,7 +132,8 @@ def bidirectional(
             both,
             weight_ih.transpose(1, 2),
             weight_hh.transpose(1, 2),
-            (bias_ih + bias_hh)[:, None],
+            bias_ih,
+            bias_hh,
             h0,
             c0,
         )
