@@ -267,3 +267,213 @@ def test_loaded_state_is_a_copy(make_model):
 
 def test_state_before_the_first_update_is_empty(make_model):
     assert optimizers_of(make_model(), arguments()).state(0) == {}
+
+
+# --- kinds of optimizers and schedules, values of each block
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "theirs"),
+    [
+        ("adam", {}, lambda p: torch.optim.Adam(p, lr=0.01)),
+        ("sgd", {"momentum": 0.9}, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
+        ("adafactor", {}, lambda p: torch.optim.Adafactor(p, lr=0.01)),
+    ],
+)
+def test_each_optimizer_is_that_of_torch_and_continues_from_its_state(optim, optim_args, theirs, make_model):
+    args = arguments(optim=optim, optim_args=optim_args, learning_rate=0.01, max_grad_norm=0)
+    ours, reference = make_model(seed=1), make_model(seed=1)
+    optimizers = optimizers_of(ours, args)
+    reference_optimizer = theirs(reference.parameters())
+    for step in range(4):
+        if step == 2:  # another process takes over
+            state = {k: {n: t.clone() for n, t in optimizers.state(k).items()} for k in range(3)}
+            optimizers = optimizers_of(ours, args)
+            for k in range(3):
+                optimizers.load_state(k, state[k])
+        for model in (ours, reference):
+            set_gradients(model, seed=step)
+        update_all(ours, optimizers, step)
+        reference_optimizer.step()
+    for (name, a), b in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
+
+
+def test_every_schedule_of_transformers_can_be_named():
+    from transformers import SchedulerType
+
+    from hf_al.training.arguments import SCHEDULES
+
+    assert set(SCHEDULES) == {kind.value for kind in SchedulerType} - {"greedy"}  # greedy keeps a state of its own
+    needed = {"warmup_stable_decay": {"num_decay_steps": 5}, "cosine_with_min_lr": {"min_lr_rate": 0.1},
+              "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1}}  # fmt: skip
+    for kind in SCHEDULES:
+        args = arguments(lr_scheduler_type=kind, lr_scheduler_kwargs=needed.get(kind, {}), warmup_steps=3)
+        factor = make_schedule(args, 20)
+        assert all(0 < factor(step) <= 1 for step in range(20)), kind
+
+
+def test_schedule_values_are_passed_on():
+    args = arguments(lr_scheduler_type="polynomial", lr_scheduler_kwargs="power=2,lr_end=0")
+    assert make_schedule(args, 10)(5) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"speed": 3}},
+        {"lr_scheduler_type": "warmup_stable_decay"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"factor": 2.0}},
+    ],
+)
+def test_values_that_a_schedule_does_not_take_are_refused(values):
+    with pytest.raises(ValueError, match=r"Expected lr_scheduler_kwargs of .*, got .*says? what each schedule takes"):
+        make_schedule(arguments(**values), 10)
+
+
+def test_values_that_an_optimizer_does_not_take_are_refused(make_model):
+    with pytest.raises(ValueError, match=r"Expected optim_args of torch's SGD, got .*speed"):
+        optimizers_of(make_model(), arguments(optim="sgd", optim_args="speed=3"))
+
+
+def test_each_block_and_side_has_its_own_values(make_model):
+    args = arguments(
+        learning_rate=[0.1, 0.2, 0.3], target_learning_rate_factor=[1, 2, 3], optim="sgd", max_grad_norm=0,
+        weight_decay=[0.0, 0.5, 0.5], target_weight_decay=[0.0, 0.0, 1.0],
+    )  # fmt: skip
+    model = make_model("al_transformer", embedding_block=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.full_like(parameter, 0.01)
+    optimizers = optimizers_of(model, args)
+    update_all(model, optimizers)
+    for name, parameter in model.named_parameters():
+        k, part = int(name.split(".")[2]), name.split(".")[3]
+        label = part in LABEL_SIDE
+        rate = [0.1, 0.2, 0.3][k] * ([1, 2, 3][k] if label else 1)
+        decay = ([0.0, 0.0, 1.0] if label else [0.0, 0.5, 0.5])[k]
+        decay = decay if parameter.ndim > 1 and "word_embeddings" not in name else 0.0
+        assert parameter.flatten()[-1].item() == pytest.approx(1 - rate * (0.01 + decay)), name
+    assert optimizers.learning_rates(0) == pytest.approx({0: 0.1, 1: 0.2, 2: 0.3})
+
+
+def test_clipping_limits_may_differ_by_block(make_model):
+    model = make_model()
+    optimizers = optimizers_of(model, arguments(optim="sgd", learning_rate=1.0, max_grad_norm=[0.5, 0, 0.1]))
+    before = copies(model)
+    set_gradients(model, scale=1.0)
+    norms = update_all(model, optimizers)
+    moved = {
+        k: math.sqrt(
+            sum(
+                float((p.detach() - before[n]).square().sum())
+                for n, p in model.named_parameters()
+                if f".blocks.{k}." in n
+            )
+        )
+        for k in range(3)
+    }
+    assert moved == pytest.approx({0: 0.5, 1: norms[1], 2: 0.1}, rel=1e-4)
+
+
+# --- plateau
+
+
+def test_each_block_slows_down_by_its_own_exit(make_model):
+    args = arguments(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs="factor=0.5,patience=0",
+                     learning_rate=0.1)  # fmt: skip
+    optimizers = optimizers_of(make_model(), args)
+    for metrics in ({0: 0.5, 1: 0.5, 2: 0.5}, {0: 0.6, 1: 0.5, 2: 0.4}, {0: 0.7, 1: 0.6, 2: 0.4}):
+        optimizers.observe(metrics)
+    assert optimizers.learning_rates(7) == pytest.approx({0: 0.1, 1: 0.05, 2: 0.025})
+
+
+def test_a_smaller_loss_is_a_gain_for_the_plateau(make_model):
+    args = arguments(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs="patience=0", learning_rate=1.0)
+    model = make_model()
+    optimizers = BlockOptimizers(dict(enumerate(model.model.blocks)), model.config.units, args, 10, False)
+    for value in (3.0, 2.0, 1.0):
+        optimizers.observe(dict.fromkeys(range(3), value))
+    assert set(optimizers.learning_rates(0).values()) == {1.0}
+
+
+def test_a_plateau_is_remembered_with_its_block(make_model):
+    args = arguments(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs="patience=1", learning_rate=1.0)
+    first, second = optimizers_of(make_model(), args), optimizers_of(make_model(), args)
+    for value in (0.5, 0.4):
+        first.observe(dict.fromkeys(range(3), value))
+    for k in range(3):
+        second.load_state(k, first.state(k))
+    for optimizers in (first, second):
+        optimizers.observe(dict.fromkeys(range(3), 0.4))
+    assert first.learning_rates(0) == second.learning_rates(0) == pytest.approx({0: 0.1, 1: 0.1, 2: 0.1})
+
+
+# --- sparse embedding rows
+
+
+def step_on(model, optimizers, batch, step=0) -> None:
+    losses = model(**batch).local_losses or [model(**batch).loss]
+    sum(losses).backward()
+    for unit in model.config.units:
+        optimizers.update(unit, step)
+
+
+@pytest.mark.parametrize("objective", ["al_ce", "backprop"])
+@pytest.mark.parametrize("embedding_block", [True, False])
+def test_sparse_adam_touches_the_rows_of_the_batch_only(objective, embedding_block, make_model, make_batch):
+    model = make_model(objective=objective, embedding_block=embedding_block)
+    args = arguments(embedding_optimizer="sparse_adam", learning_rate=0.1)
+    optimizers = optimizers_of(model, args)
+    before = copies(model)["model.blocks.0.encode.embeddings.word_embeddings.weight"]
+    batches = [make_batch(rows=2, tokens=4, seed=s) for s in (1, 2)]
+    for step, batch in enumerate(batches):
+        step_on(model, optimizers, batch, step)
+    touched = {int(i) for batch in batches for i in batch["input_ids"].unique()} - {0}
+    rows = model.get_input_embeddings().weight
+    moved = {int(i) for i in (rows != before).any(1).nonzero()}
+    assert moved == touched
+
+
+def test_the_first_sparse_step_is_that_of_adam(make_model, make_batch):
+    """Rows of the batch get what dense Adam gives them; clipping counts the same norm."""
+    after = []
+    for kind in ("same", "sparse_adam"):
+        model = make_model(hidden_dropout_prob=0, embedding_dropout_prob=0, bridge_dropout_prob=0)
+        args = arguments(embedding_optimizer=kind, learning_rate=0.1, max_grad_norm=0.01, adam_epsilon=1e-14)
+        step_on(model, optimizers_of(model, args), make_batch())
+        after.append(model.get_input_embeddings().weight.detach())
+    assert torch.allclose(after[0], after[1], atol=1e-5)
+
+
+def test_sparse_state_continues(make_model, make_batch):
+    args = arguments(embedding_optimizer="sparse_adam", learning_rate=0.01)
+    model, other = make_model().eval(), make_model(seed=3).eval()
+    model.train(), other.train()
+    for m in (model, other):
+        for module in m.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    optimizers = optimizers_of(model, args)
+    for step in range(3):
+        step_on(model, optimizers, make_batch(seed=step), step)
+    other.load_state_dict(model.state_dict())
+    others = optimizers_of(other, args)
+    for k in range(3):
+        others.load_state(k, {n: t.clone() for n, t in optimizers.state(k).items()})
+    for m, o in ((model, optimizers), (other, others)):
+        step_on(m, o, make_batch(seed=9), 3)
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_released_models_have_dense_gradients_again(make_model, make_batch):
+    model = make_model()
+    optimizers = optimizers_of(model, arguments(embedding_optimizer="sparse_adam", embedding_learning_rate_factor=0.5))
+    optimizers.release()
+    model(**make_batch()).loss.backward()
+    assert not model.get_input_embeddings().weight.grad.is_sparse
+    frozen = make_model()
+    optimizers_of(frozen, arguments(embedding_learning_rate_factor=0)).release()
+    assert frozen.get_input_embeddings().weight.requires_grad

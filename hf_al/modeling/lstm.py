@@ -11,82 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-class Recurrence(torch.autograd.Function):
-    """One layer, both directions, every step; gates in torch's order: input, forget, cell, output.
-
-    Args of forward: x (2, T * N, E), weight_ih (2, E, 4H), weight_hh (2, H, 4H), both biases (2, 4H), h and c (2, N, H).
-    Returns h and c after every step, (2, T, N, H).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight_ih, weight_hh, bias_ih, bias_hh, h, c):
-        N, H = h.shape[1:]
-        steps = x.shape[1] // N
-        # tanh(a) = 2 sigmoid(2 a) - 1: one sigmoid serves all gates
-        double = x.new_ones(4 * H)
-        double[2 * H : 3 * H] = 2
-        bias = (bias_ih + bias_hh)[:, None] * double
-        gates = torch.baddbmm(bias, x, weight_ih * double).view(2, steps, N, 4 * H)
-        recurrent = weight_hh * double
-        h_all, c_all = x.new_empty(2, steps + 1, N, H), x.new_empty(2, steps + 1, N, H)
-        tanh_c = x.new_empty(2, steps, N, H)
-        h_all[:, 0], c_all[:, 0] = h, c
-        per_step = zip(
-            gates.unbind(1), *(part.unbind(1) for part in gates.split(H, -1)), h_all.unbind(1), h_all[:, 1:].unbind(1),
-            c_all.unbind(1), c_all[:, 1:].unbind(1), tanh_c.unbind(1), strict=False,
-        )  # fmt: skip
-        for gate, i, f, s, o, h_old, h_new, c_old, c_new, tanh in per_step:
-            gate.baddbmm_(h_old, recurrent).sigmoid_()
-            torch.mul(f, c_old, out=c_new).addcmul_(i, s, value=2).sub_(i)
-            torch.mul(o, torch.tanh(c_new, out=tanh), out=h_new)
-        ctx.save_for_backward(x, weight_ih, weight_hh, gates, h_all, c_all, tanh_c)
-        ctx.set_materialize_grads(False)
-        return h_all[:, 1:], c_all[:, 1:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_h_all, grad_c_all):
-        x, weight_ih, weight_hh, gates, h_all, c_all, tanh_c = ctx.saved_tensors
-        _, steps, N, H = tanh_c.shape
-        # what does not depend on later steps, for all steps at once: d loss / d gate input without its last factor
-        i, f, s, o = gates.split(H, -1)
-        slope = gates - gates * gates
-        slope[..., :H] *= (2 * s).sub_(1)
-        slope[..., H : 2 * H] *= c_all[:, :-1]
-        slope[..., 2 * H : 3 * H] *= 4 * i
-        slope[..., 3 * H :] *= tanh_c
-        through = o - o * tanh_c * tanh_c  # d h / d c
-        weights = weight_hh.transpose(1, 2).contiguous()
-        grad_h, grad_c = x.new_zeros(2, N, H), x.new_zeros(2, N, H)
-        of_c = slope[..., : 3 * H].view(2, steps, N, 3, H)
-        for t in range(steps - 1, -1, -1):
-            if grad_h_all is not None:
-                grad_h += grad_h_all[:, t]
-            if grad_c_all is not None:
-                grad_c += grad_c_all[:, t]
-            grad_c.addcmul_(grad_h, through[:, t])
-            of_c[:, t] *= grad_c[:, :, None]
-            slope[:, t, :, 3 * H :] *= grad_h
-            grad_c *= f[:, t]
-            torch.bmm(slope[:, t], weights, out=grad_h)
-        grad_gates = slope.view(2, steps * N, 4 * H)
-        h_before = h_all[:, :-1].reshape(2, steps * N, H)
-        grad_bias = grad_gates.sum(1)
-        return (
-            grad_gates @ weight_ih.transpose(1, 2) if ctx.needs_input_grad[0] else None,
-            x.transpose(1, 2) @ grad_gates,
-            h_before.transpose(1, 2) @ grad_gates,
-            grad_bias,
-            grad_bias.clone(),  # two parameters: whoever scales one gradient in place must not scale both
-            grad_h,
-            grad_c,
-        )
+State = tuple[Tensor, Tensor]
+KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+CHUNK = 8  # steps whose factors are computed together in the backward pass: few calls, and they stay in the cache
 
 
-def packed(
-    lstm: nn.LSTM, x_NTE: Tensor, lengths_N: Tensor, state: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def packed(lstm: nn.LSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """`lstm` on the packed batch: for devices whose library has a kernel for it. Arguments as `bidirectional`."""
     batch = nn.utils.rnn.pack_padded_sequence(x_NTE, lengths_N, batch_first=True, enforce_sorted=False)
     batch, state = lstm(batch, state)
@@ -94,9 +24,7 @@ def packed(
     return hidden_NTD, state
 
 
-def bidirectional(
-    lstm: nn.LSTM, x_NTE: Tensor, lengths_N: Tensor, state: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def bidirectional(lstm: nn.LSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """What `packed` computes, on a CPU, equal up to rounding.
 
     Args:
@@ -109,39 +37,132 @@ def bidirectional(
         Hidden states (N, T, 2H), zero on padding, and the final (h, c), each (2 * layers, N, H).
     """
     N, T, _ = x_NTE.shape
-    H = lstm.hidden_size
     time_T1 = torch.arange(T)[:, None]
     mask_TN = time_T1 < lengths_N
-    reversed_TN = torch.where(mask_TN, lengths_N - 1 - time_T1, time_T1)
-    rows_N = torch.arange(N)
+    turned_TN = torch.where(
+        mask_TN, lengths_N - 1 - time_T1, time_T1
+    )  # where a text's token is when it is turned round
+    layout = (turned_TN * N + torch.arange(N)).view(-1), mask_TN[..., None].to(x_NTE.dtype), lengths_N - 1
     x_TNE = x_NTE.transpose(0, 1)
-    finals: list[tuple[Tensor, Tensor]] = []
+    finals: list[State] = []
     for layer in range(lstm.num_layers):
         if layer and lstm.dropout:
             x_TNE = nn.functional.dropout(x_TNE, lstm.dropout, lstm.training)
-        weight_ih, weight_hh, bias_ih, bias_hh = (
-            torch.stack([getattr(lstm, f"{kind}_l{layer}"), getattr(lstm, f"{kind}_l{layer}_reverse")])
-            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        both = torch.stack([x_TNE, x_TNE[reversed_TN, rows_N]]).view(2, T * N, -1)
+        operands = [getattr(lstm, f"{kind}_l{layer}{side}") for kind in KINDS for side in ("", "_reverse")]
         if state is None:
-            h0 = c0 = both.new_zeros(2, N, H)
+            operands += [x_NTE.new_zeros(2, N, lstm.hidden_size)] * 2
         else:
-            h0, c0 = (s[2 * layer : 2 * layer + 2] for s in state)
-        operands: tuple[Tensor, ...] = (
-            both,
-            weight_ih.transpose(1, 2),
-            weight_hh.transpose(1, 2),
-            bias_ih,
-            bias_hh,
-            h0,
-            c0,
-        )
+            operands += [s[2 * layer : 2 * layer + 2] for s in state]
         if torch.is_autocast_enabled("cpu"):
-            operands = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in operands)
+            dtype = torch.get_autocast_dtype("cpu")
+            x_TNE, operands = x_TNE.to(dtype), [t.to(dtype) for t in operands]
         with torch.autocast("cpu", enabled=False):
-            h_all, c_all = Recurrence.apply(*operands)
-        finals.append((h_all[:, lengths_N - 1, rows_N], c_all[:, lengths_N - 1, rows_N]))
-        x_TNE = torch.cat([h_all[0], h_all[1][reversed_TN, rows_N]], -1) * mask_TN[..., None]
-    h, c = (torch.cat(parts) for parts in zip(*finals, strict=True))
+            x_TNE, h, c = Layer.apply(x_TNE, layout, *operands)
+        finals.append((h, c))
+    h, c = (torch.cat(parts) if len(finals) > 1 else parts[0] for parts in zip(*finals, strict=True))
     return x_TNE.transpose(0, 1), (h, c)
+
+
+class Layer(torch.autograd.Function):
+    """One layer, both directions, every step; gates in torch's order: input, forget, cell, output.
+
+    Args of forward: x (T, N, E); the layout: where each token is in the turned texts (T * N,), mask (T, N, 1) and last
+    steps (N,); the parameters of nn.LSTM, forward and reverse in turn; initial h and c (2, N, H).
+    Returns hidden states (T, N, 2H) and the final h and c (2, N, H).
+    """
+
+    @staticmethod
+    def forward(ctx, x, layout, w_ih, w_ih_reverse, w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, h, c):
+        turned, mask, last = layout
+        T, N, E = x.shape
+        H = h.shape[-1]
+        # tanh(a) = 2 sigmoid(2 a) - 1: one sigmoid serves all gates
+        double = x.new_ones(4 * H)
+        double[2 * H : 3 * H] = 2
+        flat = x.reshape(T * N, E)
+        gates = x.new_empty(2, T, N, 4 * H)
+        torch.addmm((b_ih + b_hh) * double, flat, (w_ih * double[:, None]).t(), out=gates[0].view(T * N, -1))
+        bias = (b_ih_reverse + b_hh_reverse) * double
+        torch.addmm(bias, flat[turned], (w_ih_reverse * double[:, None]).t(), out=gates[1].view(T * N, -1))
+        recurrent = torch.stack([w_hh.t(), w_hh_reverse.t()]) * double
+        h_all, c_all = x.new_empty(2, T + 1, N, H), x.new_empty(2, T + 1, N, H)
+        tanh_c = x.new_empty(2, T, N, H)
+        h_all[:, 0], c_all[:, 0] = h, c
+        per_step = zip(
+            gates.unbind(1), *(part.unbind(1) for part in gates.split(H, -1)), h_all.unbind(1), h_all[:, 1:].unbind(1),
+            c_all.unbind(1), c_all[:, 1:].unbind(1), tanh_c.unbind(1), strict=False,
+        )  # fmt: skip
+        for gate, i, f, s, o, h_old, h_new, c_old, c_new, tanh in per_step:
+            gate.baddbmm_(h_old, recurrent).sigmoid_()
+            torch.mul(f, c_old, out=c_new).addcmul_(i, s, value=2).sub_(i)
+            torch.mul(o, torch.tanh(c_new, out=tanh), out=h_new)
+        hidden = x.new_empty(T, N, 2 * H)
+        torch.mul(h_all[0, 1:], mask, out=hidden[..., :H])
+        torch.mul(h_all[1, 1:].reshape(T * N, H)[turned].view(T, N, H), mask, out=hidden[..., H:])
+        ctx.save_for_backward(
+            x, turned, mask, last, w_ih, w_ih_reverse, w_hh, w_hh_reverse, gates, h_all, c_all, tanh_c
+        )
+        ctx.set_materialize_grads(False)
+        rows = torch.arange(N)
+        return hidden, h_all[:, last + 1, rows], c_all[:, last + 1, rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_hidden, grad_h_last, grad_c_last):
+        x, turned, mask, last, w_ih, w_ih_reverse, w_hh, w_hh_reverse, gates, h_all, c_all, tanh_c = ctx.saved_tensors
+        _, T, N, H = tanh_c.shape
+        rows = torch.arange(N)
+        grad_h_all = x.new_zeros(2, T, N, H)
+        if grad_hidden is not None:
+            torch.mul(grad_hidden[..., :H], mask, out=grad_h_all[0])
+            grad_h_all[1] = (grad_hidden[..., H:] * mask).reshape(T * N, H)[turned].view(T, N, H)
+        if grad_h_last is not None:
+            grad_h_all[:, last, rows] += grad_h_last
+        grad_c_all = None
+        if grad_c_last is not None:
+            grad_c_all = x.new_zeros(2, T, N, H)
+            grad_c_all[:, last, rows] = grad_c_last
+        slope = torch.empty_like(gates)  # becomes d loss / d gate input
+        through = torch.empty_like(tanh_c)  # d h / d c
+        weights = torch.stack([w_hh, w_hh_reverse])
+        grad_h, grad_c = x.new_zeros(2, N, H), x.new_zeros(2, N, H)
+        for end in range(T, 0, -CHUNK):
+            chunk = slice(max(0, end - CHUNK), end)
+            _factors(gates[:, chunk], c_all[:, chunk], tanh_c[:, chunk], slope[:, chunk], through[:, chunk])
+            of_c = slope[:, chunk, :, : 3 * H].unflatten(-1, (3, H)).unbind(1)
+            of_h = slope[:, chunk, :, 3 * H :].unbind(1)
+            forget = gates[:, chunk, :, H : 2 * H].unbind(1)
+            for t in range(chunk.stop - chunk.start - 1, -1, -1):
+                step = chunk.start + t
+                grad_h += grad_h_all[:, step]
+                if grad_c_all is not None:
+                    grad_c += grad_c_all[:, step]
+                grad_c.addcmul_(grad_h, through[:, step])
+                of_c[t].mul_(grad_c[:, :, None])
+                of_h[t].mul_(grad_h)
+                grad_c *= forget[t]
+                torch.bmm(slope[:, step], weights, out=grad_h)
+        forward, reverse = slope.view(2, T * N, 4 * H)
+        flat = x.reshape(T * N, -1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.addmm((reverse @ w_ih_reverse)[turned], forward, w_ih).view_as(x)
+        before, before_reverse = h_all[:, :-1].reshape(2, T * N, H)
+        bias, bias_reverse = forward.sum(0), reverse.sum(0)
+        # biases: copies, because who scales the gradient of one parameter in place must not scale another's
+        return (
+            grad_x, None, forward.t() @ flat, reverse.t() @ flat[turned], forward.t() @ before,
+            reverse.t() @ before_reverse, bias, bias_reverse, bias.clone(), bias_reverse.clone(), grad_h, grad_c,
+        )  # fmt: skip
+
+
+def _factors(gates: Tensor, c_before: Tensor, tanh_c: Tensor, slope: Tensor, through: Tensor) -> None:
+    """What the backward pass knows of some steps before it gets there: written into `slope` and `through`."""
+    i, _, s, o = gates.chunk(4, -1)
+    torch.addcmul(gates, gates, gates, value=-1, out=slope)  # of the sigmoids
+    of_i, of_f, of_s, of_o = slope.chunk(4, -1)
+    of_i.mul_((2 * s).sub_(1))
+    of_f.mul_(c_before)
+    of_s.mul_(4 * i)
+    of_o.mul_(tanh_c)
+    torch.addcmul(o, o, tanh_c * tanh_c, value=-1, out=through)

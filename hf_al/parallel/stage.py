@@ -44,6 +44,17 @@ class Stage:
         self.units = placement.units(number)
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
 
+    def compile(self) -> None:
+        """torch.compile for the encoder of every block, for training steps: evaluation stays as a reloaded model's.
+
+        Raises:
+            ValueError: LSTM blocks, whose loop over tokens would be unrolled.
+        """
+        if self.model.config.model_type == "al_lstm":
+            raise ValueError("Expected transformer blocks with torch_compile, got al_lstm. Leave torch_compile out.")
+        for block in self.blocks.values():
+            block.encode.compile(dynamic=True)
+
     def receive(self, labels: Tensor | None) -> Boundary:
         """What the stage before sends; for the first stage, the beginning."""
         assert 0 in self.blocks, "a later stage receives over a transport"
@@ -87,7 +98,7 @@ class Stage:
         for rows in evaluation_batches(token_lengths(data), batch_size):
             inputs = self._inputs(data, rows)
             boundary = self.receive(None)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 for k, block in self.blocks.items():
                     boundary = block.advance(boundary, inputs)
                     if k in logits:

@@ -126,6 +126,7 @@ class TrainingArguments:
     threads: int | None = _arg(None, "CPU threads of a process; default: cores // processes on this machine.")
     bf16: bool = _arg(False, "Forward passes in bfloat16 (autocast).")
     fp16: bool = _arg(False, "Refused: one loss scaler cannot serve blocks that are updated apart. Use bf16.")
+    torch_compile: bool = _arg(False, "torch.compile for training steps (al_transformer; needs a C++ compiler).")
     use_cpu: bool = _arg(False, "Train on the CPU even where there is a GPU.")
 
     def __post_init__(self) -> None:

@@ -151,6 +151,8 @@ class Run:
         self.optimizers = BlockOptimizers(blocks, units, args, self.total_steps, larger_is_better)
         collator = Collator(tokenizer.pad_token_id, model.config.classes)
         self.stage = Stage(model, self.placement, 0, accelerator, collator, self.optimizers)
+        if args.torch_compile:
+            self.stage.compile()
         self.labels = {name: split_labels(data[name], collator) for name in data}
         self.progress = Progress()
         self.at_start = health.part_sums(model)

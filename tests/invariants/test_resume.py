@@ -261,3 +261,25 @@ def test_another_run_is_not_resumed(flag, named, run_flags, never_stopped):
     with pytest.raises(ValueError, match=r"Expected the (model|data|run) of .*, got another") as error:
         hf_al.train(parse_arguments(flags))
     assert named in str(error.value)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--embedding_optimizer=sparse_adam", "--lr_scheduler_type=reduce_lr_on_plateau", "--warmup_steps=0",
+         "--lr_scheduler_kwargs=patience=0,factor=0.3", "--learning_rate=5e-3,4e-3,3e-3"),
+        ("--optim=adafactor", "--learning_rate=1e-2"),
+        ("--optim=sgd", "--optim_args=momentum=0.9", "--embedding_learning_rate_factor=0"),
+    ],
+    ids=["sparse_rows_plateau_and_rates_of_each_block", "adafactor", "sgd_and_frozen_rows"],
+)  # fmt: skip
+def test_every_kind_of_optimizer_state_is_resumed(extra, run_flags, tmp_path):
+    whole, run = (run_flags("al_lstm", "al_ce", tmp_path / n, *extra) for n in ("whole", "run"))
+    hf_al.train(parse_arguments(whole))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_save(patch, 4)  # after two evaluations
+        with pytest.raises(Stopped):
+            hf_al.train(parse_arguments(run))
+    hf_al.train(parse_arguments([*run, "--resume_from_checkpoint=last"]))
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
