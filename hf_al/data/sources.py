@@ -18,7 +18,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, DownloadManager, Features
 from datasets.exceptions import DatasetGenerationError
 
 from ..training.arguments import TrainingArguments
-from .labels import encode_labels
+from ..training.atomic import disk_error
+from .labels import SINGLE, encode_labels, label_names, problem_type_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ PAIR_NAMES = (
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "score")
 TWEETS_RULES = 2  # raised whenever `_tweets` changes what it yields: `datasets` caches by the arguments, not the code
 TEXT_FEATURES = (Value("string"), Value("large_string"))
+CACHE = "Could not write to the cache of datasets: {}. Make room there, or name another place: HF_HOME=FOLDER."
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
@@ -69,6 +71,7 @@ def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None
     for name, limit in limits.items():
         if limit is not None and name in data:
             data[name] = data[name].select(range(min(limit, len(data[name]))))
+    check_enough(data["train"])
     return DatasetDict(data)
 
 
@@ -120,6 +123,10 @@ def read_file(path: str) -> Dataset:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"Expected a file at {path}, found none. Check the path.")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
     if file.stat().st_size == 0:
         raise ValueError(f"Expected rows in {path}, got an empty file.")
     suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
@@ -137,6 +144,9 @@ def read_file(path: str) -> Dataset:
             column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
         cause = error.__cause__ or error
+        full = disk_error(cause)
+        if full is not None:
+            raise OSError(CACHE.format(full)) from None
         if "no data" in str(cause):
             raise ValueError(f"Expected rows in {path}, got only a header. Add rows of text and label.") from None
         reason = " ".join(str(cause).split()).rstrip(".")
@@ -265,6 +275,16 @@ def check_rows(split: Dataset, name: str) -> None:
                 )
 
 
+def check_enough(train: Dataset) -> None:
+    """Refuses fewer training examples than classes: some class would be learned from nothing."""
+    if problem_type_of(train) == SINGLE and len(train) < len(label_names(train)):
+        raise ValueError(
+            f"Expected a training example of each class at least, got {len(train)} examples of "
+            f"{len(label_names(train))} classes. Add examples, raise --max_train_samples, or name the label column: "
+            "--label_column_name."
+        )
+
+
 def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Train without its last part, and that part: `fraction` of every class (of all rows, without classes), drawn by
     `seed`. A class of one row stays in train."""
@@ -278,9 +298,11 @@ def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset,
         taken.append(rows[:count])
     validation = np.sort(np.concatenate(taken))
     if len(validation) == 0:
+        alone = single and len(np.unique(labels)) == len(labels)
+        hint = " Each row has a label of its own: is it the right --label_column_name?" if alone else ""
         raise ValueError(
             f"Expected enough rows to cut a validation split of {fraction:.0%} from {len(train)}, got none. "
-            "Pass --validation_file, or more data."
+            f"Pass --validation_file, or more data.{hint}"
         )
     rest = np.setdiff1d(np.arange(len(train)), validation)
     return train.select(rest), train.select(validation)

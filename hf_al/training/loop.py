@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import resource
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -34,8 +33,10 @@ from ..parallel.placement import place
 from ..parallel.stage import Stage
 from . import checkpoint, health
 from .arguments import TrainingArguments
+from .atomic import export
 from .optim import BlockOptimizers
-from .setup import build_model, check_model, make_accelerator, prepare_output_dir, set_threads
+from .setup import build_model, check_model, check_output_dir, make_accelerator, prepare_output_dir, set_threads
+from .signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,12 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
             arguments where it is None.
 
     Raises:
-        ValueError: arguments or data that cannot work, with what to do instead.
+        ValueError: arguments or data that cannot work, with what to do instead; the output folder is as it was.
+        OSError: a disk that is full or refuses; the last checkpoint is kept.
+        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM (status 143): the step is finished and saved first.
     """
     check_model(args)
-    output_dir = prepare_output_dir(args)
+    output_dir = check_output_dir(args)
     accelerator = make_accelerator(args, output_dir)
     set_threads(args)
     set_seed(args.seed)
@@ -82,6 +85,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     model = build_model(args, tokenizer, data["train"]).to(accelerator.device)
     run = Run(args, output_dir, accelerator, model, tokenizer, tokenization.tokenize(data, tokenizer, args))
     run.resume()
+    prepare_output_dir(output_dir, args)
     run.fit()
     report = run.finish()
     accelerator.end_training()
@@ -118,8 +122,7 @@ class Run:
         self.labels = {name: split_labels(data[name], collator) for name in data}
         self.progress = Progress()
         self.at_start = health.part_sums(model)
-        self.window: dict[str, Tensor | int] = {}
-        self.window_steps = 0
+        self.window: dict[str, list[Tensor]] = {}  # what was measured at each step since the last log
         self.identity = {
             "model": {
                 key: value
@@ -157,7 +160,8 @@ class Run:
                 self.total_steps,
             )
         checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers)
-        checkpoint.adopt_best(path, self.output_dir, manifest["progress"]["best_step"])
+        with checkpoint.writing("the best checkpoint so far", self.output_dir):
+            checkpoint.adopt_best(path, self.output_dir, manifest["progress"]["best_step"])
         self.progress = Progress(**manifest["progress"])
         logger.info("Resuming from %s, step %d of %d.", path, self.progress.step, self.total_steps)
 
@@ -171,17 +175,25 @@ class Run:
         )  # fmt: skip
         self.accelerator.init_trackers("hf_al", config=_flat(args.to_dict()))
         self.model.train()
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), StopSignals() as stop:
             self._train_steps(
                 tqdm(
                     total=self.total_steps,
                     initial=progress.step,
                     disable=args.disable_tqdm or not sys.stderr.isatty(),
                     desc=self.model.config.objective,
-                )
+                ),
+                stop,
             )
+        if stop.received:
+            self.accelerator.end_training()
+            logger.warning(
+                "Stopped by %s after step %d of %d, with a checkpoint in %s. --resume_from_checkpoint last goes on.",
+                stop.received.name, progress.step, self.total_steps, self.output_dir,
+            )  # fmt: skip
+            stop.raise_received()
 
-    def _train_steps(self, bar: tqdm) -> None:
+    def _train_steps(self, bar: tqdm, stop: StopSignals) -> None:
         args, progress = self.args, self.progress
         clock = time.perf_counter()
         for step, rows in self.order.steps(progress.step, self.total_steps):
@@ -194,7 +206,8 @@ class Run:
             bar.update()
             last = progress.step == self.total_steps
             evaluate = self._due_evaluation(last)
-            save = last or (args.save_steps is not None and progress.step % args.save_steps == 0)
+            stopping = stop.received is not None
+            save = last or stopping or (args.save_steps is not None and progress.step % args.save_steps == 0)
             if progress.step % args.logging_steps == 0 or evaluate or save:
                 bar.set_postfix(self._log())
             if evaluate or save:
@@ -203,6 +216,8 @@ class Run:
                 if save:
                     self._save()
                 clock = time.perf_counter()
+            if stopping:
+                break
         progress.seconds += time.perf_counter() - clock
         bar.close()
 
@@ -220,31 +235,23 @@ class Run:
         return last or self.progress.step % every == 0
 
     def _collect(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
-        """Adds to the running sums on the device; reading them waits for it, so that happens only when logging."""
-        self.window_steps += 1
+        """Keeps the step's scalars on the device; reading them waits for it, so that happens only when logging."""
         values = {f"loss/{k}/{name}": value for k, named in losses.items() for name, value in named.items()}
         values |= {f"grad_norm/{unit[-1]}": norm for unit, norm in norms.items()}
         for name, value in values.items():
-            self.window[name] = self.window.get(name, 0) + value
+            steps = self.window.setdefault(name, [])
+            steps.append(value.reshape(1))
+            if len(steps) > 1000:  # where logs are rare: one tensor holds many scalars for less than many do
+                steps[:] = [torch.cat(steps)]
 
     def _log(self) -> dict[str, float]:
-        """Means since the last log, to history and trackers; the total of the local losses for the bar.
-
-        Raises:
-            ValueError: a loss that is not finite, naming block and step; the last checkpoint is from before it.
-        """
-        if not self.window_steps:
+        """Means since the last log, to history and trackers; the total of the local losses for the bar."""
+        if not self.window:
             return {}
-        values = {name: float(total) / self.window_steps for name, total in self.window.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                kind, k, *which = name.split("/")
-                raise ValueError(
-                    f"Expected finite losses and gradients, got {value} as the {' '.join([*which, kind])} of block {k} "
-                    f"in the {self.window_steps} steps up to step {self.progress.step}. Lower the learning rate, or "
-                    "clip: --max_grad_norm 1. The last checkpoint is from before."
-                )
-        self.window, self.window_steps = {}, 0
+        rows = {name: torch.cat(steps).float().cpu().numpy() for name, steps in self.window.items()}
+        self.window = {}
+        self._check_finite(rows)
+        values = {name: float(row.mean(dtype=np.float64)) for name, row in rows.items()}
         row = {
             "step": self.progress.step,
             "learning_rate": self.optimizers.learning_rate(self.progress.step - 1),
@@ -253,6 +260,21 @@ class Run:
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
+
+    def _check_finite(self, rows: dict[str, np.ndarray]) -> None:
+        """Refuses to go on from the first step, and there the first block, whose loss or gradient is not finite."""
+        bad = {name: int(np.argmin(np.isfinite(row))) for name, row in rows.items() if not np.isfinite(row).all()}
+        if not bad:
+            return
+        name = min(bad, key=lambda name: bad[name])
+        step = self.progress.step - len(rows[name]) + 1 + bad[name]
+        kind, k, *which = name.split("/")
+        kept = checkpoint.complete_checkpoints(self.output_dir)
+        raise ValueError(
+            f"Expected finite losses and gradients, got {rows[name][bad[name]]} as the {' '.join([*which, kind])} of "
+            f"block {k} at step {step}. Lower the learning rate, or clip: --max_grad_norm 1. "
+            + (f"The last checkpoint is from before: {kept[-1]}." if kept else "There is no checkpoint yet.")
+        )
 
     def _evaluate(self) -> bool:
         """Validation metrics of every exit; whether the last exit is the best so far."""
@@ -285,8 +307,9 @@ class Run:
             "total_steps": self.total_steps,
             "progress": vars(self.progress),
         }
-        checkpoint.save_checkpoint(path, self.stage.blocks, self.optimizers, manifest)
-        checkpoint.rotate(self.output_dir, self.args.save_total_limit, self.progress.best_step)
+        with checkpoint.writing(path.name, self.output_dir):
+            checkpoint.save_checkpoint(path, self.stage.blocks, self.optimizers, manifest)
+            checkpoint.rotate(self.output_dir, self.args.save_total_limit, self.progress.best_step, self.progress.step)
 
     # --- after the last step
 
@@ -300,9 +323,12 @@ class Run:
             best = checkpoint.checkpoint_path(self.output_dir, progress.best_step)
             checkpoint.load_checkpoint(best, self.stage.blocks, None)
         report = self._report(warnings)
-        self._export()
-        self.args.save(self.output_dir / "training_config.yaml")
-        reporting.write_report(self.output_dir, report)
+        self.model.eval()
+        with checkpoint.writing("the model", self.output_dir), export(self.output_dir) as aside:
+            self.model.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+            self.args.save(aside / "training_config.yaml")
+            reporting.write_report(aside, report)
         logger.info("Saved to %s.", self.output_dir)
         return report
 
@@ -351,17 +377,6 @@ class Run:
             "machine": reporting.machine(),
             "arguments": self.args.to_dict(),
         }
-
-    def _export(self) -> None:
-        """Model and tokenizer written beside their place, then moved in, each file whole; the config last."""
-        aside = self.output_dir / "export.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        self.model.eval()
-        self.model.save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
-        for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
-            path.replace(self.output_dir / path.name)
-        aside.rmdir()
 
 
 def split_labels(data: Dataset, collator: Collator) -> np.ndarray:
