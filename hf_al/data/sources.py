@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ PAIR_NAMES = (
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "score")
 TWEETS_RULES = 2  # raised whenever `_tweets` changes what it yields: `datasets` caches by the arguments, not the code
 TEXT_FEATURES = (Value("string"), Value("large_string"))
-CACHE = "Could not write to the cache of datasets: {}. Make room there, or name another place: HF_HOME=FOLDER."
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
@@ -139,14 +139,12 @@ def read_file(path: str) -> Dataset:
     try:
         if kind == "parquet" and file.suffix == ".gz":  # the other readers unpack by themselves
             file = Path(DownloadManager().extract(str(file)))
-        data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
+        with writing_cache():
+            data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
         for column in data.data.columns:
             column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
         cause = error.__cause__ or error
-        full = disk_error(cause)
-        if full is not None:
-            raise OSError(CACHE.format(full)) from None
         if "no data" in str(cause):
             raise ValueError(f"Expected rows in {path}, got only a header. Add rows of text and label.") from None
         reason = " ".join(str(cause).split()).rstrip(".")
@@ -170,14 +168,31 @@ def load_tweets() -> DatasetDict:
         ) from None
     path = next(f for f in files if f.suffix == ".csv").locate()
     features = Features({"text": Value("string"), "label": Value("string")})
-    return DatasetDict(
-        {
-            split: Dataset.from_generator(
-                _tweets, features=features, gen_kwargs={"path": str(path), "wanted": split, "rules": TWEETS_RULES}
-            )
-            for split in ("train", "validation", "test")
-        }
-    )
+    splits = {}
+    for split in ("train", "validation", "test"):
+        arguments = {"path": str(path), "wanted": split, "rules": TWEETS_RULES}
+        with writing_cache():
+            splits[split] = Dataset.from_generator(_tweets, features=features, gen_kwargs=arguments)
+    return DatasetDict(splits)
+
+
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """`datasets` keeps what it reads and makes as Arrow files: a disk that has no room for them is said in one message.
+
+    Raises:
+        OSError: why the disk refused, and what to do.
+    """
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        reason = disk_error(error.__cause__ or error)
+        if reason is None:
+            raise
+        raise OSError(
+            f"Could not write to the cache of datasets: {reason}. Make room there, or name another place: "
+            "HF_HOME=FOLDER."
+        ) from None
 
 
 def _tweets(path: str, wanted: str, rules: int) -> Iterator[dict[str, str]]:

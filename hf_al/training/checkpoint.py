@@ -125,8 +125,12 @@ def damage(path: Path) -> str | None:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    folder = output_dir / "checkpoints"
-    return [path for path in sorted(folder.glob("checkpoint-*")) if read_manifest(path) is not None]
+    return [path for path in _by_step(output_dir) if read_manifest(path) is not None]
+
+
+def _by_step(output_dir: Path) -> list[Path]:
+    """All that is named as a checkpoint, oldest first; before that of the same step what it was to replace."""
+    return sorted((output_dir / "checkpoints").glob("checkpoint-*"), key=lambda p: (p.stem, p.suffix != ".old"))
 
 
 def find_checkpoint(name: str, output_dir: Path) -> Path | None:
@@ -143,7 +147,7 @@ def find_checkpoint(name: str, output_dir: Path) -> Path | None:
             )
         return Path(name)
     found = None
-    for path in sorted((output_dir / "checkpoints").glob("checkpoint-*"), reverse=True):
+    for path in reversed(_by_step(output_dir)):
         found = damage(path)
         if found is None:
             return path
@@ -237,7 +241,7 @@ def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None 
     spared = spared[-keep:]
     if best_step is not None:
         spared.append(checkpoint_path(output_dir, best_step))
-    for path in sorted((output_dir / "checkpoints").glob("checkpoint-*"), reverse=True):
+    for path in reversed(_by_step(output_dir)):
         if path not in spared:
             _remove(path)
 
