@@ -127,6 +127,27 @@ METRICS: dict[str, type[hf_evaluate.Metric]] = {
 }
 
 
+METRIC_NAMES = {
+    "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
+    "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
+    "regression": ("mse", "pearson"),
+}
+
+
+def chosen_metric(name: str | None, problem_type: str) -> str:
+    """The metric that chooses the checkpoint: `name`, or the usual one where it is None.
+
+    Raises:
+        ValueError: a metric that this kind of problem does not have.
+    """
+    if name is not None and name not in METRIC_NAMES[problem_type]:
+        raise ValueError(
+            f"Expected metric_for_best_model among {', '.join(METRIC_NAMES[problem_type])} ({problem_type}), got "
+            f"{name!r}. Leave it out to choose by {BEST_METRIC[problem_type]}."
+        )
+    return name or BEST_METRIC[problem_type]
+
+
 def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str) -> dict[str, float]:
     """The metrics of one exit.
 

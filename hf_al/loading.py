@@ -42,11 +42,17 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
     _check_counts(values, {n: shape for shapes in saved.values() for n, shape in shapes.items()}, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(config, ALConfig):
-            raise TypeError(f"Expected an AL model, got one of type {config.model_type}")
+    except Exception as error:  # each library has its own
+        raise ValueError(f"Could not load {name}: {_last_line(error)}") from error
+    if not isinstance(config, ALConfig):
+        raise ValueError(
+            f"Expected an AL model in {name}, got one of type {config.model_type!r}. Pass the output_dir of a finished "
+            "run."
+        )
+    try:
         with torch.device("meta"):
             empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each library has its own
+    except Exception as error:
         raise ValueError(f"Could not load {name}: {_last_line(error)}") from error
     _check_shapes(empty, saved, folder)
     try:

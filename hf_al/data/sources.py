@@ -128,11 +128,14 @@ def read_file(path: str) -> Dataset:
     except OSError as error:
         raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
     if file.stat().st_size == 0:
-        raise ValueError(f"Expected rows in {path}, got an empty file.")
+        raise ValueError(f"Expected rows in {path}, got an empty file. Add rows of text and label.")
     suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
-        raise ValueError(f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}.")
+        raise ValueError(
+            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or mend its "
+            "ending."
+        )
     options: dict[str, Any] = {}
     if READERS[kind] == "csv":
         options = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
@@ -217,7 +220,10 @@ def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dat
     new_names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
     for column in new_names:
         if column not in split.column_names:
-            raise ValueError(f"Expected column {column!r} in the {name} split, got {split.column_names}.")
+            raise ValueError(
+                f"Expected column {column!r} in the {name} split, got {split.column_names}. Give the columns of all "
+                "splits the same names."
+            )
     return split.select_columns(list(new_names)).rename_columns({a: b for a, b in new_names.items() if a != b})
 
 

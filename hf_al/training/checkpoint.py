@@ -247,8 +247,8 @@ def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None 
 
 
 def first_difference(expected: dict[str, Any], got: dict[str, Any]) -> str | None:
-    """The first key whose values differ, as a sentence; None where there is none."""
-    for key in sorted(expected.keys() | got.keys()):
+    """The first key whose values differ, as a sentence, the architecture before all; None where there is none."""
+    for key in sorted(expected.keys() | got.keys(), key=lambda key: (key != "model_type", key)):
         if expected.get(key) != got.get(key):
             return f"{key} was {expected.get(key)!r} and is now {got.get(key)!r}"
     return None

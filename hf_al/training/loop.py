@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import report as reporting
 from ..data import sources, tokenization
 from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
-from ..evaluation import BEST_METRIC, exit_metrics, is_better
+from ..evaluation import chosen_metric, exit_metrics, is_better
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import place
 from ..parallel.stage import Stage
@@ -107,7 +107,7 @@ class Run:
         self.args, self.output_dir, self.accelerator = args, output_dir, accelerator
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self.problem_type = model.config.resolved_problem_type
-        self.metric = args.metric_for_best_model or BEST_METRIC[self.problem_type]
+        self.metric = chosen_metric(args.metric_for_best_model, self.problem_type)
         self.order = BatchOrder(
             token_lengths(data["train"]), args.per_device_train_batch_size * args.gradient_accumulation_steps, args.seed
         )
@@ -281,8 +281,6 @@ class Run:
         logits = self.stage.evaluate(self.data["validation"], self.args.per_device_eval_batch_size)
         exits = exit_metrics(logits, self.labels["validation"], self.problem_type)
         progress = self.progress
-        if self.metric not in exits[-1]:
-            raise ValueError(f"Expected metric_for_best_model among {list(exits[-1])[1:]}, got {self.metric!r}.")
         value = exits[-1][self.metric]
         better = is_better(self.metric, value, progress.best_metric)
         if better:
