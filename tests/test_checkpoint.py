@@ -236,6 +236,20 @@ def test_what_an_interrupted_write_left_is_not_taken(make_run, tmp_path):
     assert checkpoint.find_checkpoint("last", tmp_path) is None
 
 
+def test_what_was_to_be_replaced_gets_its_name_back_where_the_replacement_never_came(make_run, tmp_path):
+    path = save(tmp_path, 20, make_run())
+    old = content(path)
+    path.rename(path.with_name("checkpoint-00000020.old"))
+    assert checkpoint.find_checkpoint("last", tmp_path) == path
+    assert content(path) == old
+
+
+def test_a_replacement_comes_before_what_it_replaces(make_run, tmp_path):
+    path = save(tmp_path, 20, make_run(0))
+    shutil.copytree(path, path.with_name("checkpoint-00000020.old"))
+    assert checkpoint.find_checkpoint("last", tmp_path) == path
+
+
 def test_last_is_by_step_and_not_by_time(make_run, tmp_path):
     for step in (100, 20, 9):
         save(tmp_path, step, make_run())

@@ -150,7 +150,8 @@ def find_checkpoint(name: str, output_dir: Path) -> Path | None:
     for path in reversed(_by_step(output_dir)):
         found = damage(path)
         if found is None:
-            return path
+            lonely = path.suffix == ".old" and not path.with_suffix("").exists()  # its replacement never came
+            return path.rename(path.with_suffix("")) if lonely else path
         logger.warning("A damaged checkpoint is passed over: %s.", found)
     if found is not None:
         raise ValueError(f"Expected an intact checkpoint, got damaged ones only: {found}. Start in another output_dir.")
