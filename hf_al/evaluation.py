@@ -3,7 +3,6 @@
 Legend: N examples, C classes.
 """
 
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,11 +11,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .data import sources, tokenization
 from .data.batching import Collator
 from .data.labels import encode_labels
+from .loading import load_model as load_model
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
 from .parallel.stage import Stage
@@ -127,6 +127,27 @@ METRICS: dict[str, type[hf_evaluate.Metric]] = {
 }
 
 
+METRIC_NAMES = {
+    "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
+    "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
+    "regression": ("mse", "pearson"),
+}
+
+
+def chosen_metric(name: str | None, problem_type: str) -> str:
+    """The metric that chooses the checkpoint: `name`, or the usual one where it is None.
+
+    Raises:
+        ValueError: a metric that this kind of problem does not have.
+    """
+    if name is not None and name not in METRIC_NAMES[problem_type]:
+        raise ValueError(
+            f"Expected metric_for_best_model among {', '.join(METRIC_NAMES[problem_type])} ({problem_type}), got "
+            f"{name!r}. Leave it out to choose by {BEST_METRIC[problem_type]}."
+        )
+    return name or BEST_METRIC[problem_type]
+
+
 def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str) -> dict[str, float]:
     """The metrics of one exit.
 
@@ -155,29 +176,6 @@ def is_better(metric: str, new: float, old: float | None) -> bool:
 
 
 # --- of a trained model
-
-
-def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase]:
-    """A trained model and its tokenizer from a folder or a Hub id.
-
-    Raises:
-        ValueError: a folder that is not a model, or a model of another library.
-    """
-    folder = Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
-        )
-    if not folder.exists() and name.count("/") != 1:
-        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # missing files, corrupt weights, no network: each library has its own exceptions
-        raise ValueError(f"Could not load {name}: {error}") from error
-    if not isinstance(model, ALForSequenceClassification):
-        raise ValueError(f"Expected an AL model, got {type(model).__name__} in {name}.")
-    return model, tokenizer
 
 
 def evaluate(

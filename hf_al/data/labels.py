@@ -11,6 +11,9 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 from datasets import List as ListFeature
 
+NO_LABEL = (
+    "Expected a label in every row, got none in row {} (from 0) of the {} split. Remove the row, or fill the label in."
+)
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
@@ -36,7 +39,10 @@ def encode_labels(
         names = _class_names(first) or sorted({name for row in lists["train"] for name in row}, key=_sort_key)
         seen = {name for row in lists["train"] for name in row}
         if len(seen) < (2 if problem_type == SINGLE else 1):
-            raise ValueError(f"Expected at least two classes in train, got only {', '.join(seen) or 'none'}.")
+            raise ValueError(
+                f"Expected at least two classes in train, got only {', '.join(seen) or 'none'}. Add rows of another "
+                "class, or name the label column: --label_column_name."
+            )
     ids = {name: i for i, name in enumerate(names)}
     feature = ClassLabel(names=names)
     encoded = {}
@@ -105,7 +111,7 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
             values = value if isinstance(value, list) else str(value).split(",")
             result.append([name(v) for v in values if not _missing(v)])
         elif _missing(value) or (class_names is not None and isinstance(value, int) and value < 0):
-            raise ValueError(f"Expected a label in every row, got none in row {number} (from 0) of the {split} split.")
+            raise ValueError(NO_LABEL.format(number, split))
         else:
             result.append([name(value)])
     return result
@@ -118,10 +124,11 @@ def _numbers(rows: Dataset, split: str) -> list[float]:
             result.append(math.nan if _missing(value) else float(value))
         except (TypeError, ValueError):
             raise ValueError(
-                f"Expected numbers as labels for regression, got {value!r} in row {number} (from 0) of {split}."
+                f"Expected numbers as labels for regression, got {value!r} in row {number} (from 0) of {split}. "
+                "Name another --label_column_name, or another --problem_type."
             ) from None
         if not math.isfinite(result[-1]):
-            raise ValueError(f"Expected a label in every row, got none in row {number} (from 0) of the {split} split.")
+            raise ValueError(NO_LABEL.format(number, split))
     return result
 
 

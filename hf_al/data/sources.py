@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, DownloadManager, Features
 from datasets.exceptions import DatasetGenerationError
 
 from ..training.arguments import TrainingArguments
-from .labels import encode_labels
+from ..training.atomic import disk_error
+from .labels import SINGLE, encode_labels, label_names, problem_type_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None
     for name, limit in limits.items():
         if limit is not None and name in data:
             data[name] = data[name].select(range(min(limit, len(data[name]))))
+    check_enough(data["train"])
     return DatasetDict(data)
 
 
@@ -120,19 +123,27 @@ def read_file(path: str) -> Dataset:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"Expected a file at {path}, found none. Check the path.")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
     if file.stat().st_size == 0:
-        raise ValueError(f"Expected rows in {path}, got an empty file.")
+        raise ValueError(f"Expected rows in {path}, got an empty file. Add rows of text and label.")
     suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
-        raise ValueError(f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}.")
+        raise ValueError(
+            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or mend its "
+            "ending."
+        )
     options: dict[str, Any] = {}
     if READERS[kind] == "csv":
         options = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
     try:
         if kind == "parquet" and file.suffix == ".gz":  # the other readers unpack by themselves
             file = Path(DownloadManager().extract(str(file)))
-        data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
+        with writing_cache():
+            data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
         for column in data.data.columns:
             column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
@@ -160,14 +171,31 @@ def load_tweets() -> DatasetDict:
         ) from None
     path = next(f for f in files if f.suffix == ".csv").locate()
     features = Features({"text": Value("string"), "label": Value("string")})
-    return DatasetDict(
-        {
-            split: Dataset.from_generator(
-                _tweets, features=features, gen_kwargs={"path": str(path), "wanted": split, "rules": TWEETS_RULES}
-            )
-            for split in ("train", "validation", "test")
-        }
-    )
+    splits = {}
+    for split in ("train", "validation", "test"):
+        arguments = {"path": str(path), "wanted": split, "rules": TWEETS_RULES}
+        with writing_cache():
+            splits[split] = Dataset.from_generator(_tweets, features=features, gen_kwargs=arguments)
+    return DatasetDict(splits)
+
+
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """`datasets` keeps what it reads and makes as Arrow files: a disk that has no room for them is said in one message.
+
+    Raises:
+        OSError: why the disk refused, and what to do.
+    """
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        reason = disk_error(error.__cause__ or error)
+        if reason is None:
+            raise
+        raise OSError(
+            f"Could not write to the cache of datasets: {reason}. Make room there, or name another place: "
+            "HF_HOME=FOLDER."
+        ) from None
 
 
 def _tweets(path: str, wanted: str, rules: int) -> Iterator[dict[str, str]]:
@@ -192,7 +220,10 @@ def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dat
     new_names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
     for column in new_names:
         if column not in split.column_names:
-            raise ValueError(f"Expected column {column!r} in the {name} split, got {split.column_names}.")
+            raise ValueError(
+                f"Expected column {column!r} in the {name} split, got {split.column_names}. Give the columns of all "
+                "splits the same names."
+            )
     return split.select_columns(list(new_names)).rename_columns({a: b for a, b in new_names.items() if a != b})
 
 
@@ -265,6 +296,16 @@ def check_rows(split: Dataset, name: str) -> None:
                 )
 
 
+def check_enough(train: Dataset) -> None:
+    """Refuses fewer training examples than classes: some class would be learned from nothing."""
+    if problem_type_of(train) == SINGLE and len(train) < len(label_names(train)):
+        raise ValueError(
+            f"Expected a training example of each class at least, got {len(train)} examples of "
+            f"{len(label_names(train))} classes. Add examples, raise --max_train_samples, or name the label column: "
+            "--label_column_name."
+        )
+
+
 def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Train without its last part, and that part: `fraction` of every class (of all rows, without classes), drawn by
     `seed`. A class of one row stays in train."""
@@ -278,9 +319,11 @@ def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset,
         taken.append(rows[:count])
     validation = np.sort(np.concatenate(taken))
     if len(validation) == 0:
+        alone = single and len(np.unique(labels)) == len(labels)
+        hint = " Each row has a label of its own: is it the right --label_column_name?" if alone else ""
         raise ValueError(
             f"Expected enough rows to cut a validation split of {fraction:.0%} from {len(train)}, got none. "
-            "Pass --validation_file, or more data."
+            f"Pass --validation_file, or more data.{hint}"
         )
     rest = np.setdiff1d(np.arange(len(train)), validation)
     return train.select(rest), train.select(validation)

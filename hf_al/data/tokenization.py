@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..training.arguments import TrainingArguments
+from .sources import writing_cache
 
 logger = logging.getLogger(__name__)
 
@@ -195,9 +196,10 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
         return {"input_ids": encoded["input_ids"]}
 
     extra = [c for c in next(iter(data.values())).column_names if c != "label"]
-    return data.map(
-        encode, batched=True, remove_columns=extra, num_proc=args.preprocessing_num_workers, desc="Tokenizing"
-    )
+    with writing_cache():
+        return data.map(
+            encode, batched=True, remove_columns=extra, num_proc=args.preprocessing_num_workers, desc="Tokenizing"
+        )
 
 
 def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:

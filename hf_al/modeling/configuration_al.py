@@ -17,6 +17,7 @@ decode_target_1( ... decode_target_k( bridge_k( pool(s_k) ) ) ).
 Sources: Kao & Chen, Neural Computation 33(1), 2021, arXiv 1906.05560; Wu, Lin, Chen & Chen, ICLR 2022.
 """
 
+import difflib
 import math
 from typing import ClassVar
 
@@ -32,7 +33,9 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 def _choice(config, name, allowed):
     value = getattr(config, name)
     if value not in allowed:
-        raise ValueError(f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. Pass {allowed[0]!r}, say.")
+        nearest = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+        advice = f"Did you mean {nearest[0]}?" if nearest else f"Pass {allowed[0]!r}, say."
+        raise ValueError(f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. {advice}")
 
 
 def _at_least(config, name, minimum):

@@ -92,8 +92,19 @@ class ALPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers. Weights on a CPU are moved to 64-byte boundaries: loaded from a mapped file they lie
-        anywhere, the same matmul then rounds differently, and a reloaded model would not be the trained one."""
+        """As in transformers, from safetensors only: pickled weights can run any code when they are read.
+
+        Weights on a CPU are moved to 64-byte boundaries: loaded from a mapped file they lie anywhere, the same matmul
+        then rounds differently, and a reloaded model would not be the trained one.
+
+        Raises:
+            ValueError: `use_safetensors=False`.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError(
+                "Expected use_safetensors=True, got False: pickled weights can run any code when they are read. "
+                "Save the model as safetensors."
+            )
         loaded = super().from_pretrained(*args, **kwargs)
         for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import resource
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict
-from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
@@ -28,14 +26,17 @@ from transformers import PreTrainedTokenizerBase
 from .. import report as reporting
 from ..data import sources, tokenization
 from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
-from ..evaluation import BEST_METRIC, SMALLER_IS_BETTER, exit_metrics, is_better
+from ..evaluation import SMALLER_IS_BETTER, chosen_metric, exit_metrics, is_better
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import place
 from ..parallel.stage import Stage
 from . import checkpoint, health
 from .arguments import TrainingArguments
+from .atomic import export
 from .optim import BlockOptimizers
-from .setup import build_model, check_model, make_accelerator, prepare_output_dir, set_threads
+from .setup import build_model, check_model, check_output_dir, make_accelerator, prepare_output_dir, set_threads
+from .signals import StopSignals
+from .window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,12 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
             arguments where it is None.
 
     Raises:
-        ValueError: arguments or data that cannot work, with what to do instead.
+        ValueError: arguments or data that cannot work, with what to do instead; the output folder is as it was.
+        OSError: a disk that is full or refuses; the last checkpoint is kept.
+        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM (status 143): the step is finished and saved first.
     """
     check_model(args)
-    output_dir = prepare_output_dir(args)
+    output_dir = check_output_dir(args)
     accelerator = make_accelerator(args, output_dir)
     set_threads(args)
     set_seed(args.seed)
@@ -82,45 +85,11 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     model = build_model(args, tokenizer, data["train"]).to(accelerator.device)
     run = Run(args, output_dir, accelerator, model, tokenizer, tokenization.tokenize(data, tokenizer, args))
     run.resume()
+    prepare_output_dir(output_dir, args)
     run.fit()
     report = run.finish()
     accelerator.end_training()
     return TrainResult(run.model, tokenizer, report)
-
-
-class Window:
-    """Losses and gradient norms since the last log, summed on the device: reading them would wait for it."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.names: list[str] = []
-        self.total = self.first_bad = torch.zeros(0)
-
-    def add(self, step: int, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
-        values = {f"loss/{k}/{name}": value for k, named in losses.items() for name, value in named.items()}
-        values |= {f"grad_norm/{unit[-1]}": norm for unit, norm in norms.items()}
-        row = torch.stack([value.float() for value in values.values()])
-        bad = torch.where(row.isfinite(), math.inf, float(step))
-        self.total = row if self.steps == 0 else self.total + row
-        self.first_bad = bad if self.steps == 0 else torch.minimum(self.first_bad, bad)
-        self.names, self.steps = list(values), self.steps + 1
-
-    def means(self) -> dict[str, float]:
-        """Name -> mean over the steps.
-
-        Raises:
-            ValueError: a value that is not finite, naming its block and the first step that had one.
-        """
-        steps = self.first_bad.tolist()
-        if min(steps) < math.inf:
-            worst = steps.index(min(steps))
-            kind, k, *which = self.names[worst].split("/")
-            raise ValueError(
-                f"Expected finite losses and gradients, got NaN or infinity as the {' '.join([*which, kind])} of block "
-                f"{k} at step {int(steps[worst])}. Lower the learning rate, or clip: --max_grad_norm 1. The last "
-                "checkpoint is from before."
-            )
-        return dict(zip(self.names, (self.total / self.steps).tolist(), strict=True))
 
 
 class Run:
@@ -138,7 +107,7 @@ class Run:
         self.args, self.output_dir, self.accelerator = args, output_dir, accelerator
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self.problem_type = model.config.resolved_problem_type
-        self.metric = args.metric_for_best_model or BEST_METRIC[self.problem_type]
+        self.metric = chosen_metric(args.metric_for_best_model, self.problem_type)
         self.order = BatchOrder(
             token_lengths(data["train"]), args.per_device_train_batch_size * args.gradient_accumulation_steps, args.seed
         )
@@ -201,7 +170,8 @@ class Run:
                 self.total_steps,
             )
         checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers)
-        checkpoint.adopt_best(path, self.output_dir, manifest["progress"]["best_step"])
+        with checkpoint.writing("the best checkpoint so far", self.output_dir):
+            checkpoint.adopt_best(path, self.output_dir, manifest["progress"]["best_step"])
         self.progress = Progress(**manifest["progress"])
         logger.info("Resuming from %s, step %d of %d.", path, self.progress.step, self.total_steps)
 
@@ -215,17 +185,25 @@ class Run:
         )  # fmt: skip
         self.accelerator.init_trackers("hf_al", config=_flat(args.to_dict()))
         self.model.train()
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), StopSignals() as stop:
             self._train_steps(
                 tqdm(
                     total=self.total_steps,
                     initial=progress.step,
                     disable=args.disable_tqdm or not sys.stderr.isatty(),
                     desc=self.model.config.objective,
-                )
+                ),
+                stop,
             )
+        if stop.received:
+            self.accelerator.end_training()
+            logger.warning(
+                "Stopped by %s after step %d of %d, with a checkpoint in %s. --resume_from_checkpoint last goes on.",
+                stop.received.name, progress.step, self.total_steps, self.output_dir,
+            )  # fmt: skip
+            stop.raise_received()
 
-    def _train_steps(self, bar: tqdm) -> None:
+    def _train_steps(self, bar: tqdm, stop: StopSignals) -> None:
         args, progress = self.args, self.progress
         clock = time.perf_counter()
         for step, rows in self.order.steps(progress.step, self.total_steps):
@@ -234,11 +212,12 @@ class Run:
             parts = micro_batches(rows, args.gradient_accumulation_steps)
             losses, norms = self.stage.train_batch(self.data["train"], parts, step, args.seed)
             progress.step = step + 1
-            self.window.add(progress.step, losses, norms)
+            self.window.add(losses, norms)
             bar.update()
             last = progress.step == self.total_steps
             evaluate = self._due_evaluation(last)
-            save = last or (args.save_steps is not None and progress.step % args.save_steps == 0)
+            stopping = stop.received is not None
+            save = last or stopping or (args.save_steps is not None and progress.step % args.save_steps == 0)
             if progress.step % args.logging_steps == 0 or evaluate or save:
                 bar.set_postfix(self._log())
             if evaluate or save:
@@ -247,6 +226,8 @@ class Run:
                 if save:
                     self._save()
                 clock = time.perf_counter()
+            if stopping:
+                break
         progress.seconds += time.perf_counter() - clock
         bar.close()
         self.optimizers.release()
@@ -270,13 +251,17 @@ class Run:
         Raises:
             ValueError: a loss that is not finite, naming block and step; the last checkpoint is from before it.
         """
-        if not self.window.steps:
+        if not self.window.rows:
             return {}
-        values = self.window.means()
+        try:
+            values = self.window.means(self.progress.step)
+        except FloatingPointError as error:
+            kept = checkpoint.complete_checkpoints(self.output_dir)
+            last = f"The last checkpoint is from before: {kept[-1]}." if kept else "There is no checkpoint yet."
+            raise ValueError(f"{error} {last}") from None
         rates = self.optimizers.learning_rates(self.progress.step - 1)
         same = len(set(rates.values())) == 1
         values |= {"learning_rate" if same else f"learning_rate/{k}": rate for k, rate in rates.items()}
-        self.window = Window()
         row = {"step": self.progress.step, **values}
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
@@ -287,8 +272,6 @@ class Run:
         logits = self.stage.evaluate(self.data["validation"], self.args.per_device_eval_batch_size)
         exits = exit_metrics(logits, self.labels["validation"], self.problem_type)
         progress = self.progress
-        if self.metric not in exits[-1]:
-            raise ValueError(f"Expected metric_for_best_model among {list(exits[-1])[1:]}, got {self.metric!r}.")
         value = exits[-1][self.metric]
         better = is_better(self.metric, value, progress.best_metric)
         if better:
@@ -314,8 +297,9 @@ class Run:
             "total_steps": self.total_steps,
             "progress": vars(self.progress),
         }
-        checkpoint.save_checkpoint(path, self.stage.blocks, self.optimizers, manifest)
-        checkpoint.rotate(self.output_dir, self.args.save_total_limit, self.progress.best_step)
+        with checkpoint.writing(path.name, self.output_dir):
+            checkpoint.save_checkpoint(path, self.stage.blocks, self.optimizers, manifest)
+            checkpoint.rotate(self.output_dir, self.args.save_total_limit, self.progress.best_step, self.progress.step)
 
     # --- after the last step
 
@@ -329,9 +313,12 @@ class Run:
             best = checkpoint.checkpoint_path(self.output_dir, progress.best_step)
             checkpoint.load_checkpoint(best, self.stage.blocks, None)
         report = self._report(warnings)
-        self._export()
-        self.args.save(self.output_dir / "training_config.yaml")
-        reporting.write_report(self.output_dir, report)
+        self.model.eval()
+        with checkpoint.writing("the model", self.output_dir), export(self.output_dir) as aside:
+            self.model.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+            self.args.save(aside / "training_config.yaml")
+            reporting.write_report(aside, report)
         logger.info("Saved to %s.", self.output_dir)
         return report
 
@@ -380,17 +367,6 @@ class Run:
             "machine": reporting.machine(),
             "arguments": self.args.to_dict(),
         }
-
-    def _export(self) -> None:
-        """Model and tokenizer written beside their place, then moved in, each file whole; the config last."""
-        aside = self.output_dir / "export.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        self.model.eval()
-        self.model.save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
-        for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
-            path.replace(self.output_dir / path.name)
-        aside.rmdir()
 
 
 def split_labels(data: Dataset, collator: Collator) -> np.ndarray:

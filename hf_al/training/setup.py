@@ -38,7 +38,7 @@ PER_BLOCK = (
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
-    "checkpoints", "export.tmp", "report.json", "report.md", "training_config.yaml", "config.json", "logs",
+    "config.json", "checkpoints", "export.tmp", "report.json", "report.md", "training_config.yaml", "logs",
     "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py", "lstm.py",
     "objectives.py",
 )  # fmt: skip
@@ -59,28 +59,48 @@ def check_model(args: TrainingArguments) -> None:
     make_optimizer(args, [{"params": [torch.zeros(1)], "lr": 1.0}])
 
 
-def prepare_output_dir(args: TrainingArguments) -> Path:
-    """The output folder: new or empty, emptied of an earlier run, or holding the run to resume."""
+def check_output_dir(args: TrainingArguments) -> Path:
+    """The output folder: new or empty, to be emptied, or holding the run to resume. Leaves everything as it is.
+
+    Raises:
+        ValueError: no folder named, a file there, files in it without a flag that says what to do, or no right to
+            write.
+    """
     if not args.output_dir:
         raise ValueError("Expected output_dir, got none. Pass output_dir='out/my_run', for example.")
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected a folder as output_dir, got the file {folder}.")
-    if folder.exists() and any(folder.iterdir()) and args.resume_from_checkpoint is None:
-        if not args.overwrite_output_dir:
+        raise ValueError(f"Expected a folder as output_dir, got the file {folder}. Pass another name.")
+    try:
+        used = folder.exists() and any(folder.iterdir())
+        if used and args.resume_from_checkpoint is None and not args.overwrite_output_dir:
             raise ValueError(
                 f"Expected an empty output_dir, got files in {folder}. Pass --overwrite_output_dir to start anew, "
                 "--resume_from_checkpoint last to go on, or another folder."
             )
-        for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        with tempfile.NamedTemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ValueError(f"Expected a writable output_dir, got {folder}: {error.strerror}.") from None
+        raise ValueError(
+            f"Expected a writable output_dir, got {folder}: {error.strerror}. Pass another folder, or mend its "
+            "permissions."
+        ) from None
     return folder
+
+
+def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
+    """Makes the folder; empties it of an earlier run where the arguments say so, its config.json first."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite_output_dir and args.resume_from_checkpoint is None:
+            for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"Expected an output_dir that can be emptied, got {folder}: {error.strerror}. Pass another folder, or mend "
+            "its permissions."
+        ) from None
 
 
 def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:

@@ -1,6 +1,7 @@
 """Resume: stopped at any step and resumed, a run ends with the weights of one that was never stopped, bit for bit."""
 
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,18 @@ def stop_before_evaluation(monkeypatch, which: int) -> None:
     monkeypatch.setattr(Stage, "evaluate", evaluate_or_stop)
 
 
+def signal_in_step(monkeypatch, step: int, number: signal.Signals) -> None:
+    """Between the updates of two blocks in optimizer step `step`, counted from 1."""
+    update = BlockOptimizers.update
+
+    def update_and_signal(self, unit, now):
+        if now + 1 == step and unit[-1] == 1:
+            os.kill(os.getpid(), number)
+        return update(self, unit, now)
+
+    monkeypatch.setattr(BlockOptimizers, "update", update_and_signal)
+
+
 STOPS = {
     "after_the_first_save": (stop_after_save, 1),
     "after_the_fourth_save": (stop_after_save, 4),
@@ -164,6 +177,22 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(run_flags, never_
             stop_between_updates(patch, step)
             with pytest.raises(Stopped):
                 hf_al.train(parse_arguments(flags))
+    hf_al.train(parse_arguments(flags))
+    assert weights_of(tmp_path / "run") == weights_of(never_stopped("al_lstm", "associated"))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_run_that_signals_stopped_at_odd_steps_ends_with_the_same_bits(number, run_flags, never_stopped, tmp_path):
+    """Real signals, at a step with neither save nor evaluation, at one with both, and at the last but one."""
+    flags = run_flags("al_lstm", "associated", tmp_path / "run", "--resume_from_checkpoint=last")
+    for step in (5, 22, STEPS - 1):
+        with pytest.MonkeyPatch.context() as patch:
+            signal_in_step(patch, step, number)
+            with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+                hf_al.train(parse_arguments(flags))
+        newest = checkpoint.find_checkpoint("last", tmp_path / "run")
+        assert checkpoint.read_manifest(newest)["progress"]["step"] == step
     hf_al.train(parse_arguments(flags))
     assert weights_of(tmp_path / "run") == weights_of(never_stopped("al_lstm", "associated"))
 

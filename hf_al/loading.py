@@ -1,0 +1,178 @@
+"""A saved model, checked before its weights are read: safetensors only, and the tensors that its config asks for.
+
+transformers would find the same faults, but only after it has made room for the weights, and in many lines.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from .modeling.configuration_al import ALConfig
+from .modeling.modeling_al import ALForSequenceClassification
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository: config, weights, tokenizer; no pickles
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MIXED = "Config and weights are of different models: copy both from one run."
+Shapes = dict[str, tuple[int, ...]]
+
+
+def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer from a folder or a Hub id.
+
+    Raises:
+        ValueError: a folder that is not a model, a model of another library, weights that are pickled, corrupt or not
+            those that config.json describes (the file and the first tensor that differs are named).
+    """
+    folder = _folder(name)
+    try:
+        values = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"Expected {folder / 'config.json'} to hold the values of a model, got {type(error).__name__}: {error}. "
+            "Copy it again from the run."
+        ) from None
+    saved = _saved_shapes(folder)
+    _check_counts(values, {n: shape for shapes in saved.values() for n, shape in shapes.items()}, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each library has its own
+        raise ValueError(f"Could not load {name}: {_last_line(error)}") from error
+    if not isinstance(config, ALConfig):
+        raise ValueError(
+            f"Expected an AL model in {name}, got one of type {config.model_type!r}. Pass the output_dir of a finished "
+            "run."
+        )
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"Could not load {name}: {_last_line(error)}") from error
+    _check_shapes(empty, saved, folder)
+    try:
+        model = type(empty).from_pretrained(folder, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"Could not load {name}: {error}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"Expected a tokenizer of at most {config.vocab_size} tokens (vocab_size) in {name}, got {len(tokenizer)}. "
+            "Model and tokenizer are of different runs: copy both from one."
+        )
+    return model, tokenizer
+
+
+def _folder(name: str) -> Path:
+    """The folder itself, or the local copy of a Hub repository's safetensors and text files."""
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
+        )
+    if folder.exists():
+        return folder
+    if name.count("/") != 1:
+        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
+    try:
+        copy = Path(snapshot_download(name, allow_patterns=WANTED))
+    except Exception as error:  # no network, no such repository, no right to read it
+        raise ValueError(f"Could not load {name}: {error}") from error
+    if not (copy / "config.json").is_file():
+        raise ValueError(f"Expected a model with config.json on the Hub, got {name}.")
+    return copy
+
+
+def _saved_shapes(folder: Path) -> dict[Path, Shapes]:
+    """The weight files of a model folder, with the shapes of their tensors."""
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        try:
+            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            if any(Path(name).name != name for name in names):
+                raise ValueError("a file elsewhere")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"Expected an index of weight files in {folder / INDEX}, got {error}.") from None
+        files = [folder / name for name in sorted(names)]
+    else:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        raise ValueError(
+            f"Expected {WEIGHTS} in {folder}, got {', '.join(pickles) or 'no weights'}. "
+            + ("Pickled weights can run any code when they are read; save the model as safetensors." if pickles else "")
+            + ("" if pickles else "Pass the output_dir of a finished run.")
+        )
+    return {file: read_header(file) for file in files}
+
+
+def read_header(file: Path) -> Shapes:
+    """Names and shapes of the tensors in a safetensors file; reads its header only.
+
+    Raises:
+        ValueError: a file that is missing, cut off or corrupt.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Expected a whole safetensors file at {file}, got {type(error).__name__}: {error}. "
+            "It is missing, cut off or corrupt: copy it again."
+        ) from None
+
+
+def difference(expected: Shapes, got: Shapes) -> str | None:
+    """The first tensor, in the order of `expected`, that `got` lacks, has in another shape, or has besides."""
+    for name, shape in expected.items():
+        if name not in got:
+            return f"{name} of shape {list(shape)} is missing"
+        if got[name] != shape:
+            return f"{name} has shape {list(got[name])} instead of {list(shape)}"
+    extra = sorted(got.keys() - expected.keys())
+    return f"{extra[0]} of shape {list(got[extra[0]])} belongs to no part of the model" if extra else None
+
+
+def _check_counts(values: dict[str, Any], saved: Shapes, folder: Path) -> None:
+    """Building a model is quick whatever its widths, but not whatever its depth: each layer has a tensor at least."""
+
+    def count(key: str, default: int) -> int:
+        return values[key] if isinstance(values.get(key), int) else default
+
+    blocks, layers = count("num_blocks", 1), count("layers_per_block", 1)
+    entries = sum(math.prod(shape) for shape in saved.values())
+    deepest = max(blocks, (blocks - 1) * layers, count("bridge_layers", 1))
+    if deepest > len(saved) or count("num_labels", 0) > entries:
+        raise ValueError(
+            f"Expected the weights that {folder / 'config.json'} describes ({blocks} blocks of {layers} layers, "
+            f"{count('bridge_layers', 1)} in a bridge), got {len(saved)} tensors. {MIXED}"
+        )
+
+
+def _check_shapes(empty: ALForSequenceClassification, saved: dict[Path, Shapes], folder: Path) -> None:
+    def plain(shapes: Shapes) -> Shapes:  # the encoder alone is saved without the classifier's prefix
+        return {name.removeprefix("model."): shape for name, shape in shapes.items()}
+
+    expected = plain({name: tuple(t.shape) for name, t in empty.state_dict().items()})
+    got: Shapes = {}
+    for file, shapes in saved.items():
+        got |= plain(shapes)
+        here = difference({n: s for n, s in expected.items() if n in plain(shapes)}, plain(shapes))
+        if here:
+            raise ValueError(_differ(file, here, folder))
+    missing = difference(expected, got)
+    if missing:
+        raise ValueError(_differ(folder / INDEX if len(saved) > 1 else next(iter(saved)), missing, folder))
+
+
+def _differ(file: Path, what: str, folder: Path) -> str:
+    return f"Expected in {file} the weights that {folder / 'config.json'} describes, got others: {what}. {MIXED}"
+
+
+def _last_line(error: Exception) -> str:
+    """transformers' strict configs put lines of their own before the sentence."""
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

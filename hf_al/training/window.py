@@ -1,0 +1,41 @@
+"""What was measured since the last log, left on the device: reading a number waits for all that is queued before it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Window:
+    """Losses by block and gradient norms by unit, one scalar a step each."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def add(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
+        """The scalars of one step."""
+        values = {f"loss/{k}/{name}": value for k, named in losses.items() for name, value in named.items()}
+        values |= {f"grad_norm/{unit[-1]}": norm for unit, norm in norms.items()}
+        for name, value in values.items():
+            row = self.rows.setdefault(name, [])
+            row.append(value.reshape(1))
+            if len(row) > 1000:  # where logs are rare: one tensor holds many scalars for less than many do
+                row[:] = [torch.cat(row)]
+
+    def means(self, last_step: int) -> dict[str, float]:
+        """Name -> mean over the steps, of which `last_step` is the last. Empties the window.
+
+        Raises:
+            FloatingPointError: a value that is not finite: names the first step that had one, and the block.
+        """
+        rows = {name: torch.cat(row).float().cpu().numpy() for name, row in self.rows.items()}
+        self.rows = {}
+        bad = {name: int(np.argmin(np.isfinite(row))) for name, row in rows.items() if not np.isfinite(row).all()}
+        if bad:
+            name = min(bad, key=lambda name: bad[name])
+            step = last_step - len(rows[name]) + 1 + bad[name]
+            kind, k, *which = name.split("/")
+            raise FloatingPointError(
+                f"Expected finite losses and gradients, got {rows[name][bad[name]]} as the {' '.join([*which, kind])} "
+                f"of block {k} at step {step}. Lower the learning rate, or clip: --max_grad_norm 1."
+            )
+        return {name: float(row.mean(dtype=np.float64)) for name, row in rows.items()}
