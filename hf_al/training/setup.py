@@ -23,7 +23,8 @@ from ..modeling.modeling_al import (
     ALLstmForSequenceClassification,
     ALTransformerForSequenceClassification,
 )
-from .arguments import TrainingArguments, check_model_keys
+from .arguments import TrainingArguments
+from .parsing import check_model_keys
 
 logger = logging.getLogger(__name__)
 
