@@ -9,6 +9,10 @@ from typing import Any
 NOT_THE_EXPERIMENT = {
     "seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to",
 }  # fmt: skip
+REPORTED = (
+    "model_type", "objective", "num_blocks", "metric", "steps", "validation", "parameters", "data", "speed",
+    "arguments",
+)  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -50,7 +54,7 @@ def read_report(folder: str) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected json in {path}, got something else: {error}.") from None
-    missing = [key for key in ("arguments", "data", "metric", "validation") if key not in dict(report)]
+    missing = [key for key in REPORTED if not isinstance(report, dict) or key not in report]
     if missing:
         raise ValueError(f"Expected a report of hf_al in {path}, got json without {missing[0]!r}.")
     return report

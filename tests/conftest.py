@@ -123,3 +123,14 @@ def trained(files, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]
     done = run_program("train", *data, *small, f"--output_dir={folder}")
     assert done.returncode == 0, done.stderr
     return folder, done
+
+
+def assert_mistake(result: tuple[int, str, str], *said: str) -> None:
+    status, out, err = result
+    assert status == 2, err
+    assert out == ""
+    assert err.startswith("hf-al")
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+    for words in said:
+        assert words in err

@@ -91,7 +91,7 @@ def test_a_run_without_test_has_a_dash(run):
     assert " -  " in as_text(compare([folder])).splitlines()[2]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"arguments": 1}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", "1", "null", '{"arguments": 1}', "[" * 100_000, "\xff"])
 def test_a_report_that_is_none_is_a_mistake(content, shell, tmp_path):
     (tmp_path / "report.json").write_bytes(content.encode("latin-1"))
     status, out, err = shell("compare", str(tmp_path))
