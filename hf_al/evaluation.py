@@ -159,12 +159,8 @@ def is_better(metric: str, new: float, old: float | None) -> bool:
 # --- of a trained model
 
 
-def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase]:
-    """A trained model and its tokenizer from a folder or a Hub id.
-
-    Raises:
-        ValueError: a folder that is not a model, or a model of another library.
-    """
+def check_model_name(name: str) -> None:
+    """ValueError for what is neither a model folder nor, by its form, a Hub id."""
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(
@@ -172,6 +168,15 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
         )
     if not folder.exists() and name.count("/") != 1:
         raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
+
+
+def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer from a folder or a Hub id.
+
+    Raises:
+        ValueError: a folder that is not a model, or a model of another library.
+    """
+    check_model_name(name)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)

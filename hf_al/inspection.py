@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .comparison import read_report, text_table
-from .evaluation import BEST_METRIC
+from .evaluation import BEST_METRIC, check_model_name
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 
@@ -53,13 +53,7 @@ def inspect(name: str) -> dict[str, Any]:
 
 def load_config(name: str) -> ALConfig:
     """The config of a model folder or a Hub id."""
-    folder = Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
-        )
-    if not folder.exists() and name.count("/") != 1:
-        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
+    check_model_name(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # broken json, wrong values, no network: each has its own exception
