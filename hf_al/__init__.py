@@ -4,41 +4,33 @@ Importing the package registers its models with the Auto classes, so that `AutoM
 `pipeline` load them, and marks their code to be saved beside the weights (`trust_remote_code=True` elsewhere).
 """
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-
-from .modeling.configuration_al import ALLstmConfig, ALTransformerConfig
-from .modeling.modeling_al import (
-    ALLstmForSequenceClassification,
-    ALLstmModel,
-    ALTransformerForSequenceClassification,
-    ALTransformerModel,
-)
 
 __version__ = "0.1.0"
 
-MODEL_CLASSES = {
-    "al_lstm": (ALLstmConfig, ALLstmModel, ALLstmForSequenceClassification),
-    "al_transformer": (ALTransformerConfig, ALTransformerModel, ALTransformerForSequenceClassification),
-}
-
-_config: Any
-for _type, (_config, _model, _classifier) in MODEL_CLASSES.items():
-    AutoConfig.register(_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForSequenceClassification.register(_config, _classifier, exist_ok=True)
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-    _classifier.register_for_auto_class("AutoModelForSequenceClassification")
-
 if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
+    from .modeling.configuration_al import ALLstmConfig as ALLstmConfig
+    from .modeling.configuration_al import ALTransformerConfig as ALTransformerConfig
+    from .modeling.modeling_al import ALLstmForSequenceClassification as ALLstmForSequenceClassification
+    from .modeling.modeling_al import ALLstmModel as ALLstmModel
+    from .modeling.modeling_al import ALTransformerForSequenceClassification as ALTransformerForSequenceClassification
+    from .modeling.modeling_al import ALTransformerModel as ALTransformerModel
+    from .registration import MODEL_CLASSES as MODEL_CLASSES
     from .training.arguments import TrainingArguments as TrainingArguments
     from .training.loop import TrainResult as TrainResult
     from .training.loop import train as train
 
 _LAZY = {
+    "MODEL_CLASSES": ".registration",
+    "ALLstmConfig": ".modeling.configuration_al",
+    "ALTransformerConfig": ".modeling.configuration_al",
+    "ALLstmForSequenceClassification": ".modeling.modeling_al",
+    "ALLstmModel": ".modeling.modeling_al",
+    "ALTransformerForSequenceClassification": ".modeling.modeling_al",
+    "ALTransformerModel": ".modeling.modeling_al",
     "TrainingArguments": ".training.arguments",
     "TrainResult": ".training.loop",
     "train": ".training.loop",
@@ -54,6 +46,15 @@ def __getattr__(name: str) -> Any:
 
     return getattr(import_module(_LAZY[name], __name__), name)
 
+
+def _is_command_line() -> bool:
+    """Whether this process is `hf-al` or `python -m hf_al.cli`, whose commands register the models when needed."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    return Path(program).stem in ("hf-al", "hf-al-script") or (program == "-m" and "hf_al.cli" in sys.orig_argv)
+
+
+if not _is_command_line():
+    from . import registration  # noqa: F401
 
 __all__ = [
     "MODEL_CLASSES",

@@ -1,78 +1,233 @@
-"""The command line: hf-al train | evaluate.
+"""The command line: hf-al train | evaluate | predict | inspect | compare.
 
-Results go to standard output, messages to standard error. Exit status 0, or 2 for a user's mistake.
+Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
+What a command needs is imported when it runs: no `--help` waits for torch.
 """
 
 import json
 import logging
+import os
+import select
 import sys
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
 
-USAGE = """usage: hf-al COMMAND [flags]
+import shtab
 
-commands:
-  train      train a classifier:   hf-al train --config recipes/tweets_lstm.yaml --output_dir out/tweets
-  evaluate   metrics of a model:   hf-al evaluate out/tweets --test_file test.csv
+from .training.parsing import FlagParser, add_training_flags, reader, resolve
+from .training.values import nearest
 
-hf-al COMMAND --help lists the flags of a command.
-"""
+MODEL = "folder of a trained model, or a Hub id"
+COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
 
 
-def _train(argv: list[str]) -> None:
-    from .training.arguments import parse_arguments
+def positive(text: str) -> int:
+    """For argparse's `type`: a whole number of at least 1."""
+    number: int = reader(int)(text)
+    if number < 1:
+        raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return number
 
-    args = parse_arguments(argv, "hf-al train")
-    from . import train
+
+# --- train
+
+
+def _train_flags(parser: FlagParser) -> None:
+    parser.usage = "hf-al train --output_dir DIR [--config FILE] [--train_file FILE] [flags]"
+    add_training_flags(parser)
+
+
+def _train(flags: Namespace) -> None:
+    args = resolve(vars(flags))
+    if flags.print_config:
+        print(args.to_yaml(), end="")
+        return
+    set_up_output(args.disable_tqdm)
+    from .report import table
+    from .training.loop import train
 
     report = train(args).report
     split = "test" if "test" in report else "validation"
-    from .report import table
-
     print(f"{split} metrics by exit ({args.output_dir}/report.md has the rest):\n{table(report[split])}")
 
 
-def _evaluate(argv: list[str]) -> None:
-    from .training.arguments import FlagParser
+# --- evaluate, predict
 
-    parser = FlagParser("hf-al evaluate", description="Metrics of a trained model, one json object.")
-    parser.add_argument("model", metavar="DIR", help="folder of a trained model, or a Hub id")
-    parser.add_argument("--test_file", required=True, help="csv, tsv, json lines or parquet, also .gz")
-    parser.add_argument("--text_column_names", help="column of the text, or two, comma-separated, for pairs")
-    parser.add_argument("--label_column_name", help="column of the label")
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=128, help="examples of a batch")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    args = parser.parse_args(argv)
+
+def _evaluate_flags(parser: FlagParser) -> None:
+    _add_model(parser, MODEL)
+    _add_file(parser, "--test_file", "csv, tsv, json lines or parquet, also .gz", required=True)
+    parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
+    parser.add_argument("--label_column_name", metavar="NAME", help="column of the label (default: guessed)")
+    parser.add_argument(
+        "--per_device_eval_batch_size",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="examples of a batch (default: 128)",
+    )
+    _add_machine_flags(parser)
+
+
+def _evaluate(flags: Namespace) -> None:
+    set_up_output(flags.disable_tqdm)
     from .evaluation import evaluate_file
 
-    print(json.dumps(evaluate_file(args)))
+    print(json.dumps(evaluate_file(flags)))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "evaluate": _evaluate}
+def _predict_flags(parser: FlagParser) -> None:
+    _add_model(parser, MODEL)
+    _add_file(parser, "--input", "text to classify, .txt, .csv, .tsv or .jsonl, also .gz (default: standard input)")
+    _add_file(parser, "--output", "json lines, one a row (default: standard output)")
+    parser.add_argument(
+        "--input_format",
+        choices=["text", "csv", "tsv", "jsonl"],
+        help="text is one text a line (default: by the ending of --input; text for standard input)",
+    )
+    parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
+    parser.add_argument("--all_scores", action="store_true", help="the scores of all classes, not only the answer's")
+    parser.add_argument("--exit_block", type=reader(int), metavar="K", help="stop after block K, counted from 0")
+    parser.add_argument("--batch_size", type=positive, default=64, metavar="N", help="texts of a batch (default: 64)")
+    _add_machine_flags(parser)
+
+
+def _predict(flags: Namespace) -> None:
+    set_up_output(flags.disable_tqdm)
+    from .prediction import predict_file
+
+    predict_file(flags)
+
+
+# --- inspect, compare
+
+
+def _inspect_flags(parser: FlagParser) -> None:
+    _add_model(parser, MODEL)
+    parser.add_argument("--json", action="store_true", help="one json object instead of a table")
+
+
+def _inspect(flags: Namespace) -> None:
+    set_up_output()
+    from .inspection import as_text, inspect
+
+    found = inspect(flags.model)
+    print(json.dumps(found) if flags.json else as_text(found))
+
+
+def _compare_flags(parser: FlagParser) -> None:
+    _add_model(parser, "folders of finished runs (output_dir of hf-al train)", "models", nargs="+")
+    parser.add_argument("--json", action="store_true", help="one json object instead of tables")
+
+
+def _compare(flags: Namespace) -> None:
+    from .comparison import as_text, compare
+
+    found = compare(flags.models)
+    print(json.dumps(found) if flags.json else as_text(found))
+
+
+# --- the parser
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    add_flags: Callable[[FlagParser], None]
+    run: Callable[[Namespace], None]
+
+
+COMMANDS = {
+    "train": Command("train a classifier", _train_flags, _train),
+    "evaluate": Command("metrics of a trained model on a labelled file, one json object", _evaluate_flags, _evaluate),
+    "predict": Command("classify text: a file, or lines from standard input", _predict_flags, _predict),
+    "inspect": Command("blocks, shapes, parameters and exits of a model", _inspect_flags, _inspect),
+    "compare": Command("a table of several runs", _compare_flags, _compare),
+}
+EXAMPLES = """\
+  hf-al train --train_file train.csv --test_file test.csv --output_dir out/mine
+  hf-al evaluate out/mine --test_file test.csv
+  hf-al predict out/mine < texts.txt
+  hf-al inspect out/mine
+  hf-al compare out/mine out/other
+hf-al COMMAND --help lists the flags of a command."""
+
+
+def _add_model(parser: FlagParser, help: str, name: str = "model", **options: str) -> None:
+    parser.add_argument(name, metavar="DIR", help=help, **options).complete = shtab.DIRECTORY  # type: ignore
+
+
+def _add_file(parser: FlagParser, flag: str, help: str, **options: bool) -> None:
+    parser.add_argument(flag, metavar="FILE", help=help, **options).complete = shtab.FILE  # type: ignore
+
+
+def _add_machine_flags(parser: FlagParser) -> None:
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--disable_tqdm", action="store_true", help="no progress bar")
+
+
+def build_parser() -> tuple[FlagParser, dict[str, FlagParser]]:
+    """The parser of the program, and those of its commands by name."""
+    parser = FlagParser(
+        "hf-al",
+        usage="hf-al COMMAND [flags]",
+        description="Text classifiers trained block by block with Associated Learning.",
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    shtab.add_argument_to(parser, "--print_completion", help="print the completion script of a shell, and stop")
+    group = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=FlagParser)
+    commands = {}
+    for name, command in COMMANDS.items():
+        description = command.help[0].upper() + command.help[1:] + "."
+        commands[name] = group.add_parser(name, prog=f"hf-al {name}", help=command.help, description=description)
+        command.add_flags(commands[name])
+    return parser, commands
+
+
+# --- running
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; a user's mistake becomes one message and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        sys.exit(0 if argv else 2)
-    if argv[0] not in COMMANDS:
-        print(f"hf-al: Expected one of {', '.join(COMMANDS)}, got {argv[0]!r}. See hf-al --help.", file=sys.stderr)
-        sys.exit(2)
-    set_up_output()
+    program = f"hf-al {argv[0]}" if argv and argv[0] in COMMANDS else "hf-al"
     try:
-        COMMANDS[argv[0]](argv[1:])
-    except KeyboardInterrupt:
-        print("hf-al: interrupted. --resume_from_checkpoint last goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        try:
+            _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        _stop(f"{program}: interrupted.", stop, 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout.fileno()):
+            sys.exit(0)
         if not _is_users_mistake(error):
             raise
-        print(f"hf-al {argv[0]}: error: {_message(error)}", file=sys.stderr)
-        sys.exit(2)
+        _stop(f"{program}: error: {_message(error)}", error, 2)
 
 
-def set_up_output() -> None:
+def _run(argv: list[str]) -> None:
+    parser, commands = build_parser()
+    if not argv or argv[0] == "help":
+        parser.print_help()
+        sys.exit(0 if argv else 2)
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        names = list(COMMANDS)
+        raise ValueError(
+            f"Expected one of {', '.join(names)}, got {argv[0]!r}.{nearest(argv[0], names)} See hf-al --help."
+        )
+    flags, unknown = parser.parse_known_args(argv)
+    commands.get(flags.command, parser).refuse(unknown)
+    if flags.command is None:
+        raise ValueError("Expected a command, got none. See hf-al --help.")
+    del flags.print_completion
+    COMMANDS[vars(flags).pop("command")].run(flags)
+
+
+def set_up_output(disable_tqdm: bool = False) -> None:
     """Messages to standard error; no progress bars of libraries where nobody watches."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hf_al").setLevel(logging.INFO)
@@ -80,8 +235,24 @@ def set_up_output() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if not sys.stderr.isatty():
+    if disable_tqdm or not sys.stderr.isatty():
         disable_progress_bars()
+
+
+def _stop(message: str, error: BaseException, status: int) -> NoReturn:
+    """One message: what went wrong, and what those that it passed through had to say (`add_note`)."""
+    print(" ".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr)
+    sys.exit(status)
+
+
+def _is_closed(standard_output: int) -> bool:
+    """Whether the reader of our output is gone (`| head`). If so, the rest goes nowhere, without a complaint."""
+    poll = select.poll()
+    poll.register(standard_output, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), standard_output)
+    return True
 
 
 def _is_users_mistake(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 Legend: N examples, C classes.
 """
 
+import sys
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from . import registration  # noqa: F401  (from_pretrained finds the models there)
 from .data import sources, tokenization
 from .data.batching import Collator
 from .data.labels import encode_labels
@@ -185,6 +187,7 @@ def evaluate(
     text_column_names: str | None = None,
     label_column_name: str | None = None,
     batch_size: int = 128,
+    show_progress: bool = False,
 ) -> dict[str, Any]:
     """Metrics of every exit of `model` on labelled text.
 
@@ -194,6 +197,7 @@ def evaluate(
         tokenizer: of a model that is passed as an object.
         text_column_names, label_column_name: as in TrainingArguments; guessed where unambiguous.
         batch_size: examples of a batch.
+        show_progress: a progress bar on standard error.
 
     Returns:
         The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
@@ -220,7 +224,7 @@ def evaluate(
     collator = Collator(tokenizer.pad_token_id, model.config.classes)
     stage = Stage(model.to(accelerator.device), place(model.config.units), 0, accelerator, collator)
     labels = collator.labels(data.features["label"], data["label"]).numpy()
-    exits = exit_metrics(stage.evaluate(data, batch_size), labels, args.problem_type or "")
+    exits = exit_metrics(stage.evaluate(data, batch_size, show_progress), labels, args.problem_type or "")
     last = {name: value for name, value in exits[-1].items() if name != "block"}
     return {**last, "examples": len(data), "exits": exits}
 
@@ -232,5 +236,11 @@ def evaluate_file(args: Any) -> dict[str, Any]:
     model, tokenizer = load_model(args.model)
     data = sources.read_file(args.test_file)
     return evaluate(
-        model, data, tokenizer, args.text_column_names, args.label_column_name, args.per_device_eval_batch_size
+        model,
+        data,
+        tokenizer,
+        args.text_column_names,
+        args.label_column_name,
+        args.per_device_eval_batch_size,
+        show_progress=sys.stderr.isatty() and not args.disable_tqdm,
     )

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from . import registration  # noqa: F401  (the Auto classes find the models there)
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 
@@ -68,17 +69,22 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
     return model, tokenizer
 
 
-def _folder(name: str) -> Path:
-    """The folder itself, or the local copy of a Hub repository's safetensors and text files."""
+def check_model_name(name: str) -> None:
+    """ValueError for what is neither a model folder nor, by its form, a Hub id."""
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(
             f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
         )
-    if folder.exists():
-        return folder
-    if name.count("/") != 1:
+    if not folder.exists() and name.count("/") != 1:
         raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
+
+
+def _folder(name: str) -> Path:
+    """The folder itself, or the local copy of a Hub repository's safetensors and text files."""
+    check_model_name(name)
+    if Path(name).exists():
+        return Path(name)
     try:
         copy = Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # no network, no such repository, no right to read it

@@ -1,7 +1,10 @@
 """Shared by all tests: no network, one cache for the run, small real text."""
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 _cache = tempfile.mkdtemp(prefix="hf_al_tests_")
 os.environ.update(
@@ -18,6 +21,7 @@ import torch
 from datasets import DatasetDict
 
 import hf_al
+from hf_al.cli import main
 from hf_al.data import sources
 
 ARCHITECTURES = ("al_lstm", "al_transformer")
@@ -73,3 +77,60 @@ def make_batch():
         return {"input_ids": input_ids * mask, "attention_mask": mask, "labels": labels}
 
     return make
+
+
+# --- the command line
+
+
+def run_program(*argv: str, **options) -> subprocess.CompletedProcess:
+    """`hf-al ARGV` in a process of its own."""
+    program = [str(Path(sys.executable).with_name("hf-al")), *argv]
+    return subprocess.run(program, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def shell(capsys):
+    """`hf-al ARGV` in this process: shell("train", ...) -> (exit status, standard output, standard error)."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = 0
+        try:
+            main(list(argv))
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def files(few_tweets, tmp_path_factory) -> Path:
+    """train.csv, validation.csv and test.csv of real tweets."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, rows in few_tweets.items():
+        rows.map(lambda row: {"text": " ".join(row["text"].split())}).to_csv(folder / f"{split}.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(files, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A model of two blocks that `hf-al train` left, and what the process said: (folder, completed process)."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    data = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation", "test")]
+    small = ["--hidden_size=16", "--num_blocks=2", "--target_size=12", "--max_steps=20", "--threads=1", "--use_cpu"]
+    done = run_program("train", *data, *small, f"--output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def assert_mistake(result: tuple[int, str, str], *said: str) -> None:
+    status, out, err = result
+    assert status == 2, err
+    assert out == ""
+    assert err.startswith("hf-al")
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+    for words in said:
+        assert words in err

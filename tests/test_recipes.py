@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import hf_al
-from hf_al.training.arguments import parse_arguments
+from hf_al.training.parsing import parse_arguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 YAMLS = sorted(RECIPES.glob("*.yaml"))

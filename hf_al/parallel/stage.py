@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..data.batching import Collator, evaluation_batches, token_lengths
 from ..modeling.modeling_al import ALForSequenceClassification
@@ -89,13 +90,14 @@ class Stage:
         return losses, norms
 
     @torch.no_grad()
-    def evaluate(self, data: Dataset, batch_size: int) -> dict[int, np.ndarray]:
+    def evaluate(self, data: Dataset, batch_size: int, show_progress: bool = False) -> dict[int, np.ndarray]:
         """Logits (rows, C) of every exit on this stage, in the order of the rows; training mode is restored after."""
         was_training = self.model.training
         self.model.eval()
         exits = [k for k in self.model.config.exits() if k in self.blocks]
         logits = {k: np.zeros((len(data), self.model.config.classes), np.float32) for k in exits}
-        for rows in evaluation_batches(token_lengths(data), batch_size):
+        batches = evaluation_batches(token_lengths(data), batch_size)
+        for rows in tqdm(batches, desc="Evaluating", disable=not show_progress):
             inputs = self._inputs(data, rows)
             boundary = self.receive(None)
             with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):

@@ -5,16 +5,15 @@ dataclass; `model:` in it is a mapping of config values (`num_blocks`, `hidden_s
 """
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
+
+from .values import convert, nearest, numbers, type_name
 
 DATA = {"section": "data"}  # a data flag on the command line replaces a recipe's values of this whole section
 
@@ -133,9 +132,9 @@ class TrainingArguments:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             try:
-                setattr(self, f.name, _convert(value, typing.get_type_hints(type(self))[f.name]))
+                setattr(self, f.name, convert(value, typing.get_type_hints(type(self))[f.name]))
             except (TypeError, ValueError):
-                raise ValueError(f"Expected {f.name} as {_type_name(f.type)}, got {value!r}.") from None
+                raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
         self._check_ranges()
         if self.fp16:
             raise ValueError(
@@ -152,7 +151,7 @@ class TrainingArguments:
         )
         for name in positive.split():
             value = getattr(self, name)
-            if not all(v > 0 and math.isfinite(v) for v in _numbers(value)):
+            if not all(v > 0 and math.isfinite(v) for v in numbers(value)):
                 raise ValueError(f"Expected {name} above 0, got {value}.")
         for name in [
             "weight_decay",
@@ -162,7 +161,7 @@ class TrainingArguments:
             "word_vectors_extra_words",
             "embedding_learning_rate_factor",
         ]:
-            if not all(v >= 0 and math.isfinite(v) for v in _numbers(getattr(self, name))):
+            if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(self, name))):
                 raise ValueError(f"Expected {name} to be 0 or more, got {getattr(self, name)}.")
         for name in ("adam_beta1", "adam_beta2", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
@@ -179,7 +178,7 @@ class TrainingArguments:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                hint = _nearest(str(getattr(self, name)), [a for a in allowed if a])
+                hint = nearest(str(getattr(self, name)), [a for a in allowed if a])
                 raise ValueError(
                     f"Expected {name} to be one of {', '.join(a for a in allowed if a)}, "
                     f"got {getattr(self, name)!r}.{hint}"
@@ -206,189 +205,9 @@ class TrainingArguments:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_yaml(self) -> str:
+        """What `--config` reads back as the same arguments."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-# --- from YAML and flags
-
-
-def _union_members(kind: Any) -> list[Any]:
-    return (
-        list(typing.get_args(kind))
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else [kind]
-    )
-
-
-def _type_name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise ValueError(text)
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type; strings are read as numbers and booleans (`1e-4` in YAML is a string)."""
-    members = _union_members(kind)
-    if value is None:
-        if type(None) in members:
-            return None
-        raise TypeError(value)
-    for member in (m for m in members if m is not type(None)):
-        origin = typing.get_origin(member) or member
-        try:
-            if origin is bool:
-                return value if isinstance(value, bool) else _parse_bool(value)
-            if origin in (int, float):
-                if isinstance(value, bool) or (origin is int and isinstance(value, float) and value != int(value)):
-                    continue
-                return origin(value)
-            if origin is str and isinstance(value, (str, Path)):
-                return str(value)
-            if origin is list:
-                if isinstance(value, str):  # 1,2 or [1, 2]
-                    value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
-                items = value if isinstance(value, list) else [value]
-                return [_convert(item, typing.get_args(member)[0]) for item in items]
-            if origin is dict:
-                if isinstance(value, str):  # a=1,b=true or {"a": 1}
-                    pairs = value if value.startswith("{") else "{" + value.replace("=", ": ") + "}"
-                    value = yaml.safe_load(pairs)
-                return {k: _number(v) for k, v in dict(value).items()}
-        except (TypeError, ValueError, AttributeError, yaml.YAMLError):
-            continue
-    raise TypeError(value)
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-4 as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _numbers(value: Any) -> list[float]:
-    """The numbers in an argument that is one, a list of them, or None."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def model_fields(model_type: str) -> dict[str, Any]:
-    """Config values that a user may set, with their types. What the data and the tokenizer decide is not among them."""
-    from transformers import PreTrainedConfig
-
-    from ..modeling.configuration_al import ALLstmConfig, ALTransformerConfig
-
-    config_class = {"al_lstm": ALLstmConfig, "al_transformer": ALTransformerConfig}[model_type]
-    decided = {
-        "vocab_size", "pad_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
-        "label_mean", "label_std",
-    }  # fmt: skip
-    inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    return {f.name: f.type for f in dataclasses.fields(config_class) if f.name not in inherited | decided}
-
-
-class FlagParser(ArgumentParser):
-    """argparse whose errors are one sentence instead of a page of flags."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message[:1].upper() + message[1:] + ".")
-
-
-def build_parser(prog: str) -> FlagParser:
-    """Flags for every field of TrainingArguments and every config value of either architecture."""
-    parser = FlagParser(prog, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with values of these arguments.")
-    hints = typing.get_type_hints(TrainingArguments)
-
-    def add(group: Any, name: str, kind: Any, help: str) -> None:
-        is_bool = bool in _union_members(kind)
-
-        def convert(text: str) -> Any:
-            try:
-                return _convert(text, kind)
-            except (TypeError, ValueError):
-                raise ArgumentTypeError(f"expected {_type_name(kind)}, got {text!r}") from None
-
-        options: dict[str, Any] = {"nargs": "?", "const": True} if is_bool else {}
-        group.add_argument(f"--{name}", type=convert, default=SUPPRESS, help=help, metavar=name.upper(), **options)
-
-    run = parser.add_argument_group("run")
-    for f in dataclasses.fields(TrainingArguments):
-        if f.name != "model":
-            shown = "" if f.default in (None, "") else f" (default: {f.default})".replace("%", "%%")
-            add(run, f.name, hints[f.name], f.metadata["help"] + shown)
-    known = {**model_fields("al_transformer"), **model_fields("al_lstm")}
-    group = parser.add_argument_group("model config (see ALLstmConfig and ALTransformerConfig)")
-    for name, kind in known.items():
-        add(group, name, kind, "config value")
-    return parser
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The values of a YAML file, its keys checked against TrainingArguments."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"Expected a YAML file at {path}, found none. Check --config.")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected YAML in {path}, got something else: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"Expected a mapping of arguments in {path}, got {type(values).__name__}.")
-    known = [f.name for f in dataclasses.fields(TrainingArguments)]
-    for key in values:
-        if key not in known and (key in model_fields("al_lstm") or key in model_fields("al_transformer")):
-            raise ValueError(f"Unknown key {key!r} at the top of {path}: it is a config value. Put it under model:")
-        if key not in known:
-            raise ValueError(f"Unknown key {key!r} in {path}.{_nearest(str(key), known)}")
-    if not isinstance(values.get("model") or {}, dict):
-        raise ValueError(f"Expected a mapping of config values as model: in {path}, got {values['model']!r}.")
-    return values
-
-
-def parse_arguments(argv: list[str], prog: str = "hf-al train") -> TrainingArguments:
-    """Command line -> TrainingArguments. A data flag replaces the whole data section of the YAML file."""
-    parsed, unknown = build_parser(prog).parse_known_args(argv)
-    flags = vars(parsed)
-    fields = {f.name: f for f in dataclasses.fields(TrainingArguments)}
-    if unknown:
-        known = [f"--{name}" for name in (*fields, *model_fields("al_lstm"), *model_fields("al_transformer"))]
-        raise ValueError(f"Unknown flag {unknown[0]}.{_nearest(unknown[0].split('=')[0], known)}")
-    config = flags.pop("config")
-    values = read_yaml(config) if config else {}
-    data = {name for name, f in fields.items() if f.metadata.get("section") == "data"}
-    if {"train_file", "dataset_name"} & flags.keys():
-        values = {name: value for name, value in values.items() if name not in data}
-    model = dict(values.pop("model", None) or {})
-    model_type = flags.get("model_type", values.get("model_type", fields["model_type"].default))
-    model |= {name: flags.pop(name) for name in list(flags) if name not in fields}
-    args = TrainingArguments(**{**values, **flags}, model=model)
-    assert args.model_type == model_type
-    check_model_keys(args)
-    if not args.output_dir:
-        raise ValueError("Expected --output_dir, got none. Pass --output_dir out/my_run, for example.")
-    return args
-
-
-def check_model_keys(args: TrainingArguments) -> None:
-    """Refuses config values that the chosen architecture does not have; reads `1e-4` strings as numbers."""
-    known = model_fields(args.model_type)
-    for key, value in args.model.items():
-        if key not in known:
-            raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{_nearest(key, list(known))}")
-        try:
-            args.model[key] = _convert(value, known[key])
-        except (TypeError, ValueError):
-            raise ValueError(f"Expected {key} as {_type_name(known[key])}, got {value!r}.") from None
+        path.write_text(self.to_yaml(), encoding="utf-8")

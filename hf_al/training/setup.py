@@ -23,8 +23,9 @@ from ..modeling.modeling_al import (
     ALLstmForSequenceClassification,
     ALTransformerForSequenceClassification,
 )
-from .arguments import TrainingArguments, check_model_keys
+from .arguments import TrainingArguments
 from .optim import make_optimizer, make_schedule
+from .parsing import check_model_keys
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,174 @@
+"""`hf-al compare`: a table of runs from their report.json, without loading a model."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+# Arguments in which runs may differ and still be the same experiment with another seed
+NOT_THE_EXPERIMENT = {
+    "seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to",
+}  # fmt: skip
+REPORTED = (
+    "model_type", "objective", "num_blocks", "metric", "steps", "validation", "parameters", "data", "speed",
+    "arguments",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def compare(folders: list[str]) -> dict[str, Any]:
+    """What the reports of runs say, side by side.
+
+    Args:
+        folders: `output_dir` of finished runs.
+
+    Returns:
+        `runs`: a dict a run, as in the table; `groups`: for runs that are equal but for the seed, their `runs` and
+        `seeds`, and of each measured value the `mean`, `min` and `max`; `differences`: the arguments that are not the
+        same in all runs, argument -> run -> value.
+
+    Raises:
+        ValueError: a folder without a report, or whose report cannot be read.
+    """
+    reports = {str(Path(folder)): read_report(folder) for folder in folders}
+    runs = [_run(name, report) for name, report in reports.items()]
+    arguments = {name: _flat(report["arguments"]) for name, report in reports.items()}
+    groups: dict[str, list[Row]] = {}
+    for run in runs:
+        report = reports[run["run"]]
+        same = {key: value for key, value in arguments[run["run"]].items() if key not in NOT_THE_EXPERIMENT}
+        groups.setdefault(json.dumps([same, report["data"]["fingerprint"]], sort_keys=True), []).append(run)
+    return {
+        "runs": runs,
+        "groups": [_group(rows) for rows in groups.values() if len({row["seed"] for row in rows}) > 1],
+        "differences": _differences(arguments),
+    }
+
+
+def read_report(folder: str) -> dict[str, Any]:
+    """report.json of a finished run."""
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise ValueError(f"Expected report.json in {folder}, found none. Pass the output_dir of a finished run.")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected json in {path}, got something else: {error}.") from None
+    missing = [key for key in REPORTED if not isinstance(report, dict) or key not in report]
+    if missing:
+        raise ValueError(f"Expected a report of hf_al in {path}, got json without {missing[0]!r}.")
+    return report
+
+
+def _run(name: str, report: dict[str, Any]) -> Row:
+    metric, speed = report["metric"], report["speed"]
+    return {
+        "run": name,
+        "model": report["model_type"],
+        "objective": report["objective"],
+        "blocks": report["num_blocks"],
+        "seed": report["arguments"]["seed"],
+        "steps": report["steps"],
+        "parameters": report["parameters"]["inference"],
+        "training_only": report["parameters"]["training_only"],
+        "metric": metric,
+        "validation": report["validation"][-1][metric],
+        "test": {str(row["block"]): row[metric] for row in report.get("test", [])},
+        "train_seconds": speed["train_seconds"],
+        "examples_per_second": speed["examples_per_second"],
+        "peak_memory_mib": speed["peak_memory_mib"],
+    }
+
+
+def _group(rows: list[Row]) -> Row:
+    """Mean and range over runs of one experiment, under the names of the runs' own values."""
+    exits = [block for block in rows[0]["test"] if all(block in row["test"] for row in rows)]
+    values = {
+        name: [row[name] for row in rows]
+        for name in ("validation", "train_seconds", "examples_per_second", "peak_memory_mib")
+    }
+    spread = {name: _spread(found) for name, found in values.items()}
+    first = {key: rows[0][key] for key in ("model", "objective", "blocks", "metric")}
+    tests = {block: _spread([row["test"][block] for row in rows]) for block in exits}
+    return {"runs": [r["run"] for r in rows], "seeds": [r["seed"] for r in rows], **first, **spread, "test": tests}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": fmean(values), "min": min(values), "max": max(values)}
+
+
+def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    model = {f"model.{name}": value for name, value in arguments.get("model", {}).items()}
+    return {**{name: value for name, value in arguments.items() if name != "model"}, **model}
+
+
+def _differences(arguments: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    names = {name: None for values in arguments.values() for name in values if name != "output_dir"}
+    table = {name: {run: values.get(name) for run, values in arguments.items()} for name in names}
+    return {
+        name: row for name, row in table.items() if any(value != next(iter(row.values())) for value in row.values())
+    }
+
+
+# --- as text
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Three tables: the runs, mean and range over seeds, the arguments that differ."""
+    parts = [text_table([_shown(run) for run in found["runs"]])]
+    if found["groups"]:
+        rows = [_shown_group(group) for group in found["groups"]]
+        parts += ["Mean (lowest to highest) of runs that are equal but for the seed:", text_table(rows)]
+    if found["differences"]:
+        rows = [{"argument": name, **values} for name, values in found["differences"].items()]
+        parts += ["Arguments that differ (- where it is not set):", text_table(rows)]
+    elif len(found["runs"]) > 1:
+        parts.append("All arguments but output_dir are the same.")
+    return "\n\n".join(parts)
+
+
+def _shown(run: Row) -> Row:
+    tests = " ".join(f"{value:.4f}" for value in run["test"].values())
+    return {
+        **{name: run[name] for name in ("run", "model", "objective", "blocks", "seed", "steps")},
+        "parameters": f"{run['parameters']:,}",
+        "metric": run["metric"],
+        "validation": run["validation"],
+        "test by exit": tests or None,
+        "train s": f"{run['train_seconds']:.1f}",
+        "examples/s": f"{run['examples_per_second']:.0f}",
+        "peak MiB": f"{run['peak_memory_mib']:.0f}",
+    }
+
+
+def _shown_group(group: Row) -> Row:
+    def shown(spread: dict[str, float], digits: int) -> str:
+        return f"{spread['mean']:.{digits}f} ({spread['min']:.{digits}f} to {spread['max']:.{digits}f})"
+
+    return {
+        **{name: group[name] for name in ("model", "objective", "blocks")},
+        "seeds": " ".join(str(seed) for seed in group["seeds"]),
+        "metric": group["metric"],
+        "validation": shown(group["validation"], 4),
+        **{f"test, exit {block}": shown(spread, 4) for block, spread in group["test"].items()},
+        "train s": shown(group["train_seconds"], 1),
+    }
+
+
+def text_table(rows: list[Row]) -> str:
+    """Rows as aligned columns, numbers to the right; a dash for what is missing."""
+    head = list({name: None for row in rows for name in row})
+    cells = [head, *[[_cell(row.get(name)) for name in head] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    right = [all(row[i].replace(",", "").replace(".", "").isdigit() for row in cells[1:]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

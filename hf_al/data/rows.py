@@ -1,0 +1,187 @@
+"""Text to classify, row by row from a stream: lines, csv, tsv or json lines, whatever their number.
+
+An unusable row is an `Unusable` in its place. Memory is bounded: a row longer than `LONGEST_ROW` is unusable.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, BinaryIO, TypeVar
+
+from .sources import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES
+
+LONGEST_ROW = 2**20  # bytes of a line, characters of a csv cell
+LOOK_AHEAD = 100  # json lines that may lack the text before the column is called wrong
+
+T = TypeVar("T")
+Texts = tuple[str, ...]  # a text, or the two of a pair
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A row that cannot be classified, and why."""
+
+    reason: str
+
+
+class RowError(Exception):
+    """What makes a row unusable."""
+
+
+def read_rows(stream: BinaryIO, kind: str, named: str | None = None) -> Iterator[Texts | Unusable]:
+    """The texts of `stream`.
+
+    Args:
+        stream: UTF-8 bytes.
+        kind: `text` (one text a line), `csv` or `tsv` (with a header; blank lines are skipped), or `jsonl` (objects).
+        named: column of the text, or two, comma-separated, for pairs; guessed where it is None.
+
+    Raises:
+        ValueError: a column that does not exist, or columns that cannot be told apart.
+    """
+    lines = _Lines(stream)
+    names = [name.strip() for name in (named or "").split(",") if name.strip()]
+    if len(names) > 2:
+        raise ValueError(f"Expected one or two text columns, got {names}. Name at most two.")
+    if kind == "text":
+        if names:
+            raise ValueError("Expected no text_column_names for text lines, got some. Say --input_format csv or jsonl.")
+        return _each(lines, lambda line: _usable((line.rstrip("\r\n"),)))
+    return (
+        _csv_rows(lines, "," if kind == "csv" else "\t", names) if kind in ("csv", "tsv") else _json_rows(lines, names)
+    )
+
+
+def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
+    """The text column(s): as named, else guessed from the names where there is one reading only."""
+    missing = [name for name in named if name not in columns]
+    if missing:
+        raise ValueError(f"Expected column {missing[0]!r}, got the columns {columns}. Check --text_column_names.")
+    if named:
+        return named
+    for pair in PAIR_NAMES:
+        if all(name in columns for name in pair):
+            return list(pair)
+    found = [c for c in columns if c.lower() in TEXT_NAMES] or [c for c in columns if c.lower() not in LABEL_NAMES]
+    if len(found) != 1:
+        raise ValueError(
+            f"Cannot tell the text column among {columns}. Pass --text_column_names NAME, or NAME,NAME for pairs."
+        )
+    return found
+
+
+class _Lines:
+    """The lines of a stream. Bytes that are not UTF-8 become lone surrogates, which `_usable` finds where they matter.
+    Not a generator, because it goes on after an error."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.first = stream, True
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self.stream.readline(LONGEST_ROW + 1)
+        if not line:
+            raise StopIteration
+        if self.first:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            self.first = False
+        if len(line) > LONGEST_ROW:
+            while line and not line.endswith(b"\n"):
+                line = self.stream.readline(LONGEST_ROW)
+            raise RowError(f"Expected a row of at most {LONGEST_ROW} bytes, got a longer one.")
+        return line.decode("utf-8", "surrogateescape")
+
+
+def _each(items: Iterator[T], parse: Callable[[T], Any]) -> Iterator[Any]:
+    """`parse` of each item; an `Unusable` for an item that cannot be read or parsed, nothing for None."""
+    while True:
+        try:
+            parsed = parse(next(items))
+        except StopIteration:
+            return
+        except (RowError, csv.Error) as error:
+            yield Unusable(str(error))
+        else:
+            if parsed is not None:
+                yield parsed
+
+
+def _usable(texts: Iterable[Any]) -> Texts:
+    texts = tuple(texts)
+    for text in texts:
+        if text is None:
+            raise RowError("Expected a text, got none.")
+        if not isinstance(text, str):
+            raise RowError(f"Expected a text, got {type(text).__name__}.")
+        if not text.strip():
+            raise RowError("Expected a text, got an empty one.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError("Expected text in UTF-8, got other bytes.") from None
+    return texts
+
+
+def _csv_rows(lines: _Lines, delimiter: str, names: list[str]) -> Iterator[Texts | Unusable]:
+    csv.field_size_limit(LONGEST_ROW)
+    cells = csv.reader(lines, delimiter=delimiter)
+    try:
+        header = next((row for row in cells if row), [])
+        "".join(header).encode()
+    except (RowError, csv.Error, UnicodeEncodeError) as error:
+        raise ValueError(f"Expected a header in UTF-8 in the first line, got something else: {error}.") from None
+    if not header:
+        raise ValueError("Expected a header line with the names of the columns, got an empty input.")
+    where = [header.index(name) for name in choose_text_columns(header, names)]
+
+    def parse(row: list[str]) -> Texts | None:
+        if not row:
+            return None
+        if len(row) != len(header):
+            raise RowError(f"Expected {len(header)} cells, as the header has, got {len(row)}.")
+        return _usable(row[i] for i in where)
+
+    return _each(cells, parse)
+
+
+def _json_rows(lines: _Lines, names: list[str]) -> Iterator[Texts | Unusable]:
+    objects = _each(lines, _json_object)
+    first, columns = _first_with_text(objects, names)
+
+    def parse(row: dict | Unusable) -> Texts:
+        if isinstance(row, Unusable):
+            raise RowError(row.reason)
+        return _usable(row.get(name) for name in columns)
+
+    return _each(chain(first, objects), parse)
+
+
+def _json_object(line: str) -> dict | None:
+    if not line.strip():
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"Expected a json object, got none: {error}.") from None
+    if not isinstance(row, dict):
+        raise RowError(f"Expected a json object, got {type(row).__name__}.")
+    return row
+
+
+def _first_with_text(objects: Iterator[dict | Unusable], names: list[str]) -> tuple[list, list[str]]:
+    """The rows up to the first one that has the text column, and the column(s)."""
+    rows: list[dict | Unusable] = []
+    keys: dict[str, None] = {}
+    for row in islice(objects, LOOK_AHEAD):
+        rows.append(row)
+        if isinstance(row, dict):
+            keys |= dict.fromkeys(row)
+            try:
+                return rows, choose_text_columns(list(row), names)
+            except ValueError:
+                continue
+    return rows, choose_text_columns(list(keys), names) if keys else names or ["text"]

@@ -1,0 +1,139 @@
+"""`hf-al inspect`: what a model is made of, from its config.json alone: no weights are loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from .comparison import read_report, text_table
+from .evaluation import BEST_METRIC
+from .loading import check_model_name
+from .modeling.configuration_al import ALConfig
+from .modeling.modeling_al import ALForSequenceClassification
+
+PARTS = ("encode", "bridge", "encode_target", "decode_target")
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """The blocks of a model, their shapes and parameters, and how well each exit did on validation.
+
+    Args:
+        name: folder of a trained model, or a Hub id.
+
+    Returns:
+        `model_type`, `objective`, `problem_type`, `label_names`, `vocab_size`, `max_length` (tokens), `parameters`
+        (`inference`, `training_only`), `metric` (of `validation` below), and `blocks`: for each its `encode` in words,
+        the shapes of `hidden` and `target_code`, `parameters` by part and use, the `shapes` of its tensors, whether it
+        has an `exit`, and that exit's `validation` metrics (None without a report.json beside the model).
+
+    Raises:
+        ValueError: a folder that is not a model, or a model of another library.
+    """
+    config = load_config(name)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    report = read_report(name) if (Path(name) / "report.json").is_file() else {}
+    exits = {row["block"]: row for row in report.get("validation", [])}
+    blocks = [_block(model, k, exits.get(k)) for k in range(config.num_blocks)]
+    kinds = ("inference", "training_only")
+    return {
+        "model": name,
+        "model_type": config.model_type,
+        "objective": config.objective,
+        "problem_type": config.resolved_problem_type,
+        "label_names": config.label_names,
+        "vocab_size": config.vocab_size,
+        "max_length": config.max_position_embeddings,
+        "inference_only": config.inference_only,
+        "parameters": {kind: sum(block["parameters"][kind] for block in blocks) for kind in kinds},
+        "metric": BEST_METRIC[config.resolved_problem_type],
+        "blocks": blocks,
+    }
+
+
+def load_config(name: str) -> ALConfig:
+    """The config of a model folder or a Hub id."""
+    check_model_name(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # broken json, wrong values, no network: each has its own exception
+        raise ValueError(f"Could not load {name}: {error}") from error
+    if not isinstance(config, ALConfig):
+        raise ValueError(f"Expected an AL model, got one of type {config.model_type!r} in {name}.")
+    return config
+
+
+def _block(model: ALForSequenceClassification, k: int, validation: dict[str, Any] | None) -> dict[str, Any]:
+    config, block = model.config, model.model.blocks[k]
+    prefix = f"model.blocks.{k}."
+    tensors = {n.removeprefix(prefix): p for n, p in model.named_parameters() if n.startswith(prefix)}
+    training_only = sum(p.numel() for n, p in tensors.items() if model.is_training_only(prefix + n))
+    parts = {part: sum(p.numel() for n, p in tensors.items() if n.startswith(f"{part}.")) for part in PARTS}
+    return {
+        "block": k,
+        "encode": encoder_in_words(config, k),
+        "hidden": ["N", "T", block.encode.output_size],
+        "target_code": ["N", config.target_size],
+        "parameters": {"inference": sum(parts.values()) - training_only, "training_only": training_only, **parts},
+        "shapes": {n: list(p.shape) for n, p in tensors.items()},
+        "exit": k in config.exits(),
+        "validation": validation,
+    }
+
+
+def encoder_in_words(config: ALConfig, k: int) -> str:
+    """What `encode` of block k does, in a line."""
+    size = config.embedding_size or config.hidden_size
+    words = []
+    if k == 0:
+        words.append(f"{config.vocab_size:,} embedding rows of {size}")
+    if k > 0 or not config.embedding_block:
+        layers = config.layers_per_block
+        plural = "s" if layers > 1 else ""
+        if config.model_type == "al_lstm":
+            words.append(f"{layers} bidirectional LSTM layer{plural} of 2 x {config.hidden_size // 2}")
+        else:
+            heads = config.num_attention_heads
+            words.append(f"{layers} transformer layer{plural} of {config.hidden_size}, {heads} heads")
+    return ", ".join(words)
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The same as a page for a terminal."""
+    metric, labels = found["metric"], found["label_names"]
+    counts = found["parameters"]
+    rows = []
+    for block in found["blocks"]:
+        parameters = block["parameters"]
+        exit_value = (block["validation"] or {}).get(metric) if block["exit"] else None
+        rows.append(
+            {
+                "block": block["block"],
+                "encode": block["encode"],
+                "hidden": _shape(block["hidden"]),
+                "target code": _shape(block["target_code"]),
+                "inference": f"{parameters['inference']:,}",
+                "training only": f"{parameters['training_only']:,}",
+                "exit": "yes" if block["exit"] else "no",
+                f"validation {metric}": exit_value,
+            }
+        )
+    shown = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+    lines = [
+        f"{found['model']}: {found['model_type']}, objective {found['objective']}, {found['problem_type']}",
+        f"{len(labels)} classes: {shown}" if found["problem_type"] != "regression" else f"values: {shown}",
+        f"vocabulary of {found['vocab_size']:,}; texts are cut to {found['max_length']} tokens",
+        f"{counts['inference']:,} parameters for inference, {counts['training_only']:,} for training only",
+        "",
+        text_table(rows),
+        "",
+        "Shapes: N texts, T tokens. inference and training only: parameters.",
+    ]
+    if not any(block["validation"] for block in found["blocks"]):
+        lines.append("There is no report.json beside this model: how well its exits did on validation is not known.")
+    return "\n".join(lines)
+
+
+def _shape(sizes: list[Any]) -> str:
+    return f"({', '.join(map(str, sizes))})"

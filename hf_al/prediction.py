@@ -1,0 +1,237 @@
+"""Answers of a trained model for text that streams through: one json object a row, in the order of the rows.
+
+Legend: N batch, C classes.
+"""
+
+import gzip
+import json
+import logging
+import sys
+import zlib
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .data.rows import Texts, Unusable, read_rows
+from .loading import load_model
+from .modeling.modeling_al import ALForSequenceClassification
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BATCHES = 16  # batches that are read, sorted by length and answered together
+CHUNK_CHARACTERS = 2**22  # a chunk of long texts ends earlier
+ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}
+
+
+def predict(
+    model: ALForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Texts | Unusable],
+    batch_size: int = 64,
+    exit_block: int | None = None,
+    all_scores: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
+    """Answers in chunks of `CHUNK_BATCHES` batches; no more rows than a chunk are held at a time.
+
+    Args:
+        model, tokenizer: of a finished run.
+        rows: texts (or pairs); an `Unusable` gives `{"row": its number from 0, "error": why}`.
+        batch_size: texts of a batch.
+        exit_block: the block to stop at, from 0; the last where it is None.
+        all_scores: also the scores of all classes.
+
+    Returns:
+        A dict a row. Single label: `label` and `score` (softmax); multi-label: `labels`, those above 0.5, each with its
+        `score` (sigmoid); regression: `value`, or `values` by name where there are several. `exits` holds the same for
+        every exit on the way, with its `block`.
+
+    Raises:
+        ValueError: an exit that does not exist.
+    """
+    if exit_block is not None and exit_block not in model.config.exits():
+        raise ValueError(f"Expected exit_block to be one of {model.config.exits()}, got {exit_block}.")
+    return _predict_chunks(model, tokenizer, rows, batch_size, exit_block, all_scores)
+
+
+def _predict_chunks(
+    model: ALForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Texts | Unusable],
+    batch_size: int,
+    exit_block: int | None,
+    all_scores: bool,
+) -> Iterator[list[dict[str, Any]]]:
+    model.eval()
+    exits = [k for k in model.config.exits() if exit_block is None or k <= exit_block]
+    done = 0
+    for chunk in _chunks(rows, batch_size * CHUNK_BATCHES):
+        answers: list[dict[str, Any]] = [
+            {"row": done + i, "error": row.reason} if isinstance(row, Unusable) else {} for i, row in enumerate(chunk)
+        ]
+        usable = [i for i, row in enumerate(chunk) if not isinstance(row, Unusable)]
+        ids = _token_ids(model, tokenizer, [chunk[i] for i in usable])  # type: ignore[misc]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            logits = _exit_logits(model, [ids[i] for i in batch], exit_block)
+            readings = [_readings(logits_NC, model.config, all_scores) for logits_NC in logits]
+            for n, i in enumerate(batch):
+                by_exit = [{"block": k, **reading[n]} for k, reading in zip(exits, readings, strict=True)]
+                answers[usable[i]] = {**readings[-1][n], "exits": by_exit}
+        done += len(chunk)
+        yield answers
+
+
+def _chunks(rows: Iterable[Texts | Unusable], count: int) -> Iterator[list[Texts | Unusable]]:
+    chunk: list[Texts | Unusable] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += 0 if isinstance(row, Unusable) else sum(map(len, row))
+        if len(chunk) == count or characters > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _token_ids(
+    model: ALForSequenceClassification, tokenizer: PreTrainedTokenizerBase, rows: list[Texts]
+) -> list[list[int]]:
+    if not rows:
+        return []
+    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    return tokenizer(*map(list, zip(*rows, strict=True)), truncation=True, max_length=limit)["input_ids"]
+
+
+@torch.inference_mode()
+def _exit_logits(
+    model: ALForSequenceClassification, ids: list[list[int]], exit_block: int | None
+) -> tuple[Tensor, ...]:
+    """Logits (N, C) of every exit up to `exit_block`."""
+    rows = [torch.tensor(row) for row in ids]
+    input_ids_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
+    mask_NT = torch.arange(input_ids_NT.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+    return model(
+        input_ids=input_ids_NT.to(model.device),
+        attention_mask=mask_NT.to(model.device),
+        exit_block=exit_block,
+        output_exit_logits=True,
+    ).exit_logits
+
+
+def _readings(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[str, Any]]:
+    """What one exit says of each text, with the scores of transformers' text-classification pipeline."""
+    kind, names = config.resolved_problem_type, config.label_names
+    logits_NC = logits_NC.float().cpu()
+    if kind == "regression":
+        values = logits_NC.tolist()
+        return [
+            {"value": row[0]} if len(names) == 1 else {"values": dict(zip(names, row, strict=True))} for row in values
+        ]
+    multi_label = kind == "multi_label_classification"
+    readings = []
+    for row in (logits_NC.sigmoid() if multi_label else logits_NC.softmax(1)).tolist():
+        ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+        reading: dict[str, Any]
+        if multi_label:
+            reading = {"labels": [{"label": name, "score": score} for name, score in ranked if score > 0.5]}
+        else:
+            reading = {"label": ranked[0][0], "score": ranked[0][1]}
+        readings.append({**reading, "scores": dict(ranked)} if all_scores else reading)
+    return readings
+
+
+# --- the command
+
+
+def predict_file(flags: Namespace) -> None:
+    """`hf-al predict`: from a file or standard input to a file or standard output.
+
+    Raises:
+        ValueError: a file, a format, a column, an exit or a model that does not exist or cannot be read.
+    """
+    kind = _input_format(flags.input, flags.input_format)
+    _check_files(flags.input, flags.output)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    model, tokenizer = load_model(flags.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if flags.input is None and sys.stdin.isatty():
+        logger.info("Reading %s from the terminal; Ctrl-D ends it.", "lines" if kind == "text" else kind)
+    total, errors = 0, 0
+    bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())
+    with bar, _source(flags.input) as stream:
+        rows = read_rows(stream, kind, flags.text_column_names)
+        chunks = predict(model, tokenizer, rows, flags.batch_size, flags.exit_block, flags.all_scores)
+        with _destination(flags.output) as out:
+            for answers in chunks:
+                out.writelines(json.dumps(answer) + "\n" for answer in answers)
+                out.flush()
+                total += len(answers)
+                errors += sum("error" in answer for answer in answers)
+                bar.update(len(answers))
+    logger.info("%d rows, %d of them with an error.", total, errors)
+
+
+def _input_format(path: str | None, said: str | None) -> str:
+    if said or path is None:
+        return said or "text"
+    ending = Path(path.removesuffix(".gz")).suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(
+            f"Expected a .txt, .csv, .tsv or .jsonl file (also .gz), got {path}. Say what it is: --input_format."
+        )
+    return ENDINGS[ending]
+
+
+def _check_files(source: str | None, destination: str | None) -> None:
+    """What is wrong with the paths is said before the model is loaded."""
+    if source is not None and not Path(source).exists():
+        raise ValueError(f"Expected a file at {source}, found none. Check --input.")
+    if source is not None and Path(source).is_dir():
+        raise ValueError(f"Expected a file as --input, got the folder {source}.")
+    if source is not None and Path(source).is_file() and Path(source).stat().st_size == 0:
+        raise ValueError(f"Expected rows in {source}, got an empty file.")
+    if destination is not None and Path(destination).is_dir():
+        raise ValueError(f"Expected a file as --output, got the folder {destination}.")
+    if destination is not None and not Path(destination).parent.is_dir():
+        raise ValueError(f"Expected a folder for --output, found none at {Path(destination).parent}. Make it first.")
+
+
+@contextmanager
+def _source(path: str | None) -> Iterator[BinaryIO]:
+    if path is None:
+        yield sys.stdin.buffer
+        return
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as stream:
+            yield stream  # type: ignore[misc]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        problem = ValueError(f"Expected {path} to be a gzip file, got a broken one: {error}. Pack it again.")
+        for note in getattr(error, "__notes__", []):
+            problem.add_note(note)
+        raise problem from error
+
+
+@contextmanager
+def _destination(path: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file written beside its place and renamed when it is complete."""
+    if path is None:
+        yield sys.stdout
+        return
+    aside = Path(f"{path}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        try:
+            yield file
+        except BaseException as error:
+            error.add_note(f"The answers so far are in {aside}.")
+            raise
+    aside.replace(path)

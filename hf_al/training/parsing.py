@@ -1,0 +1,226 @@
+"""From YAML and flags to TrainingArguments.
+
+Nothing here imports torch or transformers, so that `--help` answers at once: the values of the model's config are read
+from the source of configuration_al.py, with their types, defaults and descriptions.
+"""
+
+import ast
+import dataclasses
+import re
+import typing
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from .arguments import TrainingArguments
+from .values import convert, nearest, type_name, union_members
+
+CONFIG_SOURCE = Path(__file__).parents[1] / "modeling" / "configuration_al.py"
+CONFIG_CLASSES = {"al_lstm": "ALLstmConfig", "al_transformer": "ALTransformerConfig"}
+# What the data and the tokenizer decide, or the way a model is saved
+DECIDED = {
+    "vocab_size", "pad_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings", "label_mean",
+    "label_std",
+}  # fmt: skip
+FILE_FLAGS = {"config", "train_file", "validation_file", "test_file"}  # completed with file names in a shell
+FOLDER_FLAGS = {"output_dir", "resume_from_checkpoint"}
+METAVARS = {int: "N", float: "X", bool: "BOOL", str: "NAME"}
+
+
+# --- config values
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """A config value that a user may set: its type, its default and what configuration_al.py says about it."""
+
+    kind: Any
+    default: Any
+    texts: tuple[str, ...]  # what the shared config says, and what the architecture adds
+
+
+@cache
+def config_fields(model_type: str) -> dict[str, ConfigField]:
+    """The config values of an architecture, by name."""
+    tree = ast.parse(CONFIG_SOURCE.read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    texts: dict[str, list[str]] = {}
+    fields: dict[str, tuple[Any, Any]] = {}
+    for node in (classes["ALConfig"], classes[CONFIG_CLASSES[model_type]]):
+        for name, text in _described(ast.get_docstring(node) or "").items():
+            texts.setdefault(name, []).append(text)
+        for line in node.body:
+            if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
+                continue
+            annotation = ast.unparse(line.annotation)
+            if line.target.id in DECIDED or annotation.startswith("ClassVar"):
+                continue
+            kind = eval(annotation, {"__builtins__": {}}, {t.__name__: t for t in (int, float, str, bool, list)})
+            fields[line.target.id] = (kind, ast.literal_eval(line.value))
+    return {name: ConfigField(*field, tuple(texts.get(name, ()))) for name, field in fields.items()}
+
+
+def _described(docstring: str) -> dict[str, str]:
+    """Name -> text of the entries under `Args:`, without their types and Markdown."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
+    entries = re.split(r"\n(?=\S)", cleandoc(section[1])) if section else []
+    texts: dict[str, str] = {}
+    for entry in entries:
+        names, text = re.fullmatch(r"([\w, ]+?)(?: \(.*?\))?: (.*)", " ".join(entry.split())).groups()  # type: ignore[union-attr]
+        texts |= {name.strip(): text.replace("`", "") for name in names.split(",")}
+    return texts
+
+
+def model_fields(model_type: str) -> dict[str, Any]:
+    """Config values that a user may set, with their types. What the data and the tokenizer decide is not among them."""
+    return {name: field.kind for name, field in config_fields(model_type).items()}
+
+
+# --- flags
+
+
+class FlagParser(ArgumentParser):
+    """argparse whose errors are one sentence instead of a page of flags."""
+
+    def __init__(self, prog: str | None = None, **options: Any):
+        options = {"formatter_class": lambda prog: HelpFormatter(prog, max_help_position=32), **options}
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message[:1].upper() + message[1:] + ".")
+
+    def refuse(self, unknown: list[str]) -> None:
+        """ValueError for the first argument that `parse_known_args` did not know, with the flag that is nearest."""
+        if not unknown:
+            return
+        if not unknown[0].startswith("-"):
+            raise ValueError(f"Unexpected argument {unknown[0]!r}.")
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        raise ValueError(f"Unknown flag {unknown[0]}.{nearest(unknown[0].split('=')[0], known)}")
+
+
+def reader(kind: Any) -> Callable[[str], Any]:
+    """For argparse's `type`: the text of a flag as the annotated type."""
+
+    def read(text: str) -> Any:
+        try:
+            return convert(text, kind)
+        except (TypeError, ValueError):
+            raise ArgumentTypeError(f"expected {type_name(kind)}, got {text!r}") from None
+
+    return read
+
+
+def add_training_flags(parser: ArgumentParser) -> None:
+    """Flags for every field of TrainingArguments and every config value of either architecture."""
+    import shtab
+
+    parser.add_argument("--config", metavar="FILE", help="YAML file with values of these arguments.")
+    parser.add_argument("--print_config", action="store_true", help="Print the resolved arguments as YAML and stop.")
+
+    def add(group: Any, name: str, kind: Any, default: Any, help: str) -> None:
+        shown = "" if default in (None, "") else f" (default: {default})"
+        members = union_members(kind)
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if bool in members else {}
+        metavar = "FILE" if name in FILE_FLAGS else "DIR" if name in FOLDER_FLAGS else METAVARS.get(members[0], "LIST")
+        group.add_argument(
+            f"--{name}",
+            type=reader(kind),
+            default=SUPPRESS,
+            help=(help + shown).replace("%", "%%"),
+            metavar=metavar,
+            **switch,
+        )
+
+    hints = typing.get_type_hints(TrainingArguments)
+    run = parser.add_argument_group("run")
+    for f in dataclasses.fields(TrainingArguments):
+        if f.name != "model":
+            default = None if f.default is dataclasses.MISSING else f.default
+            add(run, f.name, hints[f.name], default, f.metadata["help"])
+    fields = {model_type: config_fields(model_type) for model_type in CONFIG_CLASSES}
+    group = parser.add_argument_group("model config (see ALLstmConfig and ALTransformerConfig)")
+    for name in {name: None for known in fields.values() for name in known}:
+        owners = {model_type: known[name] for model_type, known in fields.items() if name in known}
+        field = next(iter(owners.values()))
+        shared = [t for t in field.texts if all(name in known and t in known[name].texts for known in fields.values())]
+        own = [f"{model_type}: {t}" for model_type, f in owners.items() for t in f.texts if t not in shared]
+        add(group, name, field.kind, field.default, " ".join([*shared, *own]))
+    for action in parser._actions:
+        if action.dest in FILE_FLAGS | FOLDER_FLAGS:
+            action.complete = shtab.FILE if action.dest in FILE_FLAGS else shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+def parse_arguments(argv: list[str], prog: str = "hf-al train") -> TrainingArguments:
+    """The flags of `hf-al train` -> TrainingArguments; see `resolve`."""
+    parser = FlagParser(prog)
+    add_training_flags(parser)
+    parsed, unknown = parser.parse_known_args(argv)
+    parser.refuse(unknown)
+    return resolve(vars(parsed))
+
+
+def resolve(flags: dict[str, Any]) -> TrainingArguments:
+    """The arguments of a run from the flags that were given: over those of `--config`, over the defaults. A flag that
+    names data replaces the whole data section of the YAML file.
+
+    Raises:
+        ValueError: a key, a config value or a combination that does not exist or cannot work.
+    """
+    fields = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    flags = dict(flags)
+    config, print_only = flags.pop("config", None), flags.pop("print_config", False)
+    values = read_yaml(config) if config else {}
+    data = {name for name, f in fields.items() if f.metadata.get("section") == "data"}
+    if {"train_file", "dataset_name"} & flags.keys():
+        values = {name: value for name, value in values.items() if name not in data}
+    model = dict(values.pop("model", None) or {})
+    model |= {name: flags.pop(name) for name in list(flags) if name not in fields}
+    args = TrainingArguments(**{**values, **flags}, model=model)
+    check_model_keys(args)
+    if not args.output_dir and not print_only:
+        raise ValueError("Expected --output_dir, got none. Pass --output_dir out/my_run, for example.")
+    return args
+
+
+# --- YAML
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The values of a YAML file, its keys checked against TrainingArguments."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"Expected a YAML file at {path}, found none. Check --config.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected YAML in {path}, got something else: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"Expected a mapping of arguments in {path}, got {type(values).__name__}.")
+    known = [f.name for f in dataclasses.fields(TrainingArguments)]
+    for key in values:
+        if key not in known and (key in model_fields("al_lstm") or key in model_fields("al_transformer")):
+            raise ValueError(f"Unknown key {key!r} at the top of {path}: it is a config value. Put it under model:")
+        if key not in known:
+            raise ValueError(f"Unknown key {key!r} in {path}.{nearest(str(key), known)}")
+    if not isinstance(values.get("model") or {}, dict):
+        raise ValueError(f"Expected a mapping of config values as model: in {path}, got {values['model']!r}.")
+    return values
+
+
+def check_model_keys(args: TrainingArguments) -> None:
+    """Refuses config values that the chosen architecture does not have; reads `1e-4` strings as numbers."""
+    known = model_fields(args.model_type)
+    for key, value in args.model.items():
+        if key not in known:
+            raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{nearest(str(key), list(known))}")
+        try:
+            args.model[key] = convert(value, known[key])
+        except (TypeError, ValueError):
+            raise ValueError(f"Expected {key} as {type_name(known[key])}, got {value!r}.") from None

@@ -1,0 +1,79 @@
+"""Values of arguments and config fields: read as the annotated type, and named in messages."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def union_members(kind: Any) -> list[Any]:
+    return (
+        list(typing.get_args(kind))
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else [kind]
+    )
+
+
+def type_name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ValueError(text)
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """`value` as the annotated type; strings are read as numbers and booleans (`1e-4` in YAML is a string)."""
+    members = union_members(kind)
+    if value is None:
+        if type(None) in members:
+            return None
+        raise TypeError(value)
+    for member in (m for m in members if m is not type(None)):
+        origin = typing.get_origin(member) or member
+        try:
+            if origin is bool:
+                return value if isinstance(value, bool) else _parse_bool(value)
+            if origin in (int, float):
+                if isinstance(value, bool) or (origin is int and isinstance(value, float) and value != int(value)):
+                    continue
+                return origin(value)
+            if origin is str and isinstance(value, (str, Path)):
+                return str(value)
+            if origin is list:
+                if isinstance(value, str):  # 1,2 or [1, 2]
+                    value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+                items = value if isinstance(value, list) else [value]
+                return [convert(item, typing.get_args(member)[0]) for item in items]
+            if origin is dict:
+                if isinstance(value, str):  # a=1,b=true or {"a": 1}
+                    value = yaml.safe_load(value if value.startswith("{") else "{" + value.replace("=", ": ") + "}")
+                return {k: _number(v) for k, v in dict(value).items()}
+        except (TypeError, ValueError, AttributeError, yaml.YAMLError):
+            continue
+    raise TypeError(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-4 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def numbers(value: Any) -> list[float]:
+    """The numbers in an argument that is one, a list of them, or None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f" Did you mean {close[0]}?" if close else ""

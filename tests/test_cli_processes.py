@@ -1,0 +1,147 @@
+"""Ctrl-C, readers that go away and terminals: what happens around a running command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import termios
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+import pytest
+
+from hf_al.cli import main
+
+SCRIPT = str(Path(sys.executable).with_name("hf-al"))
+
+# --- stopping
+
+
+@pytest.fixture
+def start():
+    """Starts `hf-al ARGV` with pipes, and ends it after the test. Ctrl-C reaches it also where the tests run in the
+    background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = []
+
+    def run(*argv: str) -> subprocess.Popen:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        started.append(subprocess.Popen([SCRIPT, *argv], **pipes))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.medium
+def test_ctrl_c_is_one_message_and_status_130(trained, start):
+    process = start("predict", str(trained[0]), "--batch_size=1", "--threads=1")
+    process.stdin.write(b"a fine day\n" * 16)
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["label"]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode() == "hf-al predict: interrupted.\n"
+
+
+@pytest.mark.medium
+def test_ctrl_c_leaves_the_answers_so_far_beside_their_place(trained, start, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    process = start("predict", str(trained[0]), "--batch_size=1", "--threads=1", "--output", str(output))
+    process.stdin.write(b"a fine day\n" * 40)
+    process.stdin.flush()
+    aside = tmp_path / "answers.jsonl.tmp"
+    while process.poll() is None and not (aside.exists() and len(aside.read_text().splitlines()) == 32):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode() == f"hf-al predict: interrupted. The answers so far are in {aside}.\n"
+    assert len(aside.read_text().splitlines()) == 32
+    assert not output.exists()
+
+
+@pytest.mark.medium
+def test_ctrl_c_in_training_says_how_to_go_on(files, start, tmp_path):
+    data = [f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path}", "--max_steps=100000", "--use_cpu"]
+    process = start("train", *data, "--num_blocks=2", "--hidden_size=16", "--target_size=12", "--threads=1")
+    for line in process.stderr:
+        if b"Training 2 units" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1].startswith("hf-al train: interrupted. --resume_from_checkpoint last")
+    assert "Traceback" not in err.decode()
+
+
+@pytest.mark.medium
+def test_a_reader_that_goes_away_ends_the_program_quietly(trained, start):
+    process = start("predict", str(trained[0]), "--batch_size=1", "--threads=1")
+    process.stdin.write(b"a fine day\n" * 16)
+    process.stdin.flush()
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdin.write(b"a fine day\n" * 16)
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+
+
+def test_help_into_a_closed_pipe_is_quiet():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([SCRIPT, "train", "--help"], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# --- progress bars
+
+
+@contextmanager
+def terminal():
+    """Standard error is a terminal; yields a function that returns what it has shown."""
+    reader, writer = os.openpty()
+    termios.tcsetwinsize(reader, (24, 100))
+    os.set_blocking(reader, False)
+
+    def shown() -> str:
+        file.flush()
+        try:
+            return os.read(reader, 100_000).decode()
+        except BlockingIOError:
+            return ""
+
+    with open(writer, "w") as file, redirect_stderr(file):
+        yield shown
+    os.close(reader)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("flags", [[], ["--disable_tqdm"]], ids=["bar", "no bar"])
+def test_a_terminal_has_progress_bars_unless_they_are_off(flags, trained, files, capsys):
+    folder, _ = trained
+    with terminal() as shown:
+        main(["predict", str(folder), "--input", str(files / "test.csv"), "--threads=1", *flags])
+        assert ("rows/s" in shown()) == (not flags)
+        main(["evaluate", str(folder), "--test_file", str(files / "test.csv"), "--threads=1", *flags])
+        assert ("Evaluating: 100%" in shown()) == (not flags)
+    assert len(capsys.readouterr().out.splitlines()) == 81
+
+
+@pytest.mark.medium
+def test_a_file_has_no_progress_bars(trained, files, shell):
+    folder, _ = trained
+    for argv in (["predict", str(folder), "--input"], ["evaluate", str(folder), "--test_file"]):
+        status, _, err = shell(*argv, str(files / "test.csv"), "--threads=1")
+        assert status == 0
+        assert "/s]" not in err
+    assert "/s]" not in trained[1].stderr

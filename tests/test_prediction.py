@@ -1,0 +1,267 @@
+"""`hf-al predict`: the answers of the model, those of transformers' pipeline, in constant memory."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_program
+from transformers import pipeline
+
+from hf_al import prediction
+from hf_al.data import tokenization
+from hf_al.data.rows import Unusable
+from hf_al.prediction import CHUNK_BATCHES, predict
+from hf_al.training.arguments import TrainingArguments
+
+SCRIPT = str(Path(sys.executable).with_name("hf-al"))
+KINDS = ("single_label_classification", "multi_label_classification", "regression")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(few_tweets):
+    return tokenization.build_tokenizer(TrainingArguments(max_seq_length=40), few_tweets["train"])
+
+
+@pytest.fixture
+def classifier(make_model, tokenizer):
+    """classifier("regression", num_labels=1): an untrained model with the names of its classes, ready to answer."""
+
+    def make(problem_type: str = KINDS[0], num_labels: int = 3, **config):
+        labels = {i: f"class {i}" for i in range(num_labels)}
+        model = make_model(
+            vocab_size=len(tokenizer), max_position_embeddings=40, embedding_std=1.0, problem_type=problem_type,
+            id2label=labels, label2id={name: i for i, name in labels.items()}, num_labels=num_labels, **config,
+        )  # fmt: skip
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def texts(few_tweets) -> list[str]:
+    """Of many lengths, one of them longer than the model takes."""
+    texts = few_tweets["test"]["text"][:39]
+    return [*texts[:20], " ".join(texts), *texts[20:]]
+
+
+def answers(model, tokenizer, rows, **options) -> list[dict]:
+    return [answer for chunk in predict(model, tokenizer, rows, **options) for answer in chunk]
+
+
+# --- what is answered
+
+
+@pytest.mark.parametrize("model_type", ["al_lstm", "al_transformer"])
+@pytest.mark.parametrize("problem_type", KINDS)
+def test_scores_and_names_are_those_of_the_pipeline(problem_type, model_type, classifier, tokenizer, texts):
+    model = classifier(problem_type, 1 if problem_type == "regression" else 3, model_type=model_type)
+    found = answers(model, tokenizer, [(text,) for text in texts], batch_size=4, all_scores=True)
+    expected = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None, device="cpu")(texts)
+    for answer, rows in zip(found, expected, strict=True):
+        if problem_type == "regression":
+            assert answer["value"] == pytest.approx(rows[0]["score"], abs=1e-5)
+            continue
+        assert answer["scores"] == pytest.approx({row["label"]: row["score"] for row in rows}, abs=1e-5)
+        if problem_type == "single_label_classification":
+            assert (answer["label"], answer["score"]) == next(iter(answer["scores"].items()))
+            assert answer["label"] == rows[0]["label"]
+        else:
+            above = [row["label"] for row in rows if row["score"] > 0.5]
+            assert [row["label"] for row in answer["labels"]] == above
+
+
+def test_pairs_are_answered_as_the_pipeline_does(classifier, tokenizer):
+    model = classifier()
+    (answer,) = answers(model, tokenizer, [("thank you", "so much")])
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    expected = classify({"text": "thank you", "text_pair": "so much"})
+    assert answer["label"] == expected["label"]
+    assert answer["score"] == pytest.approx(expected["score"], abs=1e-6)
+
+
+def test_the_order_is_that_of_the_input_whatever_the_batches(classifier, tokenizer, texts):
+    model = classifier()
+    one_by_one = answers(model, tokenizer, [(text,) for text in texts], batch_size=1)
+    for batch_size in (2, 7, 64):
+        found = answers(model, tokenizer, [(text,) for text in texts], batch_size=batch_size)
+        assert [a["label"] for a in found] == [a["label"] for a in one_by_one]
+        assert [a["score"] for a in found] == pytest.approx([a["score"] for a in one_by_one], abs=1e-5)
+
+
+def test_every_exit_answers_as_the_model_that_stops_there(classifier, tokenizer, texts):
+    model = classifier()
+    found = answers(model, tokenizer, [(text,) for text in texts[:5]])
+    for text, answer in zip(texts, found, strict=False):
+        assert [row["block"] for row in answer["exits"]] == [0, 1, 2]
+        assert {key: answer[key] for key in ("label", "score")}.items() <= answer["exits"][-1].items()
+        for row in answer["exits"]:
+            inputs = tokenizer(text, return_tensors="pt")
+            with torch.no_grad():
+                score = model(**inputs, exit_block=row["block"]).logits.softmax(1).max().item()
+            assert row["score"] == pytest.approx(score, abs=1e-5)
+
+
+def test_exit_block_stops_there(classifier, tokenizer):
+    model = classifier()
+    (whole,) = answers(model, tokenizer, [("thank you",)])
+    (early,) = answers(model, tokenizer, [("thank you",)], exit_block=1)
+    assert early["exits"] == whole["exits"][:2]
+    assert early["score"] == whole["exits"][1]["score"]
+    with pytest.raises(ValueError, match=r"Expected exit_block to be one of \[0, 1, 2\], got 3"):
+        predict(model, tokenizer, [], exit_block=3)
+
+
+def test_a_model_with_one_exit_answers_with_that_one(classifier, tokenizer):
+    (answer,) = answers(classifier(objective="backprop"), tokenizer, [("thank you",)])
+    assert [row["block"] for row in answer["exits"]] == [2]
+
+
+def test_several_values_are_named(classifier, tokenizer):
+    (answer,) = answers(classifier("regression", 2), tokenizer, [("thank you",)])
+    assert answer["values"].keys() == {"class 0", "class 1"}
+    assert answer["exits"][-1] == {"block": 2, "values": answer["values"]}
+
+
+def test_an_unusable_row_is_an_error_in_its_place(classifier, tokenizer):
+    rows = [Unusable("no text"), ("one",), ("two",), Unusable("no text")]
+    found = answers(classifier(), tokenizer, rows, batch_size=1)
+    assert (found[0], found[3]) == ({"row": 0, "error": "no text"}, {"row": 3, "error": "no text"})
+    assert all("label" in answer for answer in found[1:3])
+    assert answers(classifier(), tokenizer, [Unusable("a")] * 3)[2] == {"row": 2, "error": "a"}
+
+
+def test_rows_are_taken_a_chunk_at_a_time(classifier, tokenizer):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield ("thank you",)
+
+    chunks = predict(classifier(), tokenizer, endless(), batch_size=2)
+    for n in (1, 2, 3):
+        assert len(next(chunks)) == 2 * CHUNK_BATCHES
+        assert len(taken) == 2 * CHUNK_BATCHES * n
+
+
+def test_a_chunk_of_long_texts_is_shorter(classifier, tokenizer, monkeypatch):
+    monkeypatch.setattr(prediction, "CHUNK_CHARACTERS", 1000)
+    rows = [("x" * 300,)] * 10
+    assert [len(chunk) for chunk in predict(classifier(), tokenizer, rows, batch_size=64)] == [4, 4, 2]
+
+
+# --- from and to files
+
+TEXTS = ["thank you so much", "you lost my bag", "which gate"]
+
+
+@pytest.fixture
+def inputs(tmp_path) -> dict[str, Path]:
+    """The same three texts in every format."""
+    written = {
+        "text.txt": "\n".join(TEXTS),
+        "rows.csv": "id,text\n" + "\n".join(f"{i},{t}" for i, t in enumerate(TEXTS)),
+        "rows.tsv": "id\ttext\n" + "\n".join(f"{i}\t{t}" for i, t in enumerate(TEXTS)),
+        "rows.jsonl": "\n".join(json.dumps({"text": t}) for t in TEXTS),
+    }
+    for name, text in written.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    return {path.name: path for path in tmp_path.iterdir()}
+
+
+@pytest.mark.medium
+def test_every_format_gives_the_same_answers(trained, inputs, shell, tmp_path):
+    results = {}
+    for name, path in inputs.items():
+        status, out, err = shell("predict", str(trained[0]), "--input", str(path), "--threads=1")
+        assert status == 0, err
+        results[name] = [json.loads(line) for line in out.splitlines()]
+    expected = results["text.txt"]
+    assert len(expected) == 3
+    assert [row.keys() for row in expected] == [{"label", "score", "exits"}] * 3
+    assert all(result == expected for result in results.values())
+    other = tmp_path / "rows.data"
+    other.write_bytes(inputs["rows.csv"].read_bytes())
+    status, out, _ = shell("predict", str(trained[0]), "--input", str(other), "--input_format=csv", "--threads=1")
+    assert [json.loads(line) for line in out.splitlines()] == expected
+
+
+@pytest.mark.medium
+def test_standard_input_is_text_lines_unless_said(trained, inputs):
+    lines = run_program("predict", str(trained[0]), "--threads=1", input="\n".join(TEXTS))
+    flags = ["--threads=1", "--input_format=csv", "--text_column_names=text"]
+    table = run_program("predict", str(trained[0]), *flags, input=inputs["rows.csv"].read_text())
+    assert lines.returncode == table.returncode == 0
+    assert lines.stdout == table.stdout
+    assert len(lines.stdout.splitlines()) == 3
+    assert lines.stderr == "3 rows, 0 of them with an error.\n"
+
+
+@pytest.mark.medium
+def test_unusable_rows_give_an_error_each_and_status_0(trained, tmp_path, shell, caplog):
+    (tmp_path / "in.csv").write_bytes(b"text,label\none,1\ntwo\n,1\n\xff,1\nfive,1\n")
+    output = tmp_path / "out.jsonl"
+    flags = ["--input", str(tmp_path / "in.csv"), "--output", str(output), "--threads=1"]
+    status, out, _ = shell("predict", str(trained[0]), *flags)
+    assert (status, out) == (0, "")
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer.get("row") for answer in found] == [None, 1, 2, 3, None]
+    assert all("Expected" in answer["error"] for answer in found[1:4])
+    assert "5 rows, 3 of them with an error." in caplog.text
+    assert not (tmp_path / "out.jsonl.tmp").exists()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "said"),
+    [
+        ("in.csv", b"text,label\none,1\n", ["--text_column_names=body"], "Expected column 'body'"),
+        ("in.csv", b"a,b\none,1\n", [], "Cannot tell the text column"),
+        ("in.txt", b"", [], "Expected rows in"),
+        ("in.txt.gz", b"no gzip", [], "Expected .* to be a gzip file"),
+        ("in.txt.gz", gzip.compress(b"one\n" * 1000)[:-10], [], "Expected .* to be a gzip file"),
+        ("in.txt", b"one\n", ["--exit_block=7"], r"Expected exit_block to be one of \[0, 1\], got 7"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_one_message_and_status_2(name, content, flags, said, trained, tmp_path, shell):
+    (tmp_path / name).write_bytes(content)
+    status, _, err = shell("predict", str(trained[0]), "--input", str(tmp_path / name), *flags, "--threads=1")
+    assert status == 2
+    assert re.search(said, err)
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.mark.medium
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory from /proc")
+def test_memory_does_not_grow_with_the_input(trained):
+    """Rows are sent through a pipe without end, each chunk only after the answers to the one before."""
+    argv = [SCRIPT, "predict", str(trained[0]), "--batch_size=16", "--threads=1"]
+    chunk = b"".join(b"row %d is a text of some length, and then some\n" % i for i in range(16 * CHUNK_BATCHES))
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+        def answer(chunks: int) -> int:
+            """Sends so many chunks, and returns the memory of the process in KiB afterwards."""
+            for _ in range(chunks):
+                process.stdin.write(chunk)
+                process.stdin.flush()
+                for _ in range(16 * CHUNK_BATCHES):
+                    assert b"label" in process.stdout.readline()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+
+        before = answer(20)
+        after = answer(100)
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == b"30720 rows, 0 of them with an error.\n"
+    sent = 100 * len(chunk) // 1024
+    assert sent > 1000
+    assert after - before < 12 * 1024, f"grew by {after - before} KiB while {sent} KiB were sent"
