@@ -78,7 +78,9 @@ def test_ctrl_c_in_training_says_how_to_go_on(files, start, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.decode().splitlines()[-1].startswith("hf-al train: interrupted. --resume_from_checkpoint last")
+    lines = err.decode().splitlines()
+    assert lines[-1] == "hf-al train: interrupted."
+    assert "--resume_from_checkpoint last goes on." in lines[-2]
     assert "Traceback" not in err.decode()
 
 
