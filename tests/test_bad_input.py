@@ -278,7 +278,7 @@ MISTAKES = {
     ),
     "unknown_command": (
         nothing, "trian",
-        "hf-al: Expected one of train, evaluate, predict, inspect, compare, got 'trian'. Did you mean train? See hf-al "
+        "hf-al: error: Expected one of train, evaluate, predict, inspect, compare, got 'trian'. Did you mean train? See hf-al "
         "--help.",
     ),
     # --- folders

@@ -70,10 +70,11 @@ def test_ctrl_c_leaves_the_answers_so_far_beside_their_place(trained, start, tmp
 
 @pytest.mark.medium
 def test_ctrl_c_in_training_says_how_to_go_on(files, start, tmp_path):
-    data = [f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path}", "--max_steps=100000", "--use_cpu"]
+    data = [f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path}", "--max_steps=100000", "--use_cpu",
+            "--eval_strategy=steps", "--eval_steps=5"]  # fmt: skip
     process = start("train", *data, "--num_blocks=2", "--hidden_size=16", "--target_size=12", "--threads=1")
     for line in process.stderr:
-        if b"Training 2 units" in line:
+        if b"step 5: validation" in line:
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
