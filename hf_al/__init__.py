@@ -6,8 +6,6 @@ Importing the package registers its models with the Auto classes, so that `AutoM
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-
 from .modeling.configuration_al import ALLstmConfig, ALTransformerConfig
 from .modeling.modeling_al import (
     ALLstmForSequenceClassification,
@@ -15,22 +13,9 @@ from .modeling.modeling_al import (
     ALTransformerForSequenceClassification,
     ALTransformerModel,
 )
+from .registration import MODEL_CLASSES, register_architecture
 
 __version__ = "0.1.0"
-
-MODEL_CLASSES = {
-    "al_lstm": (ALLstmConfig, ALLstmModel, ALLstmForSequenceClassification),
-    "al_transformer": (ALTransformerConfig, ALTransformerModel, ALTransformerForSequenceClassification),
-}
-
-_config: Any
-for _type, (_config, _model, _classifier) in MODEL_CLASSES.items():
-    AutoConfig.register(_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForSequenceClassification.register(_config, _classifier, exist_ok=True)
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-    _classifier.register_for_auto_class("AutoModelForSequenceClassification")
 
 if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
@@ -66,5 +51,6 @@ __all__ = [
     "TrainResult",
     "TrainingArguments",
     "evaluate",
+    "register_architecture",
     "train",
 ]

@@ -26,6 +26,16 @@ def _arg(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _architectures(wanted: str) -> tuple[str, ...]:
+    """What `model_type` may be. Their table needs torch, so it is asked only for what does not come with hf_al."""
+    built_in = ("al_lstm", "al_transformer")
+    if wanted in built_in:
+        return built_in
+    from ..registration import MODEL_CLASSES
+
+    return tuple(MODEL_CLASSES)
+
+
 @dataclass
 class TrainingArguments:
     """The arguments of a run. Each field's help text is also the help of its flag.
@@ -36,7 +46,7 @@ class TrainingArguments:
 
     output_dir: str = _arg("", "Folder for the model, the report and the checkpoints.")
     # --- model
-    model_type: str = _arg("al_lstm", "Architecture: al_lstm or al_transformer.")
+    model_type: str = _arg("al_lstm", "Architecture: al_lstm, al_transformer or one of your own.")
     model: dict = _arg({}, "Config values of the model (YAML only; on the command line each is a flag).")
     # --- data
     dataset_name: str | None = _arg(None, "A Hub id, or 'tweets' for the embedded data set.", **DATA)
@@ -143,7 +153,7 @@ class TrainingArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
         choices = {
-            "model_type": ("al_lstm", "al_transformer"),
+            "model_type": _architectures(self.model_type),
             "tokenizer_type": ("word", "wordpiece", "bpe", "unigram"),
             "text_style": ("plain", "tweets"),
             "lr_scheduler_type": ("linear", "cosine", "constant"),
@@ -236,17 +246,9 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def model_fields(model_type: str) -> dict[str, Any]:
     """Config values that a user may set, with their types. What the data and the tokenizer decide is not among them."""
-    from transformers import PreTrainedConfig
+    from ..registration import config_fields
 
-    from ..modeling.configuration_al import ALLstmConfig, ALTransformerConfig
-
-    config_class = {"al_lstm": ALLstmConfig, "al_transformer": ALTransformerConfig}[model_type]
-    decided = {
-        "vocab_size", "pad_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
-        "label_mean", "label_std",
-    }  # fmt: skip
-    inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    return {f.name: f.type for f in dataclasses.fields(config_class) if f.name not in inherited | decided}
+    return config_fields(model_type)
 
 
 class FlagParser(ArgumentParser):

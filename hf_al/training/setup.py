@@ -17,20 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import tokenization
 from ..data.labels import label_names, problem_type_of
-from ..modeling.configuration_al import ALLstmConfig, ALTransformerConfig
-from ..modeling.modeling_al import (
-    ALForSequenceClassification,
-    ALLstmForSequenceClassification,
-    ALTransformerForSequenceClassification,
-)
+from ..modeling.modeling_al import ALForSequenceClassification
+from ..registration import MODEL_CLASSES
 from .arguments import TrainingArguments, check_model_keys
 
 logger = logging.getLogger(__name__)
 
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "al_lstm": (ALLstmConfig, ALLstmForSequenceClassification),
-    "al_transformer": (ALTransformerConfig, ALTransformerForSequenceClassification),
-}
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
@@ -43,7 +35,8 @@ RUN_FILES = (
 def check_model(args: TrainingArguments) -> None:
     """Refuses unknown config values, and those out of range, before any data is read."""
     check_model_keys(args)
-    CLASSES[args.model_type][0](**{name: value for name, value in args.model.items() if name not in NEED_LABELS})
+    config_class = MODEL_CLASSES[args.model_type][0]
+    config_class(**{name: value for name, value in args.model.items() if name not in NEED_LABELS})
 
 
 def prepare_output_dir(args: TrainingArguments) -> Path:
@@ -131,7 +124,7 @@ def build_model(
             raise ValueError(
                 f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
             )
-    config_class, model_class = CLASSES[args.model_type]
+    config_class, _, model_class = MODEL_CLASSES[args.model_type]
     config = config_class(**values)
     torch.manual_seed(args.seed)
     model = model_class(config)
