@@ -1,4 +1,4 @@
-"""What mkdocstrings does not know: links and types in the style of Hugging Face's docstrings, and the table of arguments."""
+"""What mkdocstrings does not know: Hugging Face's links and types in docstrings, and the table of arguments."""
 
 import dataclasses
 import importlib
