@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-fast test-slow check format clean
+.PHONY: quickstart test test-fast test-slow check format docs clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -19,7 +19,7 @@ SOURCES := pyproject.toml constraints.txt
 	@touch $@
 
 .venv/all: .venv/torch $(SOURCES)
-	$(INSTALL) --constraint constraints.txt --editable '.[quickstart,test,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[quickstart,test,dev,docs]'
 	@touch $@ .venv/quickstart
 
 quickstart: .venv/quickstart
@@ -44,6 +44,9 @@ check: .venv/all
 format: .venv/all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/all
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv out build dist *.egg-info

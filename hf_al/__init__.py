@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from .modeling.modeling_al import ALTransformerForSequenceClassification as ALTransformerForSequenceClassification
     from .modeling.modeling_al import ALTransformerModel as ALTransformerModel
     from .registration import MODEL_CLASSES as MODEL_CLASSES
+    from .registration import register_architecture as register_architecture
     from .training.arguments import TrainingArguments as TrainingArguments
     from .training.loop import TrainResult as TrainResult
     from .training.loop import train as train
 
 _LAZY = {
     "MODEL_CLASSES": ".registration",
+    "register_architecture": ".registration",
     "ALLstmConfig": ".modeling.configuration_al",
     "ALTransformerConfig": ".modeling.configuration_al",
     "ALLstmForSequenceClassification": ".modeling.modeling_al",
@@ -67,5 +69,6 @@ __all__ = [
     "TrainResult",
     "TrainingArguments",
     "evaluate",
+    "register_architecture",
     "train",
 ]

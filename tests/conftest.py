@@ -23,9 +23,11 @@ from datasets import DatasetDict
 import hf_al
 from hf_al.cli import main
 from hf_al.data import sources
+from hf_al.modeling import objectives
 
-ARCHITECTURES = ("al_lstm", "al_transformer")
-OBJECTIVES = ("associated", "al_ce", "local_ce", "backprop")
+# All that there are, so that a new one is tested without being named here
+ARCHITECTURES = tuple(hf_al.MODEL_CLASSES)
+OBJECTIVES = tuple(objectives.OBJECTIVES)
 
 
 @pytest.fixture(autouse=True)

@@ -278,8 +278,8 @@ MISTAKES = {
     ),
     "unknown_command": (
         nothing, "trian",
-        "hf-al: error: Expected one of train, evaluate, predict, inspect, compare, got 'trian'. Did you mean train? See hf-al "
-        "--help.",
+        "hf-al: error: Expected one of train, evaluate, predict, inspect, compare, got 'trian'. Did you mean train? "
+        "See hf-al --help.",
     ),
     # --- folders
     "output_dir_not_empty": (

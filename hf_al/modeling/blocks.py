@@ -8,7 +8,7 @@ the one forward of evaluation and inference; both call the same encoders.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,19 +61,19 @@ def truncate(inputs: Inputs, longest: int) -> Inputs:
 class Embeddings(nn.Module):
     """Token ids (N, T) -> embedding rows (N, T, E), padding rows zero.
 
-    For the transformer, learned positions where the config asks for them, and a projection to D where E differs
-    (an LSTM layer takes any input width).
+    Args:
+        config: `vocab_size`, `pad_token_id` and E, `embedding_size`, or `hidden_size` where that is None.
+        output_size (`int`, *optional*): width to project to where E differs; None returns rows of width E.
+        learned_positions (`bool`, defaults to False): add a learned row for each of the `position_ids`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, output_size: int | None = None, learned_positions: bool = False):
         super().__init__()
         size = config.embedding_size or config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
-        transformer = config.model_type == "al_transformer"
-        learned = transformer and config.position_embedding_type == "learned"
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size) if learned else None
-        self.projection = nn.Linear(size, config.hidden_size) if transformer and size != config.hidden_size else None
-        self.output_size = config.hidden_size if transformer else size
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size) if learned_positions else None
+        self.output_size = output_size or size
+        self.projection = nn.Linear(size, self.output_size) if size != self.output_size else None
 
     def forward(self, inputs: Inputs) -> Tensor:
         words = inputs["inputs_embeds"] if "inputs_embeds" in inputs else self.word_embeddings(inputs["input_ids"])
@@ -82,7 +82,37 @@ class Embeddings(nn.Module):
         return words if self.projection is None else self.projection(words)
 
 
-class LstmEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What the encoder of block `index` provides: inherit, and add a row to `ENCODERS`.
+
+    Args:
+        config: the model's config.
+        index (`int`): the block, counted from 0. Block 0 reads token ids, all others hidden states (N, T, D). With
+            `config.embedding_block` block 0 is the embedding alone.
+
+    Attributes:
+        embeddings ([`Embeddings`], in block 0, else None): where token ids become rows.
+        output_size (`int`): width of the hidden states that leave, `hidden_size` in all blocks but an embedding block.
+    """
+
+    normalize_pooled: ClassVar[bool] = False  # whether the bridge starts with a layer norm: for pre-norm encoders
+    has_attention: ClassVar[bool] = False  # whether `forward` takes `attentions`, a list that it adds weights to
+    embeddings: Embeddings | None
+    output_size: int
+
+    @staticmethod
+    def prepare_inputs(config, inputs: Inputs) -> Inputs:
+        """Adds what every block needs, once a batch, to `inputs`: `input_ids` or `inputs_embeds`, `attention_mask`
+        (N, T), and `labels` in training. Nothing, if not overridden."""
+        return inputs
+
+    def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
+        """The boundary of the block before -> `{"hidden": s_k (N, T, D)}`, with further tensors where the next block
+        wants them. Padding may not change what leaves at the positions of the text."""
+        raise NotImplementedError
+
+
+class LstmEncoder(Encoder):
     """Embeddings (block 0), then `layers_per_block` bidirectional LSTM layers; padding never enters the recurrence."""
 
     def __init__(self, config, index: int):
@@ -198,12 +228,16 @@ class TransformerLayer(GradientCheckpointingLayer):
         return x_NTD, weights_NHTT
 
 
-class TransformerEncoder(nn.Module):
+class TransformerEncoder(Encoder):
     """Embeddings (block 0), then `layers_per_block` transformer layers."""
+
+    normalize_pooled = True
+    has_attention = True
 
     def __init__(self, config, index: int):
         super().__init__()
-        self.embeddings = Embeddings(config) if index == 0 else None
+        learned = config.position_embedding_type == "learned"
+        self.embeddings = Embeddings(config, config.hidden_size, learned) if index == 0 else None
         layers = config.layers_per_block if index > 0 or not config.embedding_block else 0
         first = max(0, index - config.embedding_block) * config.layers_per_block
         self.layers = nn.ModuleList(TransformerLayer(config, first + i) for i in range(layers))
@@ -238,10 +272,7 @@ class TransformerEncoder(nn.Module):
         return {"hidden": x_NTD}
 
 
-ENCODERS: dict[str, type[LstmEncoder] | type[TransformerEncoder]] = {
-    "al_lstm": LstmEncoder,
-    "al_transformer": TransformerEncoder,
-}
+ENCODERS: dict[str, type[Encoder]] = {"al_lstm": LstmEncoder, "al_transformer": TransformerEncoder}
 
 
 def _encoder_input_size(config, index: int) -> int:
@@ -254,12 +285,11 @@ def _encoder_input_size(config, index: int) -> int:
 class Bridge(nn.Module):
     """Pooled hidden state (N, D) -> a guess of the target code (N, V); pre-norm encoders are normalised first."""
 
-    def __init__(self, config, input_size: int):
+    def __init__(self, config, input_size: int, normalize: bool):
         super().__init__()
         self.activation = config.bridge_activation
         self.dropout = nn.Dropout(config.bridge_dropout_prob)
-        transformer = config.model_type == "al_transformer"
-        self.norm = nn.LayerNorm(input_size, config.layer_norm_eps) if transformer else None
+        self.norm = nn.LayerNorm(input_size, config.layer_norm_eps) if normalize else None
         sizes = [input_size] * config.bridge_layers + [config.target_size]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
@@ -284,8 +314,8 @@ class TargetLayer(nn.Linear):
 class ALBlock(nn.Module):
     """Block k: `encode`, `bridge`, `encode_target`, `decode_target` (see the drawing in configuration_al.py).
 
-    With `inference_only`, `encode_target` and the bridges before the last one are None. With `objective="local_ce"`
-    each block decodes straight to classes and has no `encode_target`.
+    With `inference_only`, `encode_target` and the bridges before the last one are None. With an objective without
+    target codes (`local_ce`) each block decodes straight to classes and has no `encode_target`.
     """
 
     def __init__(self, config, index: int):
@@ -293,13 +323,15 @@ class ALBlock(nn.Module):
         self.config = config
         self.index = index
         self.ends_unit = any(index == unit[-1] for unit in config.units)
-        self.reads_labels = index == 0 or config.objective == "local_ce"
+        target_codes = OBJECTIVES[config.objective].target_codes
+        self.reads_labels = index == 0 or not target_codes
         is_last = index == config.num_blocks - 1
         label_size = config.num_labels if self.reads_labels else config.target_size
         self.encode = ENCODERS[config.model_type](config, index)
         has_bridge = is_last or not config.inference_only
-        self.bridge = Bridge(config, self.encode.output_size) if has_bridge else None
-        has_code = not config.inference_only and config.objective != "local_ce"
+        normalize = self.encode.normalize_pooled
+        self.bridge = Bridge(config, self.encode.output_size, normalize) if has_bridge else None
+        has_code = not config.inference_only and target_codes
         self.encode_target = TargetLayer(label_size, config.target_size, config.label_activation) if has_code else None
         self.decode_target = TargetLayer(
             config.target_size, label_size, "identity" if self.reads_labels else config.label_activation
@@ -336,5 +368,6 @@ def run_block(block: ALBlock, boundary: Boundary, inputs: Inputs) -> tuple[Bound
     if not block.ends_unit:
         return {**encoded, **block.decoders(boundary)}, {}
     pooled_ND = block.pool(encoded["hidden"], inputs)
-    losses, sent = OBJECTIVES[block.config.objective](block, pooled_ND, boundary, inputs["labels"])
+    local_loss = OBJECTIVES[block.config.objective].local_loss
+    losses, sent = local_loss(block, pooled_ND, boundary, inputs["labels"])
     return {**encoded, **sent}, losses

@@ -24,7 +24,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "backprop")
+from .objectives import OBJECTIVES
+
 ACTIVATIONS = ("tanh", "sigmoid", "elu", "gelu", "layer_norm", "identity")
 INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -54,7 +55,7 @@ def _probability(config, name):
 
 @strict
 class ALConfig(PreTrainedConfig):
-    """What the two architectures share. Use [`ALLstmConfig`] or [`ALTransformerConfig`].
+    """What the architectures share. Use [`ALLstmConfig`], [`ALTransformerConfig`] or a subclass of your own.
 
     Args:
         vocab_size (`int`, defaults to 30000): rows of the embedding table.
@@ -65,8 +66,8 @@ class ALConfig(PreTrainedConfig):
         embedding_block (`bool`, defaults to True): block 0 is the embedding alone, as in the papers; False merges the
             embedding with the first encoder block.
         target_size (`int`, defaults to 128): V, width of the target codes t_k.
-        objective (`str`, defaults to `"associated"`): `associated`, `al_ce`, `local_ce` or `backprop`;
-            see `objectives.py`.
+        objective (`str`, defaults to `"associated"`): `associated`, `al_ce`, `local_ce`, `backprop` or one of your own,
+            a name in `OBJECTIVES` of `objectives.py`.
         associated_loss (`str`, defaults to `"mse"`): distance of bridge and target code, `mse` or `cosine`
             (1 - cosine similarity). Read by `associated` and `al_ce`.
         label_activation (`str`, defaults to `"tanh"`): activation of the target codes. Class logits have none.
@@ -128,7 +129,7 @@ class ALConfig(PreTrainedConfig):
             self.problem_type = "regression"  # said here, because `pipeline` takes None for a sigmoid
 
     def validate_choices(self):
-        _choice(self, "objective", OBJECTIVE_NAMES)
+        _choice(self, "objective", tuple(OBJECTIVES))
         _choice(self, "associated_loss", ("mse", "cosine"))
         _choice(self, "label_activation", ACTIVATIONS)
         _choice(self, "bridge_activation", ACTIVATIONS)
@@ -224,15 +225,15 @@ class ALConfig(PreTrainedConfig):
     def units(self) -> list[range]:
         """The runs of blocks that are trained together: gradients are cut between units, never inside one.
 
-        One block each, except for `objective="backprop"`, where the whole network is one unit.
+        One block each, except for an end-to-end objective (`backprop`), where the whole network is one unit.
         """
-        if self.objective == "backprop":
+        if OBJECTIVES[self.objective].end_to_end:
             return [range(self.num_blocks)]
         return [range(k, k + 1) for k in range(self.num_blocks)]
 
     def exits(self) -> list[int]:
         """Blocks after which a prediction can be read: all of them, or the last where only that one has a bridge."""
-        if self.objective == "backprop" or self.inference_only:
+        if OBJECTIVES[self.objective].end_to_end or self.inference_only:
             return [self.num_blocks - 1]
         return list(range(self.num_blocks))
 

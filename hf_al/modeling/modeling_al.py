@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .blocks import ENCODERS, ALBlock, Inputs, run_block, truncate
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
-from .objectives import Boundary, cut, first_target, label_loss, unstandardise
+from .objectives import OBJECTIVES, Boundary, cut, first_target, label_loss, unstandardise
 
 
 @dataclass
@@ -293,7 +293,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
         return ALSequenceClassifierOutput(
             loss=torch.stack(local_losses).sum(),
             logits=exit_logits[-1],
-            local_losses=None if self.config.objective == "backprop" else tuple(local_losses),
+            local_losses=None if OBJECTIVES[self.config.objective].end_to_end else tuple(local_losses),
             exit_logits=tuple(exit_logits) if output_exit_logits else None,
             hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
         )
@@ -311,8 +311,8 @@ class ALForSequenceClassification(ALPreTrainedModel):
             output_attentions = getattr(self.config, "output_attentions", False)
         if not output_attentions:
             return None
-        if self.config.model_type != "al_transformer":
-            raise ValueError("Expected output_attentions=False for an LSTM model, got True: it has no attention.")
+        if not ENCODERS[self.config.model_type].has_attention:
+            raise ValueError(f"Expected output_attentions=False for {self.config.model_type}, got True: no attention.")
         if self.config._attn_implementation != "eager":
             raise ValueError(
                 f"Expected attn_implementation='eager' for output_attentions=True, got "
@@ -334,7 +334,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
         if exit_block not in self.config.exits():
             raise ValueError(
                 f"Expected exit_block to be one of {self.config.exits()}, got {exit_block}. An inference-only model "
-                "and one of objective 'backprop' have their last exit only."
+                "and one trained end to end ('backprop') have their last exit only."
             )
         return exit_block
 

@@ -4,7 +4,13 @@ Legend: N batch, D hidden size, V target-code size, C classes.
 
 An objective returns `(losses, sent)`: named scalars, whose sum is the loss of the block, and what the block adds to the
 boundary besides its hidden states. `received` is the boundary that came in, already cut from the block before.
+
+An objective of your own is such a function and a row in `OBJECTIVES`: `OBJECTIVES["mine"] = Objective(mine)`.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,4 +153,34 @@ def backprop(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tu
     return {"exit": label_loss(logits_NC, labels, block.config)}, {}
 
 
-OBJECTIVES = {"associated": associated, "al_ce": al_ce, "local_ce": local_ce, "backprop": backprop}
+@dataclass(frozen=True)
+class Objective:
+    """A row of `OBJECTIVES`: the function, and what the rest of the library must know about it.
+
+    Args:
+        local_loss: (block, pooled, received, labels) -> (losses, sent). `block` is the [`ALBlock`] with its parts
+            `bridge`, `encode_target` and `decode_target`; `pooled` (N, D) is what its encoder made of the texts, still
+            attached; `received` is the cut boundary of the block before, with `target` (N, V), or t_0 (N, C) in block
+            0; `labels` are class ids (N,), multi-hot rows (N, C) or values. `losses` are named scalars, means over the
+            N examples; `sent` goes to the next block and holds at least `target`.
+        target_codes (`bool`, defaults to True): each block makes a target code (N, V) of the one before, and an exit
+            leads back through all earlier decoders. False: blocks have no `encode_target`, and each decodes straight
+            to classes.
+        end_to_end (`bool`, defaults to False): the whole network is one unit: no gradient is cut, the last block alone
+            is asked for a loss, and there is one exit.
+        untrained (`tuple[str, ...]`, defaults to ()): parts that the objective never updates, so that nobody is warned
+            about them. The bridge of the last block does not count: it is part of the answer.
+    """
+
+    local_loss: Callable[[Any, Tensor, Boundary, Tensor], tuple[Losses, Boundary]]
+    target_codes: bool = True
+    end_to_end: bool = False
+    untrained: tuple[str, ...] = ()
+
+
+OBJECTIVES = {
+    "associated": Objective(associated),
+    "al_ce": Objective(al_ce),
+    "local_ce": Objective(local_ce, target_codes=False),
+    "backprop": Objective(backprop, end_to_end=True, untrained=("bridge", "encode_target")),
+}

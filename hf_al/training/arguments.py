@@ -31,6 +31,16 @@ def _arg(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _architectures(wanted: str) -> tuple[str, ...]:
+    """What `model_type` may be. Their table needs torch, so it is asked only for what does not come with hf_al."""
+    built_in = ("al_lstm", "al_transformer")
+    if wanted in built_in:
+        return built_in
+    from ..registration import MODEL_CLASSES
+
+    return tuple(MODEL_CLASSES)
+
+
 @dataclass
 class TrainingArguments:
     """The arguments of a run. Each field's help text is also the help of its flag.
@@ -41,7 +51,7 @@ class TrainingArguments:
 
     output_dir: str = _arg("", "Folder for the model, the report and the checkpoints.")
     # --- model
-    model_type: str = _arg("al_lstm", "Architecture: al_lstm or al_transformer.")
+    model_type: str = _arg("al_lstm", "Architecture: al_lstm, al_transformer or one of your own.")
     model: dict = _arg({}, "Config values of the model (YAML only; on the command line each is a flag).")
     # --- data
     dataset_name: str | None = _arg(None, "A Hub id, or 'tweets' for the embedded data set.", **DATA)
@@ -167,7 +177,7 @@ class TrainingArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
         choices = {
-            "model_type": ("al_lstm", "al_transformer"),
+            "model_type": _architectures(self.model_type),
             "tokenizer_type": ("word", "wordpiece", "bpe", "unigram"),
             "text_style": ("plain", "tweets"),
             "optim": ("adamw", "adam", "sgd", "adafactor"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.modeling_al import ALForSequenceClassification
-from ..modeling.objectives import first_target
+from ..modeling.objectives import OBJECTIVES, first_target
 
 COLLAPSED_SPREAD = 1e-2  # std of a code over the targets, root mean square over its entries; a live code has about 0.5
 
@@ -25,7 +25,8 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
         `rank` (of the centred codes), `possible_rank` (of the centred targets) and `collapsed`. Empty for objectives
         without target codes.
     """
-    if model.config.objective in ("local_ce", "backprop"):
+    objective = OBJECTIVES[model.config.objective]
+    if objective.end_to_end or not objective.target_codes:
         return []
     if model.config.resolved_problem_type == "single_label_classification":
         labels = torch.arange(model.config.classes)
@@ -71,8 +72,7 @@ def part_sums(model: ALForSequenceClassification) -> dict[str, tuple[float, floa
 
 def never_updated(model: ALForSequenceClassification, at_start: dict[str, tuple[float, float]]) -> list[str]:
     """The parts that are as they were at the start, of those that the objective trains."""
-    untrained = {"associated": (), "al_ce": (), "local_ce": (), "backprop": ("bridge", "encode_target")}
-    skipped = untrained[model.config.objective]
+    skipped = OBJECTIVES[model.config.objective].untrained
     last = str(model.config.num_blocks - 1)
     same = []
     for name, sums in part_sums(model).items():

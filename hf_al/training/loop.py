@@ -67,8 +67,8 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
 
     Args:
         args: the run.
-        datasets: splits train[, validation][, test] with columns text[, text_pair] and label; loaded from the data
-            arguments where it is None.
+        datasets: the split train and, where there are any, validation and test, with columns text, label and, for
+            pairs, text_pair; loaded from the data arguments where it is None.
 
     Raises:
         ValueError: arguments or data that cannot work, with what to do instead; the output folder is as it was.

@@ -79,7 +79,15 @@ def _described(docstring: str) -> dict[str, str]:
 
 def model_fields(model_type: str) -> dict[str, Any]:
     """Config values that a user may set, with their types. What the data and the tokenizer decide is not among them."""
-    return {name: field.kind for name, field in config_fields(model_type).items()}
+    if model_type in CONFIG_CLASSES:
+        return {name: field.kind for name, field in config_fields(model_type).items()}
+    from transformers import PreTrainedConfig
+
+    from ..registration import MODEL_CLASSES
+
+    inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
+    own = dataclasses.fields(MODEL_CLASSES[model_type][0])
+    return {f.name: f.type for f in own if f.name not in inherited | DECIDED}
 
 
 # --- flags

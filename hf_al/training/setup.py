@@ -17,22 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import tokenization
 from ..data.labels import label_names, problem_type_of
-from ..modeling.configuration_al import ALLstmConfig, ALTransformerConfig
-from ..modeling.modeling_al import (
-    ALForSequenceClassification,
-    ALLstmForSequenceClassification,
-    ALTransformerForSequenceClassification,
-)
+from ..modeling.modeling_al import ALForSequenceClassification
+from ..registration import MODEL_CLASSES
 from .arguments import TrainingArguments
 from .optim import make_optimizer, make_schedule
 from .parsing import check_model_keys
 
 logger = logging.getLogger(__name__)
 
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "al_lstm": (ALLstmConfig, ALLstmForSequenceClassification),
-    "al_transformer": (ALTransformerConfig, ALTransformerForSequenceClassification),
-}
 PER_BLOCK = (
     "learning_rate", "target_learning_rate_factor", "weight_decay", "target_weight_decay", "max_grad_norm",
 )  # fmt: skip
@@ -49,7 +41,7 @@ def check_model(args: TrainingArguments) -> None:
     """Refuses unknown config values, and those out of range, before any data is read."""
     check_model_keys(args)
     values = {name: value for name, value in args.model.items() if name not in NEED_LABELS}
-    config = CLASSES[args.model_type][0](**values)
+    config = MODEL_CLASSES[args.model_type][0](**values)
     for name in PER_BLOCK:
         value = getattr(args, name)
         if isinstance(value, list) and len(value) != config.num_blocks:
@@ -165,7 +157,7 @@ def build_model(
             raise ValueError(
                 f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
             )
-    config_class, model_class = CLASSES[args.model_type]
+    config_class, _, model_class = MODEL_CLASSES[args.model_type]
     config = config_class(**values)
     torch.manual_seed(args.seed)
     model = model_class(config)

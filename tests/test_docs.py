@@ -1,0 +1,290 @@
+"""What docs/ shows works as written: the examples, every command and every Python block; and the site builds."""
+
+import csv
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import hf_al
+from hf_al import cli
+from hf_al.evaluation import load_model
+from hf_al.modeling import blocks, objectives
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PLOT = DOCS / "images" / "five_minutes.png"
+
+
+# --- bring your own
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The modules of docs/examples, imported as a user's own; what they register is taken back afterwards."""
+    tables = (objectives.OBJECTIVES, blocks.ENCODERS, hf_al.MODEL_CLASSES)
+    before = [dict(table) for table in tables]
+    modules = {}
+    for path in sorted((DOCS / "examples").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        modules[path.stem] = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = modules[path.stem]
+        spec.loader.exec_module(modules[path.stem])
+    yield modules
+    for name in modules:
+        del sys.modules[name]
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+OWN = {
+    "own_objective": {"model_type": "al_lstm", "objective": "local_similarity"},
+    "own_encoder": {"model_type": "al_conv", "objective": "associated", "kernel_size": 3},
+    "both": {"model_type": "al_conv", "objective": "local_similarity", "embedding_block": False},
+    "own_encoder_end_to_end": {"model_type": "al_conv", "objective": "backprop"},
+}
+LOCAL = [name for name in OWN if "end_to_end" not in name]
+
+
+def gradients(loss, model) -> set[str]:
+    """Names of the parameters that the loss gives a gradient other than zero."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    values = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return {name for name, value in zip(names, values, strict=True) if value is not None and bool(value.any())}
+
+
+@pytest.mark.parametrize("own", LOCAL)
+def test_the_losses_of_the_examples_stay_in_their_block(own, examples, make_model, make_batch):
+    model = make_model(**OWN[own], num_blocks=4).train()
+    losses = model(**make_batch()).local_losses
+    assert len(losses) == 4
+    for k, loss in enumerate(losses):
+        own_parameters = {name for name, _ in model.named_parameters() if name.startswith(f"model.blocks.{k}.")}
+        assert gradients(loss, model) == own_parameters
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_padding_changes_no_answer_of_the_examples(own, examples, make_model, make_batch):
+    model = make_model(**OWN[own]).eval()
+    batch = make_batch()
+    del batch["labels"]
+    with torch.no_grad():
+        expected = model(**batch, output_exit_logits=True).exit_logits
+        for side in ((0, 5), (5, 0)):
+            padded = {name: torch.nn.functional.pad(values, side) for name, values in batch.items()}
+            for got, logits in zip(model(**padded, output_exit_logits=True).exit_logits, expected, strict=True):
+                torch.testing.assert_close(got, logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_the_examples_train_and_load_back(own, examples, few_tweets, tmp_path):
+    values = dict(OWN[own])
+    args = hf_al.TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        model_type=values.pop("model_type"),
+        model={**values, "num_blocks": 3, "hidden_size": 16, "target_size": 12},
+        max_steps=4,
+        logging_steps=2,
+        threads=1,
+        use_cpu=True,
+    )
+    result = hf_al.train(args, few_tweets)
+    assert result.report["steps"] == 4
+    assert result.report["warnings"] == []
+    loaded, tokenizer = load_model(args.output_dir)
+    batch = tokenizer(few_tweets["test"]["text"][:8], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        got, expected = (model.eval()(**batch, output_exit_logits=True).exit_logits for model in (loaded, result.model))
+    assert type(loaded) is type(result.model)
+    assert len(got) == (1 if values["objective"] == "backprop" else 3)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_an_own_encoder_can_be_saved_for_inference_only(examples, make_model, make_batch, tmp_path):
+    model = make_model(**OWN["own_encoder"]).eval()
+    model.save_pretrained(tmp_path, inference_only=True)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    batch = make_batch()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert (tmp_path / "own_encoder.py").is_file()
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_an_own_config_is_checked_as_the_others_are(examples):
+    with pytest.raises(Exception, match="Expected an odd kernel_size, got 4"):
+        examples["own_encoder"].ConvConfig(kernel_size=4)
+    args = hf_al.TrainingArguments(output_dir="unused", model_type="al_conv", model={"kernel_sise": 3})
+    with pytest.raises(ValueError, match=r"Unknown config value 'kernel_sise' for al_conv. Did you mean kernel_size"):
+        hf_al.train(args)
+
+
+def test_what_nobody_registered_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"Expected model_type to be one of al_lstm, al_transformer.* got 'al_gru'"):
+        hf_al.TrainingArguments(output_dir="unused", model_type="al_gru")
+    with pytest.raises(Exception, match=r"Expected objective to be one of associated, .* got 'hebbian'"):
+        hf_al.ALLstmConfig(objective="hebbian")
+
+
+def test_classes_that_do_not_belong_together_are_not_registered(examples):
+    own = examples["own_encoder"]
+    with pytest.raises(ValueError, match="Expected ALLstmForSequenceClassification to name its config, ConvConfig"):
+        hf_al.register_architecture(
+            own.ConvEncoder, own.ConvConfig, own.ConvModel, hf_al.ALLstmForSequenceClassification
+        )
+
+
+# --- every command and every Python block
+
+PAGES = {path.stem: path for path in sorted([ROOT / "README.md", *DOCS.glob("*.md")])}
+SHORT = [
+    "--max_steps=3", "--max_train_samples=60", "--max_eval_samples=30", "--max_predict_samples=30", "--threads=1",
+    "--use_cpu",
+]  # fmt: skip
+COMING = {"predict", "inspect", "compare"} - set(cli.COMMANDS)  # documented before they were merged
+RUN_BY_TEST_README = {"README"}  # its Python block
+NOT_RUN = ("pip install", "make ")  # installs; make targets are looked up instead
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    """The blocks of a page in a language, with what they include."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    text = re.sub(r'--8<-- "(.*?)"', lambda match: (DOCS / match[1]).read_text(encoding="utf-8"), text)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in code_blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.fixture
+def room(few_tweets, tmp_path, monkeypatch):
+    """A folder as a reader would have it: csv files of their own, the recipes, a place for runs."""
+    for name, split in (("train", "train"), ("test", "test"), ("new", "validation")):
+        with open(tmp_path / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"], quoting=csv.QUOTE_ALL)
+            writer.writeheader()
+            writer.writerows(few_tweets[split].select(range(60)))
+    (tmp_path / "texts.txt").write_text("The crew was lovely!\nTwo hours late.\n", encoding="utf-8")
+    for name in ("recipes", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(line: str, monkeypatch) -> None:
+    """Runs a command line in this process, a training for three steps only."""
+    line, _, source = line.partition(" < ")
+    program, *argv = shlex.split(line)
+    if program == "accelerate":  # test_accelerate_launch_runs_as_shown starts it for real
+        program, argv = "python", argv[1:]
+    if program == "python":
+        monkeypatch.setattr(sys, "argv", [*argv, *SHORT])
+        runpy.run_path(argv[0], run_name="__main__")
+        return
+    assert program == "hf-al", line
+    if argv[0] in COMING:
+        return
+    if source:
+        monkeypatch.setattr(sys, "stdin", open(source, encoding="utf-8"))  # noqa: SIM115  (closed with the test)
+    argv += SHORT if argv[0] == "train" else ["--threads=1"] if argv[0] in ("evaluate", "predict") else []
+    cli.main(argv)  # SystemExit, with the message on standard error, where it refuses
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, capsys):
+    for line in commands(page):
+        if not line.startswith(NOT_RUN):
+            run(line, monkeypatch)
+    assert "error" not in capsys.readouterr().err
+    for folder in re.findall(r"--output_dir (\S+)", "\n".join(commands(page))):
+        assert (room / folder / "report.md").is_file()
+    for answers in room.glob("*.jsonl"):
+        assert len(answers.read_text(encoding="utf-8").splitlines()) == 60
+    if page == "five_minutes":
+        assert (room / "docs/images/five_minutes.png").read_bytes() != PLOT.read_bytes()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p, "python") and p not in RUN_BY_TEST_README])
+def test_the_python_blocks_of_a_page_run_in_their_order(page, examples, room, monkeypatch, capsys):
+    """After the page's first command, which makes the model that they load."""
+    first = next((line for line in commands(page) if line.startswith("hf-al train")), None)
+    if first:
+        run(first, monkeypatch)
+    names = {"__name__": "__main__"}
+    for code in code_blocks(page, "python"):
+        short = "max_steps=3, max_train_samples=60, max_eval_samples=30, max_predict_samples=30, threads=1"
+        exec(code.replace("num_train_epochs=3", short), names)
+    if page == "own":
+        assert names["model"].config.model_type == "al_conv"
+        assert {path.name for path in (room / "out").iterdir()} == {"own_objective", "own_encoder"}
+
+
+def test_every_make_target_that_is_shown_exists():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = [line.split()[1] for page in PAGES for line in commands(page) if line.startswith("make ")]
+    assert {"quickstart", "test"} <= set(shown) <= set(targets)
+
+
+@pytest.mark.medium
+def test_accelerate_launch_runs_as_shown(room):
+    (line,) = [line for line in commands("README") if line.startswith("accelerate launch")]
+    program = [str(Path(sys.executable).with_name("accelerate")), *shlex.split(line)[1:], *SHORT]
+    done = subprocess.run(program, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (room / "out/tweets/report.md").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_hides_code_from_these_tests(page):
+    """Every block names its language; what is not run is `text`."""
+    fences = re.findall(r"^```(.*)$", PAGES[page].read_text(encoding="utf-8"), re.MULTILINE)
+    if page != "README":  # drawings of the README have no language
+        assert set(fences[::2]) <= {"bash", "python", "text"}
+    assert set(fences[1::2]) <= {""}
+
+
+# --- the page "AL in five minutes"
+
+
+def test_the_plot_is_committed_with_the_command_that_makes_it():
+    assert 10_000 < PLOT.stat().st_size < 150_000
+    assert "images/five_minutes.png" in PAGES["five_minutes"].read_text(encoding="utf-8")
+    assert any("recipes/five_minutes.py" in line for line in commands("five_minutes"))
+
+
+# --- the site
+
+
+@pytest.mark.medium
+def test_the_site_builds_strictly_and_asks_no_other_server(tmp_path):
+    program = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        program, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {
+        path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")
+    }
+    assert {"index.html", "csv.html", "five_minutes.html", "own.html", "reliability.html"} <= set(pages)
+    assert "class ConvEncoder(" in re.sub(r"<[^>]+>", "", pages["own.html"])
+    assert "learning_rate" in pages["reference/training.html"]
+    for name, page in pages.items():
+        assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//', page), name
+        assert not re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(?:https?:)?//', page), name
+        assert not re.findall(r"\[<code>\w+</code>\]|<p>(?:Args|Returns|Raises):", page), (
+            f"a docstring shows through: {name}"
+        )
