@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 import hf_al
 from hf_al.cli import set_up_output
-from hf_al.training.arguments import parse_arguments
+from hf_al.training.parsing import parse_arguments
 
 RECIPE = Path(__file__).with_name("tweets_lstm.yaml")
 RUN = [
