@@ -151,7 +151,6 @@ SHORT = [
     "--max_steps=3", "--max_train_samples=60", "--max_eval_samples=30", "--max_predict_samples=30", "--threads=1",
     "--use_cpu",
 ]  # fmt: skip
-COMING = {"predict", "inspect", "compare"} - set(cli.COMMANDS)  # documented before they were merged
 RUN_BY_TEST_README = {"README"}  # its Python block
 NOT_RUN = ("pip install", "make ")  # installs; make targets are looked up instead
 
@@ -194,12 +193,10 @@ def run(line: str, monkeypatch) -> None:
         runpy.run_path(argv[0], run_name="__main__")
         return
     assert program == "hf-al", line
-    if argv[0] in COMING:
-        return
-    if source:
-        monkeypatch.setattr(sys, "stdin", open(source, encoding="utf-8"))  # noqa: SIM115  (closed with the test)
     argv += SHORT if argv[0] == "train" else ["--threads=1"] if argv[0] in ("evaluate", "predict") else []
-    cli.main(argv)  # SystemExit, with the message on standard error, where it refuses
+    with open(source or os.devnull, encoding="utf-8") as stdin, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        cli.main(argv)  # SystemExit, with the message on standard error, where it refuses
 
 
 @pytest.mark.medium

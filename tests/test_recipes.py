@@ -21,13 +21,28 @@ SHORT = [
 PER_BLOCK = ("layers_per_block", "target_size", "bridge_layers", "hidden_size", "num_attention_heads")
 
 
+SETS = "tweets trec6 sst2 mr emotion banking77 ag_news dbpedia imdb"
+
+
 def test_the_promised_recipes_are_there():
-    assert {"tweets_lstm", "tweets_transformer"} <= {path.stem for path in YAMLS}
+    assert {path.stem for path in YAMLS} == {
+        f"{name}_{kind}" for name in SETS.split() for kind in ("lstm", "transformer")
+    }
+
+
+@pytest.fixture(scope="module")
+def data_flags(few_tweets, tmp_path_factory):
+    """Files in the place of a recipe's data set, which lies on the Hub; the tweets are at hand."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for split in few_tweets:
+        few_tweets[split].to_json(folder / f"{split}.jsonl")
+    files = [f"--{split}_file={folder / split}.jsonl" for split in few_tweets]
+    return lambda path: [] if path.stem.startswith("tweets") else files
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-def test_a_recipe_trains_three_steps(path, tmp_path):
-    result = hf_al.train(parse_arguments([f"--config={path}", f"--output_dir={tmp_path}", *SHORT]))
+def test_a_recipe_trains_three_steps(path, data_flags, tmp_path):
+    result = hf_al.train(parse_arguments([f"--config={path}", f"--output_dir={tmp_path}", *SHORT, *data_flags(path)]))
     assert result.report["steps"] == 3
     assert result.report["data"]["rows"] == {"train": 200, "validation": 60, "test": 60}
     assert len(result.report["test"]) == result.model.config.num_blocks
@@ -36,9 +51,9 @@ def test_a_recipe_trains_three_steps(path, tmp_path):
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("objective", ["backprop"])
-def test_a_recipe_trains_its_backpropagation_twin(objective, path, tmp_path):
+def test_a_recipe_trains_its_backpropagation_twin(objective, path, data_flags, tmp_path):
     argv = [f"--config={path}", f"--output_dir={tmp_path}", *SHORT, f"--objective={objective}", "--num_blocks=2"]
-    result = hf_al.train(parse_arguments(argv))
+    result = hf_al.train(parse_arguments([*argv, *data_flags(path)]))
     assert result.model.config.objective == objective
     assert result.model.config.num_blocks == 2
 
