@@ -218,6 +218,27 @@ def test_the_launcher_does_not_decide_the_gradient(few_tweets, tmp_path, monkeyp
     assert all(torch.equal(plain[name], launched[name]) for name in plain)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about parts of torch that it uses
+def test_compiled_steps_train_and_the_reloaded_model_answers_the_same(few_tweets, tmp_path):
+    args = arguments(tmp_path, model_type="al_transformer", max_steps=6, torch_compile=True)
+    result = hf_al.train(args, few_tweets)
+    assert all(row.get("loss/0/associated", 1) < 10 for row in result.report["history"])
+    again = hf_al.evaluate(str(tmp_path), few_tweets["test"])
+    assert again["accuracy"] == result.report["test"][-1]["accuracy"]
+    assert again["log_loss"] == result.report["test"][-1]["log_loss"]
+
+
+def test_blocks_may_have_rates_of_their_own(few_tweets, tmp_path):
+    args = arguments(
+        tmp_path, max_steps=4, learning_rate="1e-3,2e-3", lr_scheduler_type="constant", model={"num_blocks": 2}
+    )
+    row = hf_al.train(args, few_tweets).report["history"][0]
+    assert (row["learning_rate/0"], row["learning_rate/1"]) == (1e-3, 2e-3)
+    with pytest.raises(ValueError, match=r"Expected learning_rate as one number, or 3 of them \(num_blocks\), got 2"):
+        hf_al.train(arguments(tmp_path / "no", learning_rate=[1e-3, 2e-3], model={"num_blocks": 3}), few_tweets)
+
+
 # --- what goes wrong
 
 
@@ -330,6 +351,19 @@ def test_arguments_that_cannot_work_are_refused_before_data_is_read(values, mess
         ({"lr_scheduler_type": "liner"}, "Expected lr_scheduler_type to be one of .*'liner'. Did you mean linear"),
         ({"model_type": "lstm"}, "Expected model_type to be one of .*Did you mean al_lstm"),
         ({"word_vectors_extra_words": 10}, "Expected word_vectors and tokenizer_type='word'"),
+        ({"torch_compile": True}, "Expected another model_type with torch_compile, got al_lstm"),
+        ({"optim": "adamm"}, "Expected optim to be one of .*Did you mean adam"),
+        ({"embedding_optimizer": "sparse"}, "Expected embedding_optimizer to be one of same, sparse_adam"),
+        ({"learning_rate": [1e-3, -1]}, "Expected learning_rate above 0"),
+        ({"weight_decay": "0.1,fast"}, "Expected weight_decay as .*fast"),
+        (
+            {"eval_strategy": "no", "lr_scheduler_type": "reduce_lr_on_plateau"},
+            "Expected an eval_strategy for lr_scheduler_type='reduce_lr_on_plateau', got 'no'",
+        ),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": "power=2"},
+            "Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'",
+        ),
     ],
 )
 def test_an_argument_out_of_range_is_refused_when_it_is_made(values, message):

@@ -46,13 +46,7 @@ class Stage:
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
 
     def compile(self) -> None:
-        """torch.compile for the encoder of every block, for training steps: evaluation stays as a reloaded model's.
-
-        Raises:
-            ValueError: LSTM blocks, whose loop over tokens would be unrolled.
-        """
-        if self.model.config.model_type == "al_lstm":
-            raise ValueError("Expected transformer blocks with torch_compile, got al_lstm. Leave torch_compile out.")
+        """torch.compile for the encoder of every block, for training steps: evaluation stays as a reloaded model's."""
         for block in self.blocks.values():
             block.encode.compile(dynamic=True)
 

@@ -146,6 +146,11 @@ class TrainingArguments:
             except (TypeError, ValueError):
                 raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
         self._check_ranges()
+        if self.torch_compile and self.model_type == "al_lstm":
+            raise ValueError(
+                "Expected another model_type with torch_compile, got al_lstm: its loop over tokens would be unrolled. "
+                "Leave torch_compile out."
+            )
         if self.fp16:
             raise ValueError(
                 "Expected bf16 or float32, got fp16=True. fp16 needs a loss scaler, and one scaler cannot serve blocks "
