@@ -164,7 +164,12 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in code_blocks(page, "bash") for line in block.splitlines()]
+    """The command lines of a page in their order: those of its bash blocks, and indented ones."""
+    text = PAGES[page].read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```|^    ((?:hf-al|python|accelerate|make) [^\n]*)", text, re.DOTALL | re.MULTILINE
+    )
+    lines = [line.split("  #")[0].strip() for block, single in blocks for line in (block or single).splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -27,7 +27,7 @@ class ALSequenceClassifierOutput(ModelOutput):
             the loss of the exit that `logits` come from, in the units of the labels.
         logits (`torch.FloatTensor` of shape `(N, C)`): of the last exit, or of `exit_block`. Never squashed.
         local_losses (`tuple(torch.FloatTensor)`, *optional*, in training with labels): K scalars, entry k the whole
-            loss of block k, still attached to its graph; None for the objective `backprop`, which has no local loss.
+            loss of block k, still attached to its graph; None for an end-to-end objective (`backprop`).
         exit_logits (`tuple(torch.FloatTensor)`, *optional*, with `output_exit_logits=True`): logits (N, C) of each exit
             up to the one asked for; one entry where only the last block has an exit.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`): s_k (N, T, D), one
@@ -45,6 +45,8 @@ class ALSequenceClassifierOutput(ModelOutput):
 
 
 class ALPreTrainedModel(PreTrainedModel):
+    """What the models share: initialization, loading, saving, and which parameters only training needs."""
+
     config: ALConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -119,7 +121,8 @@ class ALPreTrainedModel(PreTrainedModel):
             self.config = full
 
     def is_training_only(self, name: str) -> bool:
-        """Whether the parameter `name` (as in `state_dict`) has no part in the model's answer."""
+        """Whether the parameter `name` (as in `state_dict`) has no part in the model's answer: every `encode_target`
+        and all bridges but the last."""
         parts = name.removeprefix("model.").split(".")
         last = str(self.config.num_blocks - 1)
         return "encode_target" in parts or ("bridge" in parts and parts[1] != last)
@@ -147,8 +150,21 @@ class ALModel(ALPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Inputs:
-        """What every block knows of a batch. Without a mask, padding is where the ids equal `pad_token_id`. Texts of
-        more than `max_position_embeddings` tokens are cut."""
+        """What every block knows of a batch: ids or embeddings, mask, labels, and what the encoder adds to them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*): token ids.
+            attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding; without it,
+                padding is where the ids equal `pad_token_id`.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
+            labels (`torch.Tensor`, *optional*): as in [`ALForSequenceClassification`].
+
+        Returns:
+            Tensors by name. Texts of more than `max_position_embeddings` tokens are cut.
+
+        Raises:
+            ValueError: both `input_ids` and `inputs_embeds`, or neither.
+        """
         inputs: Inputs = {}
         if input_ids is not None and inputs_embeds is None:
             inputs["input_ids"] = input_ids
@@ -179,7 +195,13 @@ class ALModel(ALPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutput:
-        """`last_hidden_state` (N, T, D) of the last block, and on request the `hidden_states` of each block."""
+        """`last_hidden_state` (N, T, D) of the last block, and on request the `hidden_states` of each block.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `prepare_inputs`.
+            output_hidden_states (`bool`, *optional*): return s_k (N, T, D) of every block; the config's value where it
+                is None.
+        """
         inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds)
         boundary: Boundary = {}
         hidden_states = []
@@ -222,7 +244,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(N, T)`): token ids.
             attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding, on either side.
             inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
-            labels (*optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C) for regression.
+            labels (`torch.Tensor`, *optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C).
             exit_block (`int`, *optional*): the block to stop at, counted from 0; later blocks are not run.
             output_exit_logits (`bool`, defaults to False): return the logits of every exit on the way.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`ALSequenceClassifierOutput`];
