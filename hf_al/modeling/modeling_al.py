@@ -323,7 +323,9 @@ class ALForSequenceClassification(ALPreTrainedModel):
         if not output_attentions:
             return None
         if not ENCODERS[self.config.model_type].has_attention:
-            raise ValueError(f"Expected output_attentions=False for {self.config.model_type}, got True: no attention.")
+            raise ValueError(
+                f"Expected output_attentions=False, got True: the blocks of {self.config.model_type} have no attention."
+            )
         if self.config._attn_implementation != "eager":
             raise ValueError(
                 f"Expected attn_implementation='eager' for output_attentions=True, got "
