@@ -271,7 +271,19 @@ def test_the_plot_is_committed_with_the_command_that_makes_it():
     assert any("recipes/five_minutes.py" in line for line in commands("five_minutes"))
 
 
-# --- the site
+# --- the reference and the site
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=lambda page: page.stem)
+def test_everything_in_the_reference_exists_and_has_a_docstring(page):
+    shown = re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", page.read_text(), re.MULTILINE)
+    assert shown
+    for path, members in shown:
+        module = importlib.import_module(path)
+        own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == path and callable(value)]
+        for name in members.split(", ") if members else own:
+            described = not isinstance(getattr(module, name), type) or "__doc__" in vars(getattr(module, name))
+            assert name.startswith("_") or (described and getattr(module, name).__doc__), f"{path}.{name}"
 
 
 @pytest.mark.medium
