@@ -369,10 +369,11 @@ def test_a_list_can_be_given_as_a_flag():
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("blocks", [1, 6])
 def test_num_blocks_alone_works_with_every_recipe(blocks, path):
-    from hf_al.training.setup import CLASSES, check_model
+    from hf_al.registration import MODEL_CLASSES
+    from hf_al.training.setup import check_model
 
     args = parse_arguments(["--config", str(path), "--output_dir=out", f"--num_blocks={blocks}"])
     check_model(args)
-    config_class, model_class = CLASSES[args.model_type]
+    config_class, _, model_class = MODEL_CLASSES[args.model_type]
     model = model_class(config_class(vocab_size=50, num_labels=3, **args.model))
     assert len(model.model.blocks) == blocks
