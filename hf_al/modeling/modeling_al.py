@@ -205,7 +205,7 @@ class ALModel(ALPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutput:
-        """`last_hidden_state` (N, T, D) of the last block, and with `output_hidden_states` (default: the config's value)
+        """`last_hidden_state` (N, T, D) of the last block, with `output_hidden_states` (default: as in the config)
         the `hidden_states` (N, T, D) of each block. The other arguments are those of `prepare_inputs`."""
         inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds)
         boundary: Boundary = {}
