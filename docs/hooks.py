@@ -44,4 +44,4 @@ def on_page_content(html: str, **_: Any) -> str:
 
     html = re.sub(r"\[<code>(\w+)</code>\](?!\()", link, html)
     html = re.sub(r"\(<code>[^<]*`.*?</code>", annotation, html, flags=re.DOTALL)
-    return re.sub(r"(defaults to [^<]*</code>), default:\s*<code>[^<]*</code>", r"\1", html)
+    return re.sub(r"((?:defaults to|optional)[^<]*</code>), default:\s*<code>[^<]*</code>", r"\1", html)

@@ -34,12 +34,22 @@ SMALLER_IS_BETTER = {"log_loss", "ece", "mse"}
 
 
 def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
+    """Log-probabilities (N, C) in nats and float64, of logits (N, C)."""
     shifted = logits_NC.astype(np.float64) - logits_NC.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Mean distance of confidence and accuracy over bins of equal mass (Nixon et al., 2019, arXiv 1904.01685)."""
+    """Mean distance of confidence and accuracy over bins of equal mass (Nixon et al., 2019, arXiv 1904.01685).
+
+    Args:
+        confidence_N: probability (N,) of the predicted class.
+        correct_N: whether (N,) it was right.
+        bins (defaults to 15): how many.
+
+    Returns:
+        A number from 0 (perfectly calibrated) to 1.
+    """
     order = np.argsort(confidence_N, kind="stable")
     error = sum(abs(confidence_N[part].sum() - correct_N[part].sum()) for part in np.array_split(order, bins))
     return float(error / len(order))
@@ -166,7 +176,12 @@ def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str
 
 
 def exit_metrics(logits: dict[int, np.ndarray], labels: np.ndarray, problem_type: str) -> list[dict[str, float]]:
-    """The metrics of every exit, in order, each with the `block` it is read after."""
+    """The metrics of every exit, in order, each with the `block` it is read after.
+
+    Args:
+        logits: block -> logits (N, C) of its exit.
+        labels, problem_type: as in `compute_metrics`.
+    """
     return [{"block": k, **compute_metrics(logits[k], labels, problem_type)} for k in sorted(logits)]
 
 

@@ -6,6 +6,7 @@ Trains three LSTM blocks with objective `associated` on the embedded tweets, one
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-import hf_al
-from hf_al.cli import set_up_output
-from hf_al.training.parsing import parse_arguments
+from hf_al import cli
 
 RECIPE = Path(__file__).with_name("tweets_lstm.yaml")
 RUN = [
@@ -55,13 +54,12 @@ def main() -> None:
     parser.add_argument("--output_dir", default="out/five_minutes", help="folder of the run")
     parser.add_argument("--image", type=Path, default="docs/images/five_minutes.png", help="the plot")
     known, extra = parser.parse_known_args()  # further flags are those of hf-al train
-    set_up_output()
-    argv = ["--config", str(RECIPE), "--output_dir", known.output_dir]
-    report = hf_al.train(parse_arguments([*argv, *RUN, *extra])).report
+    cli.main(["train", "--config", str(RECIPE), "--output_dir", known.output_dir, *RUN, *extra])
+    report = json.loads((Path(known.output_dir) / "report.json").read_text(encoding="utf-8"))
     draw(report, known.image)
     for split in ("validation", "test"):
         print(split, [round(100 * row["accuracy"], 1) for row in report[split]], "% by exit")
-    print(f"{report['speed']['train_seconds']:.0f} s of training, image {known.image}")
+    print(f"{report['speed']['train_seconds']:.0f} s of training, plot in {known.image}")
 
 
 if __name__ == "__main__":

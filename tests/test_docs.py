@@ -163,7 +163,12 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in code_blocks(page, "bash") for line in block.splitlines()]
+    """The command lines of a page in their order: those of its bash blocks, and indented ones."""
+    text = PAGES[page].read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```|^    ((?:hf-al|python|accelerate|make) [^\n]*)", text, re.DOTALL | re.MULTILINE
+    )
+    lines = [line.split("  #")[0].strip() for block, single in blocks for line in (block or single).splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -205,7 +210,7 @@ def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, caps
     for line in commands(page):
         if not line.startswith(NOT_RUN):
             run(line, monkeypatch)
-    assert "error" not in capsys.readouterr().err
+    assert "error:" not in capsys.readouterr().err
     for folder in re.findall(r"--output_dir (\S+)", "\n".join(commands(page))):
         assert (room / folder / "report.md").is_file()
     for answers in room.glob("*.jsonl"):
@@ -263,7 +268,19 @@ def test_the_plot_is_committed_with_the_command_that_makes_it():
     assert any("recipes/five_minutes.py" in line for line in commands("five_minutes"))
 
 
-# --- the site
+# --- the reference and the site
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=lambda page: page.stem)
+def test_everything_in_the_reference_exists_and_has_a_docstring(page):
+    shown = re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", page.read_text(), re.MULTILINE)
+    assert shown
+    for path, members in shown:
+        module = importlib.import_module(path)
+        own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == path and callable(value)]
+        for name in members.split(", ") if members else own:
+            described = not isinstance(getattr(module, name), type) or "__doc__" in vars(getattr(module, name))
+            assert name.startswith("_") or (described and getattr(module, name).__doc__), f"{path}.{name}"
 
 
 @pytest.mark.medium

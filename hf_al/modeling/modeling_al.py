@@ -27,7 +27,7 @@ class ALSequenceClassifierOutput(ModelOutput):
             the loss of the exit that `logits` come from, in the units of the labels.
         logits (`torch.FloatTensor` of shape `(N, C)`): of the last exit, or of `exit_block`. Never squashed.
         local_losses (`tuple(torch.FloatTensor)`, *optional*, in training with labels): K scalars, entry k the whole
-            loss of block k, still attached to its graph; None for the objective `backprop`, which has no local loss.
+            loss of block k, still attached to its graph; None for an end-to-end objective (`backprop`).
         exit_logits (`tuple(torch.FloatTensor)`, *optional*, with `output_exit_logits=True`): logits (N, C) of each exit
             up to the one asked for; one entry where only the last block has an exit.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`): s_k (N, T, D), one
@@ -45,6 +45,8 @@ class ALSequenceClassifierOutput(ModelOutput):
 
 
 class ALPreTrainedModel(PreTrainedModel):
+    """What the models share: initialization, loading, saving, and which parameters only training needs."""
+
     config: ALConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -158,8 +160,21 @@ class ALModel(ALPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Inputs:
-        """What every block knows of a batch. Without a mask, padding is where the ids equal `pad_token_id`. Texts of
-        more than `max_position_embeddings` tokens are cut."""
+        """What every block knows of a batch: ids or embeddings, mask, labels, and what the encoder adds to them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*): token ids.
+            attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding; without it,
+                padding is where the ids equal `pad_token_id`.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
+            labels (`torch.Tensor`, *optional*): as in [`ALForSequenceClassification`].
+
+        Returns:
+            Tensors by name. Texts of more than `max_position_embeddings` tokens are cut.
+
+        Raises:
+            ValueError: both `input_ids` and `inputs_embeds`, or neither.
+        """
         inputs: Inputs = {}
         if input_ids is not None and inputs_embeds is None:
             inputs["input_ids"] = input_ids
@@ -190,7 +205,8 @@ class ALModel(ALPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutput:
-        """`last_hidden_state` (N, T, D) of the last block, and on request the `hidden_states` of each block."""
+        """`last_hidden_state` (N, T, D) of the last block, with `output_hidden_states` (default: as in the config)
+        the `hidden_states` (N, T, D) of each block. The other arguments are those of `prepare_inputs`."""
         inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds)
         boundary: Boundary = {}
         hidden_states = []
@@ -233,7 +249,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(N, T)`): token ids.
             attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding, on either side.
             inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
-            labels (*optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C) for regression.
+            labels (`torch.Tensor`, *optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C).
             exit_block (`int`, *optional*): the block to stop at, counted from 0; later blocks are not run.
             output_exit_logits (`bool`, defaults to False): return the logits of every exit on the way.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`ALSequenceClassifierOutput`];
@@ -312,7 +328,9 @@ class ALForSequenceClassification(ALPreTrainedModel):
         if not output_attentions:
             return None
         if not ENCODERS[self.config.model_type].has_attention:
-            raise ValueError(f"Expected output_attentions=False for {self.config.model_type}, got True: no attention.")
+            raise ValueError(
+                f"Expected output_attentions=False, got True: the blocks of {self.config.model_type} have no attention."
+            )
         if self.config._attn_implementation != "eager":
             raise ValueError(
                 f"Expected attn_implementation='eager' for output_attentions=True, got "

@@ -30,7 +30,8 @@ def cut(boundary: Boundary) -> Boundary:
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """The activation `name` of target codes and bridges; `layer_norm` has no parameters."""
+    """The activation `name` of target codes and bridges, any shape: `tanh`, `sigmoid`, `elu`, `gelu`, `layer_norm`
+    (over the last dimension, without parameters) or `identity`."""
     if name == "layer_norm":
         return F.layer_norm(x, x.shape[-1:])
     if name == "identity":
@@ -39,7 +40,12 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 def first_target(labels: Tensor, config) -> Tensor:
-    """t_0 (N, C): one-hot, multi-hot or the standardised values, by problem type."""
+    """t_0 (N, C): one-hot, multi-hot or the standardised values, by problem type.
+
+    Args:
+        labels: class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C).
+        config: `resolved_problem_type`, `num_labels`, and for regression `label_mean` and `label_std`.
+    """
     kind = config.resolved_problem_type
     if kind == "single_label_classification":
         return F.one_hot(labels.view(-1), config.num_labels).float()
@@ -66,6 +72,14 @@ def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
 
     Class weights multiply each example's loss and the sum is divided by N, not by the sum of the weights, so that the
     loss of a batch is the same however it is cut into micro-batches.
+
+    Args:
+        logits_NC: logits (N, C), not squashed; standardised values for regression.
+        labels: class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C) in their own units.
+        config: `resolved_problem_type`, `class_weights`, `label_smoothing`, `label_mean`, `label_std`.
+
+    Returns:
+        A scalar in float32: nats for classification, squared standard deviations for regression.
     """
     logits_NC = logits_NC.float()
     kind = config.resolved_problem_type

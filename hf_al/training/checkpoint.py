@@ -32,6 +32,7 @@ WEIGHT, OPTIMIZER = "weight/", "optimizer/"
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
     return output_dir / "checkpoints" / f"checkpoint-{step:08d}"
 
 
