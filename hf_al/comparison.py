@@ -120,7 +120,10 @@ def as_text(found: dict[str, Any]) -> str:
         rows = [_shown_group(group) for group in found["groups"]]
         parts += ["Mean (lowest to highest) of runs that are equal but for the seed:", text_table(rows)]
     if found["differences"]:
-        rows = [{"argument": name, **values} for name, values in found["differences"].items()]
+        rows = [
+            {"argument": name, **{run: f"{v:g}" if isinstance(v, float) else v for run, v in values.items()}}
+            for name, values in found["differences"].items()
+        ]
         parts += ["Arguments that differ (- where it is not set):", text_table(rows)]
     elif len(found["runs"]) > 1:
         parts.append("All arguments but output_dir are the same.")
