@@ -1,7 +1,10 @@
 """What a run leaves for its reader: report.json and report.md."""
 
 import json
+import os
 import platform
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,16 @@ from . import evaluation
 from .training.checkpoint import write_atomically
 
 
+def peak_memory_mib(device: torch.device | None = None) -> float:
+    """Peak memory in MiB: what was allocated on `device` where it is a GPU, else the resident memory of the process."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    import os
-
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -7,7 +7,6 @@ resumed run therefore needs weights, optimizer tensors and a step number, and en
 import json
 import logging
 import math
-import resource
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ from ..evaluation import BEST_METRIC, exit_metrics, is_better
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import place
 from ..parallel.stage import Stage
-from . import checkpoint, health
+from . import checkpoint, health, trackers
 from .arguments import TrainingArguments
 from .optim import BlockOptimizers
 from .setup import build_model, check_model, make_accelerator, prepare_output_dir, set_threads
@@ -73,6 +72,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         ValueError: arguments or data that cannot work, with what to do instead.
     """
     check_model(args)
+    trackers.chosen(args.report_to)
     output_dir = prepare_output_dir(args)
     accelerator = make_accelerator(args, output_dir)
     set_threads(args)
@@ -81,10 +81,12 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     tokenizer = tokenization.build_tokenizer(args, data["train"])
     model = build_model(args, tokenizer, data["train"]).to(accelerator.device)
     run = Run(args, output_dir, accelerator, model, tokenizer, tokenization.tokenize(data, tokenizer, args))
-    run.resume()
-    run.fit()
-    report = run.finish()
-    accelerator.end_training()
+    try:
+        run.resume()
+        run.fit()
+        report = run.finish()
+    finally:
+        trackers.finish(accelerator, output_dir)
     return TrainResult(run.model, tokenizer, report)
 
 
@@ -117,9 +119,11 @@ class Run:
         self.stage = Stage(model, self.placement, 0, accelerator, collator, self.optimizers)
         self.labels = {name: split_labels(data[name], collator) for name in data}
         self.progress = Progress()
-        self.at_start = health.part_sums(model)
+        self.at_start = health.part_sums(model, args.embedding_learning_rate_factor == 0)
+        self.warned: set[str] = set()
         self.window: dict[str, Tensor | int] = {}
-        self.window_steps = 0
+        self.window_steps = self.window_examples = 0
+        self.window_start = self.clock = 0.0
         self.identity = {
             "model": {
                 key: value
@@ -169,7 +173,7 @@ class Run:
             len(self.model.config.units), len(self.data["train"]), self.total_steps, len(self.order),
             self.placement.table(self.model.model.blocks, str(self.accelerator.device)),
         )  # fmt: skip
-        self.accelerator.init_trackers("hf_al", config=_flat(args.to_dict()))
+        trackers.start(self.accelerator, self.output_dir, args.to_dict(), progress.step + 1)
         self.model.train()
         with logging_redirect_tqdm():
             self._train_steps(
@@ -183,13 +187,14 @@ class Run:
 
     def _train_steps(self, bar: tqdm) -> None:
         args, progress = self.args, self.progress
-        clock = time.perf_counter()
+        self.window_start, self.clock = progress.seconds, time.perf_counter()
         for step, rows in self.order.steps(progress.step, self.total_steps):
             if self._stopped_early():
                 break
             parts = micro_batches(rows, args.gradient_accumulation_steps)
             losses, norms = self.stage.train_batch(self.data["train"], parts, step, args.seed)
             progress.step = step + 1
+            self.window_examples += len(rows)
             self._collect(losses, norms)
             bar.update()
             last = progress.step == self.total_steps
@@ -198,13 +203,18 @@ class Run:
             if progress.step % args.logging_steps == 0 or evaluate or save:
                 bar.set_postfix(self._log())
             if evaluate or save:
-                progress.seconds += time.perf_counter() - clock
+                self._stop_clock()
                 save = (evaluate and self._evaluate()) or save
                 if save:
                     self._save()
-                clock = time.perf_counter()
-        progress.seconds += time.perf_counter() - clock
+                self.clock = time.perf_counter()
+        self._stop_clock()
         bar.close()
+
+    def _stop_clock(self) -> None:
+        """Adds the time since the clock was last started or stopped to the training time."""
+        now = time.perf_counter()
+        self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now
 
     def _stopped_early(self) -> bool:
         patience = self.args.early_stopping_patience
@@ -244,12 +254,16 @@ class Run:
                     f"in the {self.window_steps} steps up to step {self.progress.step}. Lower the learning rate, or "
                     "clip: --max_grad_norm 1. The last checkpoint is from before."
                 )
-        self.window, self.window_steps = {}, 0
+        self._stop_clock()  # after the values were read: that waited for the device
         row = {
             "step": self.progress.step,
             "learning_rate": self.optimizers.learning_rate(self.progress.step - 1),
             **values,
+            "examples_per_second": self.window_examples / max(self.progress.seconds - self.window_start, 1e-9),
+            "peak_memory_mib": reporting.peak_memory_mib(self.accelerator.device),
         }
+        self.window, self.window_steps, self.window_examples = {}, 0, 0
+        self.window_start = self.progress.seconds
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
@@ -267,8 +281,10 @@ class Run:
             progress.best_metric, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
         else:
             progress.evaluations_without_gain += 1
-        progress.history.append({"step": progress.step, "validation": exits})
+        codes = self._check_codes()
+        progress.history.append({"step": progress.step, "validation": exits, "codes": codes})
         flat = {f"validation/{row['block']}/{n}": v for row in exits for n, v in row.items() if n != "block"}
+        flat |= {f"codes/{row['block']}/{n}": row[n] for row in codes for n in ("spread", "rank", "separation")}
         self.accelerator.log(flat, step=progress.step)
         shown = " ".join(f"{row[self.metric]:.4f}" for row in exits)
         logger.info(
@@ -276,6 +292,19 @@ class Run:
             progress.step / len(self.order), progress.step, self.metric, shown, " (best)" if better else "",
         )  # fmt: skip
         return better
+
+    def _check_codes(self) -> list[dict[str, Any]]:
+        """The health of the target codes now; says once of each block what is wrong."""
+        rows = health.code_health(self.model, torch.as_tensor(self.labels["validation"]))
+        self._warn(health.code_warnings(rows, self.model.config, self.args))
+        return rows
+
+    def _warn(self, messages: list[str]) -> None:
+        for message in messages:
+            what = message.split("(")[0]  # without the numbers, which change
+            if what not in self.warned:
+                self.warned.add(what)
+                logger.warning(message)
 
     def _save(self) -> None:
         path = checkpoint.checkpoint_path(self.output_dir, self.progress.step)
@@ -293,9 +322,10 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Loads the best checkpoint, reads test once, and writes model, tokenizer, arguments and report."""
         progress = self.progress
-        warnings = health.warnings(self.model, torch.as_tensor(self.labels["validation"]), self.at_start)
-        for message in warnings:
-            logger.warning(message)
+        codes = health.code_health(self.model, torch.as_tensor(self.labels["validation"]))
+        warnings = health.code_warnings(codes, self.model.config, self.args)
+        warnings += health.update_warnings(self.model, self.at_start)
+        self._warn(warnings)
         if progress.best_step is not None and progress.best_step != progress.step:
             best = checkpoint.checkpoint_path(self.output_dir, progress.best_step)
             checkpoint.load_checkpoint(best, self.stage.blocks, None)
@@ -342,7 +372,8 @@ class Run:
             "speed": {
                 "train_seconds": progress.seconds,
                 "examples_per_second": progress.step / len(self.order) * rows / max(progress.seconds, 1e-9),
-                "peak_memory_mib": peak_memory_mib(),
+                "peak_memory_mib": reporting.peak_memory_mib(self.accelerator.device),
+                "peak_process_memory_mib": reporting.peak_memory_mib(),
             },
             "code_health": health.code_health(self.model, torch.as_tensor(self.labels["validation"])),
             "warnings": warnings,
@@ -367,17 +398,3 @@ class Run:
 def split_labels(data: Dataset, collator: Collator) -> np.ndarray:
     """The labels of a split as the metrics and the health check want them: ids (N,), rows (N, C) or values (N,)."""
     return collator.labels(data.features["label"], data["label"]).numpy()
-
-
-def peak_memory_mib() -> float:
-    """Peak memory of the process (of the GPU, where there is one)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Trackers take flat mappings of plain values."""
-    flat = {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool))}
-    return flat | {f"model.{k}": str(v) for k, v in values["model"].items()}

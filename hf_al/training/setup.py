@@ -23,6 +23,7 @@ from ..modeling.modeling_al import (
     ALLstmForSequenceClassification,
     ALTransformerForSequenceClassification,
 )
+from . import trackers
 from .arguments import TrainingArguments, check_model_keys
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
-    "checkpoints", "export.tmp", "report.json", "report.md", "training_config.yaml", "config.json", "logs",
+    "checkpoints", "export.tmp", "report.json", "report.md", "plots", "training_config.yaml", "config.json", "logs",
     "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py",
     "objectives.py",
 )  # fmt: skip
@@ -73,12 +74,11 @@ def prepare_output_dir(args: TrainingArguments) -> Path:
 def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != ("bf16" if args.bf16 else "no"):
         AcceleratorState._reset_state()  # an earlier run in this process chose another precision
-    trackers = [] if args.report_to in ("none", "") else args.report_to.split(",")
     try:
         accelerator = Accelerator(
             cpu=args.use_cpu,
             mixed_precision="bf16" if args.bf16 else "no",
-            log_with=trackers or None,
+            log_with=trackers.chosen(args.report_to) or None,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
         )
     except (ValueError, ImportError) as error:
