@@ -329,59 +329,12 @@ class Run:
         if progress.best_step is not None and progress.best_step != progress.step:
             best = checkpoint.checkpoint_path(self.output_dir, progress.best_step)
             checkpoint.load_checkpoint(best, self.stage.blocks, None)
-        report = self._report(warnings)
+        report = reporting.build_report(self, warnings)
         self._export()
         self.args.save(self.output_dir / "training_config.yaml")
         reporting.write_report(self.output_dir, report)
         logger.info("Saved to %s.", self.output_dir)
         return report
-
-    def _report(self, warnings: list[str]) -> dict[str, Any]:
-        config, progress = self.model.config, self.progress
-        results: dict[str, Any] = {}
-        for split in ("validation", "test"):
-            if split not in self.data:
-                continue
-            logits = self.stage.evaluate(self.data[split], self.args.per_device_eval_batch_size)
-            results[split] = exit_metrics(logits, self.labels[split], self.problem_type)
-            if self.problem_type == "single_label_classification":
-                last = logits[max(logits)]
-                results["confusion_matrix"] = reporting.confusion(last, self.labels[split], config.classes)
-        names = dict(self.model.named_parameters())
-        training_only = sum(p.numel() for n, p in names.items() if self.model.is_training_only(n))
-        rows = len(self.data["train"])
-        return {
-            "model_type": config.model_type,
-            "objective": config.objective,
-            "num_blocks": config.num_blocks,
-            "label_names": config.label_names,
-            "problem_type": self.problem_type,
-            "metric": self.metric,
-            "steps": progress.step,
-            "best_step": progress.best_step,
-            **results,
-            "parameters": {
-                "inference": sum(p.numel() for p in names.values()) - training_only,
-                "training_only": training_only,
-            },
-            "data": {
-                "name": self.args.dataset_name or Path(self.args.train_file or "given data").name,
-                "rows": {name: len(split) for name, split in self.data.items()},
-                "fingerprint": self.identity["data"],
-            },
-            "speed": {
-                "train_seconds": progress.seconds,
-                "examples_per_second": progress.step / len(self.order) * rows / max(progress.seconds, 1e-9),
-                "peak_memory_mib": reporting.peak_memory_mib(self.accelerator.device),
-                "peak_process_memory_mib": reporting.peak_memory_mib(),
-            },
-            "code_health": health.code_health(self.model, torch.as_tensor(self.labels["validation"])),
-            "warnings": warnings,
-            "history": progress.history,
-            "placement": self.placement.table(self.model.model.blocks, str(self.accelerator.device)),
-            "machine": reporting.machine(),
-            "arguments": self.args.to_dict(),
-        }
 
     def _export(self) -> None:
         """Model and tokenizer written beside their place, then moved in, each file whole; the config last."""
