@@ -1,21 +1,37 @@
-"""What a run leaves for its reader: report.json and report.md."""
+"""What a run leaves for its reader: report.json, and drawn from it report.md and the plots beside it."""
 
 import json
+import math
+import os
 import platform
+import resource
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from . import evaluation
+from .training import health
 from .training.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from .training.loop import Run
+
+MOST_ROWS = 20  # classes whose confusion matrix is also a table
+
+
+def peak_memory_mib(device: torch.device | None = None) -> float:
+    """Peak memory in MiB: what was allocated on `device` where it is a GPU, else the resident memory of the process."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    import os
-
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -27,27 +43,119 @@ def machine() -> dict[str, Any]:
     }
 
 
+def build_report(run: "Run", warnings: list[str]) -> dict[str, Any]:
+    """Everything about a run whose best weights are loaded, as plain json values; evaluates validation and test."""
+    config, progress, device = run.model.config, run.progress, run.accelerator.device
+    results: dict[str, Any] = {}
+    for split in ("validation", "test"):
+        if split not in run.data:
+            continue
+        logits = run.stage.evaluate(run.data[split], run.args.per_device_eval_batch_size)
+        results[split] = evaluation.exit_metrics(logits, run.labels[split], run.problem_type)
+        if run.problem_type == "single_label_classification":
+            predicted = logits[max(logits)].argmax(1)
+            results["confusion_matrix"] = evaluation.confusion_matrix(
+                predicted, run.labels[split], config.classes
+            ).tolist()
+    names = dict(run.model.named_parameters())
+    training_only = sum(p.numel() for n, p in names.items() if run.model.is_training_only(n))
+    examples = progress.step / len(run.order) * len(run.data["train"])
+    report = {
+        "model_type": config.model_type,
+        "objective": config.objective,
+        "num_blocks": config.num_blocks,
+        "label_names": config.label_names,
+        "problem_type": run.problem_type,
+        "metric": run.metric,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        **results,
+        "parameters": {
+            "inference": sum(p.numel() for p in names.values()) - training_only,
+            "training_only": training_only,
+        },
+        "data": {
+            "name": run.args.dataset_name or Path(run.args.train_file or "given data").name,
+            "rows": {name: len(split) for name, split in run.data.items()},
+            "fingerprint": run.identity["data"],
+        },
+        "speed": {
+            "train_seconds": progress.seconds,
+            "examples_per_second": examples / max(progress.seconds, 1e-9),
+            "peak_memory_mib": peak_memory_mib(device),
+            "peak_memory_of": "allocated on the GPU" if device.type == "cuda" else "process",
+            "peak_process_memory_mib": peak_memory_mib(),
+        },
+        "code_health": health.code_health(run.model, torch.as_tensor(run.labels["validation"])),
+        "warnings": warnings,
+        "history": progress.history,
+        "placement": run.placement.table(run.model.model.blocks, str(device)),
+        "machine": machine(),
+        "arguments": run.args.to_dict(),
+    }
+    return _without_nan(report)
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with None for numbers that are not finite, which json has no word for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes report.json, plots/*.png and report.md from the same values.
+
+    Args:
+        folder: the folder of the run, which exists.
+        report: as `train` returns it, or the content of a report.json: the plots and the page follow from it alone.
+    """
+    from . import plots
+
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    drawn = plots.write_plots(folder / "plots", report)
+    write_atomically(folder / "report.md", markdown(report, drawn))
+
+
+# --- the page
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with the keys of the first row as its head."""
     if not rows:
         return "(none)"
 
     def cell(value: Any) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else str(value)
+        text = f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+        return " ".join(text.replace("|", r"\|").split())
 
     head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines = ["| " + " | ".join(map(cell, head)) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(cell(row[k]) for k in head) + " |" for row in rows])
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Writes report.json, and report.md from the same values."""
-    write_atomically(folder / "report.json", json.dumps(report, indent=1))
-    write_atomically(folder / "report.md", markdown(report))
+CODES = (
+    "Every block has a code t_k for each label and learns to hit it; labels with the same code cannot be told apart. "
+    "*Spread*: how far the codes of the labels lie apart; below 0.01 they have collapsed into one. *Rank*: the "
+    "independent directions they differ in, of those possible. *Separation*: the distance of the two closest codes "
+    "over the typical one; 1 means all labels are equally far apart, 0 that two of them share a code."
+)
+CAPTIONS = {
+    "losses": "The hidden side (encoder and bridge) learns from the associated and the exit loss, the label side from "
+    "the reconstruction loss. Each point is the mean since the last one; a bold line over a faint one is smoothed.",
+    "validation": "Every exit at each evaluation.",
+    "gradients": "Before clipping.",
+    "codes": "",
+    "speed": "Evaluation and checkpoints excluded.",
+    "memory": "",
+    "confusion": "",
+}
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a page: results first, then how they came about."""
+def markdown(report: dict[str, Any], drawn: list[str]) -> str:
+    """The report as a page: results first, then how they came about. `drawn`: the plots that lie in plots/."""
     lines = [
         f"# {report['model_type']}, objective `{report['objective']}`: {report['data']['name']}",
         "",
@@ -55,38 +163,59 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['parameters']['training_only']:,} for training only. Best step {report['best_step']} of "
         f"{report['steps']}, chosen by validation {report['metric']}; seed {report['arguments']['seed']}.",
     ]
+
+    def show(title: str, *names: str) -> None:
+        for name in (n for n in names if n in drawn):
+            lines.extend(["", f"![{title}: {name}](plots/{name}.png)"])
+            if CAPTIONS[name]:
+                lines.extend(["", CAPTIONS[name]])
+
     for split in ("test", "validation"):
         if split in report:
             lines += ["", f"## {split.capitalize()}, every exit", "", table(report[split])]
-    if "confusion_matrix" in report:
-        names, counts = report["label_names"], report["confusion_matrix"]
-        split = "test" if "test" in report else "validation"
-        rows = [
-            {"true \\ predicted": n, **dict(zip(names, row, strict=True))} for n, row in zip(names, counts, strict=True)
-        ]
-        lines += ["", f"## Confusion matrix ({split}, last exit)", "", table(rows)]
-    if report["code_health"]:
-        lines += ["", "## Target codes", "", table(report["code_health"])]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *[f"- {message}" for message in report["warnings"]]]
+    if "confusion_matrix" in report:
+        split = "test" if "test" in report else "validation"
+        lines += ["", f"## Confusion matrix ({split}, last exit)"]
+        show("Confusion matrix", "confusion")
+        names, counts = report["label_names"], report["confusion_matrix"]
+        if len(names) <= MOST_ROWS:
+            rows = [
+                {"true \\ predicted": n, **dict(zip(names, row, strict=True))}
+                for n, row in zip(names, counts, strict=True)
+            ]
+            lines += ["", table(rows)]
+    lines += ["", "## Training"]
+    show("Training", "losses", "validation", "gradients")
+    if report["code_health"]:
+        lines += ["", "## Target codes", "", CODES]
+        show("Target codes", "codes")
+        lines += ["", "Of the chosen step:", "", table([_code_row(row) for row in report["code_health"]])]
     speed = report["speed"]
     lines += [
         "",
-        "## Run",
+        "## Speed and memory",
         "",
         f"Data: {', '.join(f'{name} {rows}' for name, rows in report['data']['rows'].items())} rows. "
         f"Training took {speed['train_seconds']:.1f} s, {speed['examples_per_second']:.0f} examples/s (evaluation and "
-        f"checkpoints excluded), peak memory of the process {speed['peak_memory_mib']:.0f} MiB.",
-        "",
-        "```",
-        report["placement"],
-        "```",
-        "",
-        table([report["machine"]]),
-        "",
+        f"checkpoints excluded). Peak memory: {_memory(speed)}.",
     ]
+    show("Speed and memory", "speed", "memory")
+    lines += ["", "```", report["placement"], "```", "", table([report["machine"]]), ""]
     return "\n".join(lines)
 
 
-def confusion(logits: Any, labels: Any, classes: int) -> list[list[int]]:
-    return evaluation.confusion_matrix(logits.argmax(1), labels, classes).tolist()
+def _memory(speed: dict[str, Any]) -> str:
+    process = f"{speed['peak_process_memory_mib']:,.0f} MiB of the process"
+    if speed["peak_memory_of"] == "process":
+        return process
+    return f"{speed['peak_memory_mib']:,.0f} MiB {speed['peak_memory_of']}, {process}"
+
+
+def _code_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `code_health` for readers."""
+    state = "collapsed" if row["collapsed"] else "partly collapsed" if row["partly_collapsed"] else "alive"
+    shown = {"block": row["block"], "state": state, "spread": row["spread"]}
+    shown |= {"rank": f"{row['rank']} of {row['possible_rank']}", "separation": row["separation"]}
+    return shown | ({"closest classes": ", ".join(row["closest"])} if row["closest"] else {})

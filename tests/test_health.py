@@ -1,9 +1,11 @@
 """Is every block alive? Dead ones are named, healthy ones are not."""
 
+import json
 import logging
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 import hf_al
 from hf_al.parallel.stage import Stage
@@ -20,6 +22,11 @@ def nudge(model) -> None:
             parameter += 1e-4
 
 
+def warnings(model, at_start) -> list[str]:
+    codes = health.code_health(model, LABELS)
+    return health.code_warnings(codes, model.config) + health.update_warnings(model, at_start)
+
+
 def arguments(output_dir, **values) -> hf_al.TrainingArguments:
     model = {"num_blocks": 3, "hidden_size": 16, "target_size": 12, **values.pop("model", {})}
     defaults = {"max_steps": 20, "learning_rate": 5e-3, "threads": 1, "use_cpu": True, "disable_tqdm": True}
@@ -32,7 +39,7 @@ def test_a_model_that_was_updated_everywhere_gives_no_warning(objective, model_t
     model = make_model(model_type, objective=objective)
     at_start = health.part_sums(model)
     nudge(model)
-    assert health.warnings(model, LABELS, at_start) == []
+    assert warnings(model, at_start) == []
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -45,9 +52,9 @@ def test_a_collapsed_target_code_is_named(block, make_model):
     assert [row["collapsed"] for row in rows] == [k >= block for k in range(3)]  # what is lost stays lost
     assert rows[block]["rank"] == 0
     assert rows[block]["spread"] == 0
-    messages = health.warnings(model, LABELS, at_start)
+    messages = warnings(model, at_start)
     assert f"target code of block {block} has collapsed" in messages[0]
-    assert "target_learning_rate_factor" in messages[0]
+    assert "Try label_activation=tanh" in messages[0]
 
 
 def test_a_code_that_hardly_differs_between_labels_has_collapsed(make_model):
@@ -102,7 +109,7 @@ def test_a_part_that_nothing_updated_is_named(block, part, make_model):
         for name, parameter in getattr(model.model.blocks[block], part).named_parameters():
             parameter.copy_(before[name])
     assert health.never_updated(model, at_start) == [f"{block}.{part}"]
-    (message,) = health.warnings(model, LABELS, at_start)
+    (message,) = warnings(model, at_start)
     assert f"Nothing updated {part} of block {block}" in message
 
 
@@ -121,6 +128,129 @@ def test_parts_that_backprop_does_not_train_are_not_expected_to_move(make_model)
     at_start = health.part_sums(model)
     names = set(health.never_updated(model, at_start))
     assert names == {"0.encode", "1.encode", "2.encode", "2.bridge", *(f"{k}.decode_target" for k in range(3))}
+
+
+def test_separation_is_the_smallest_distance_of_two_classes_over_the_typical_one(make_model):
+    """Codes placed by hand on a line, at 0, 1 and 4: distances 1, 3 and 4."""
+    model = make_model(label_activation="identity", num_blocks=1)
+    layer = model.model.blocks[0].encode_target
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[0] = torch.tensor([0.0, 1.0, 4.0])
+    (row,) = health.code_health(model, LABELS)
+    assert row["separation"] == pytest.approx(1 / ((1 + 9 + 16) / 3) ** 0.5)
+    assert row["closest"] == ["LABEL_0", "LABEL_1"]
+    assert row["rank"] == 1
+
+
+def test_classes_that_lie_equally_far_apart_have_a_separation_of_one(make_model):
+    model = make_model(label_activation="identity", num_blocks=1)
+    torch.nn.init.eye_(model.model.blocks[0].encode_target.weight)
+    assert health.code_health(model, LABELS)[0]["separation"] == pytest.approx(1)
+
+
+def test_two_classes_with_one_code_are_named(make_model):
+    model = make_model(id2label={0: "negative", 1: "neutral", 2: "positive"}, label2id=None)
+    with torch.no_grad():
+        weight = model.model.blocks[1].encode_target.weight
+        codes = model.model.blocks[0].encode_target(torch.eye(3))
+        weight -= weight @ torch.outer(codes[2] - codes[0], codes[2] - codes[0]) / (codes[2] - codes[0]).square().sum()
+    rows = health.code_health(model, LABELS)
+    assert [row["partly_collapsed"] for row in rows] == [False, True, True]
+    assert not any(row["collapsed"] for row in rows)
+    messages = health.code_warnings(rows, model.config)
+    assert "block 1 has partly collapsed (separation" in messages[0]
+    assert "rank 1 of 2" in messages[0]
+    assert "'negative' and 'positive' have" in messages[0]
+
+
+def test_values_that_lie_close_together_are_not_taken_for_a_collapse(make_model):
+    """A thousand values: neighbours are near each other, and so may their codes be."""
+    model = make_model(problem_type="regression", num_labels=1)
+    rows = health.code_health(model, torch.randn(1000))
+    assert health.code_warnings(rows, model.config) == []
+    assert all(row["separation"] > 0.1 and row["closest"] is None for row in rows)
+
+
+def test_health_is_plain_json(make_model):
+    rows = health.code_health(make_model(), LABELS)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+# --- collapses of real runs, each with the cure that its warning names
+
+TOPICS = 40  # classes, each told by a word of its own
+
+
+@pytest.fixture(scope="module")
+def many_classes() -> DatasetDict:
+    def rows(count: int) -> Dataset:
+        return Dataset.from_dict(
+            {
+                "text": [f"word{i % TOPICS} and something else" for i in range(count)],
+                "label": [f"topic{i % TOPICS}" for i in range(count)],
+            }
+        )
+
+    return DatasetDict(train=rows(320), validation=rows(TOPICS))
+
+
+COLLAPSES = {
+    "sigmoid": (
+        {"label_activation": "sigmoid"}, 1.0, "has collapsed", "label_activation=tanh",
+        {"label_activation": "tanh"}, None,
+    ),
+    "fast": ({}, 300.0, "partly collapsed", "target_learning_rate_factor of 0.01 or less", {}, 10.0),
+    "fast_sigmoid": (
+        {"label_activation": "sigmoid"}, 300.0, "has collapsed", "target_learning_rate_factor of 0.01 or less",
+        {"label_activation": "tanh"}, 10.0,
+    ),
+    "small": ({"target_size": 1}, 1.0, "partly collapsed", "target_size=16", {"target_size": 16}, None),
+    "layer_norm": (
+        {"target_size": 2, "label_activation": "layer_norm"}, 1.0, "partly collapsed", "target_size=16",
+        {"target_size": 16}, None,
+    ),
+    "tiny_start": (
+        {"initialization": "normal", "initializer_range": 1e-4}, 0.01, "has collapsed", "initialization=xavier",
+        {"initialization": "xavier"}, None,
+    ),
+}  # fmt: skip
+
+
+def collapse_arguments(output_dir, factor, model) -> hf_al.TrainingArguments:
+    model = {"num_blocks": 4, "hidden_size": 8, "target_size": 64, **model}
+    return arguments(
+        output_dir, model=model, learning_rate=1e-3, target_learning_rate_factor=factor, max_steps=100, max_seq_length=8
+    )
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("which", COLLAPSES)
+def test_the_warning_of_a_collapse_names_what_cures_it(which, many_classes, tmp_path):
+    model, factor, what, advice, cure, cured_factor = COLLAPSES[which]
+    ill = hf_al.train(collapse_arguments(tmp_path / "ill", factor, model), many_classes).report
+    assert any(what in message and advice in message for message in ill["warnings"]), ill["warnings"]
+    args = collapse_arguments(tmp_path / "cured", cured_factor or factor, {**model, **cure})
+    cured = hf_al.train(args, many_classes).report
+    assert cured["warnings"] == [], cured["code_health"]
+
+
+def test_a_collapse_is_seen_while_training_and_said_once_for_each_block(many_classes, tmp_path, caplog):
+    args = collapse_arguments(tmp_path, 1.0, {"label_activation": "sigmoid"})
+    args.eval_strategy, args.eval_steps, args.max_steps = "steps", 5, 15
+    report = hf_al.train(args, many_classes).report
+    codes = [row["codes"] for row in report["history"] if "codes" in row]
+    assert [[row["collapsed"] for row in rows] for rows in codes] == [[False, True, True, True]] * 3
+    warned = [r.getMessage() for r in caplog.records if "has collapsed" in r.getMessage()]
+    assert [message.split(" has")[0][-7:] for message in warned] == ["block 1", "block 2", "block 3"]
+    assert len(report["warnings"]) == 3
+
+
+@pytest.mark.parametrize("embedding_block", [True, False])
+def test_frozen_embedding_rows_are_not_taken_for_dead_ones(embedding_block, few_tweets, tmp_path):
+    model = {"embedding_block": embedding_block}
+    args = arguments(tmp_path, embedding_learning_rate_factor=0.0, model=model)
+    assert hf_al.train(args, few_tweets).report["warnings"] == []
 
 
 # --- in a run

@@ -1,4 +1,19 @@
-"""Is every block alive? Target codes that carry no label, and parameters that nothing ever updated."""
+"""Is every block alive? Target codes that carry no label, and parameters that nothing ever updated.
+
+Every block k has a target code t_k for each label, and learns to hit it. Codes are healthy where different labels have
+clearly different codes. Three numbers say how far that holds, for the label side as it is now:
+
+- `spread`: how far the codes of the labels lie apart. The standard deviation of t_k over the labels, root mean square
+  over its V entries; a live tanh code has 0.1 to 0.5, and below 0.01 it has collapsed: all labels have the same code.
+- `rank`: how many independent directions the codes differ in. C classes can use C - 1, and never more than V. With
+  several labels a text, or values, bent codes may use more directions than the labels have.
+- `separation`: how well the two labels that are hardest to tell apart are still told apart. With classes it is the
+  distance of the two closest codes over the typical (root mean square) distance of two codes: 1 means that all classes
+  are equally far apart, 0 that two classes share one code. With several labels a text, or values, the distances of the
+  codes are first divided by those of the labels themselves, because then these are not all equal.
+
+Legend: N labels that are looked at, C classes, V target-code size.
+"""
 
 from typing import Any
 
@@ -7,8 +22,14 @@ from torch import Tensor
 
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES, first_target
+from .arguments import TrainingArguments
+from .optim import of_block
 
-COLLAPSED_SPREAD = 1e-2  # std of a code over the targets, root mean square over its entries; a live code has about 0.5
+COLLAPSED_SPREAD = 1e-2  # a live tanh code has 0.1 to 0.5
+SHARED_CODE = 0.05  # separation; live codes have 0.1 to 1, with 3 to 77 classes
+FAST_RATE = 0.03  # of the label side: at 0.03 codes of 77 classes live, at 0.3 many of them are the same
+SMALL_CODE = 16  # entries: with 16, codes of 77 classes have a separation of 0.2, with 4 of 0.02
+MOST_LABELS = 512  # distinct label sets or values that are compared, pair by pair
 
 
 @torch.no_grad()
@@ -21,30 +42,50 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
             looked at instead.
 
     Returns:
-        For each block: `spread` (std of t_k over the distinct targets, root mean square over its V entries),
-        `rank` (of the centred codes), `possible_rank` (of the centred targets) and `collapsed`. Empty for objectives
-        without target codes.
+        For each block: `spread`, `rank`, `possible_rank` (of the labels themselves, and what V entries allow),
+        `separation`, `closest` (the names of the two closest classes; None for other problem types), `collapsed` (no
+        label can be told from another) and `partly_collapsed` (some hardly can: separation below 0.05, or rank below
+        half of what is possible). Plain numbers and strings. Empty for objectives without
+        target codes.
     """
     objective = OBJECTIVES[model.config.objective]
     if objective.end_to_end or not objective.target_codes:
         return []
-    if model.config.resolved_problem_type == "single_label_classification":
+    single = model.config.resolved_problem_type == "single_label_classification"
+    if single:
         labels = torch.arange(model.config.classes)
     target_NV = torch.unique(first_target(labels.to(model.device), model.config), dim=0)
     if len(target_NV) < 2:
         return []
-    possible = _rank(target_NV)
+    if single:
+        target_NV = first_target(labels.to(model.device), model.config)  # in the order of the names
+    elif len(target_NV) > MOST_LABELS:
+        target_NV = target_NV[torch.linspace(0, len(target_NV) - 1, MOST_LABELS).long()]
+    # entries of a layer_norm code sum to zero
+    directions = model.config.target_size - (model.config.label_activation == "layer_norm")
+    possible = min(_rank(target_NV), directions)
+    label_distances = torch.pdist(target_NV.double())
+    first, second = torch.triu_indices(len(target_NV), len(target_NV), 1)  # the pairs in the order of pdist
     rows = []
     for block in model.model.blocks:
         target_NV = block.encode_target(target_NV)
         spread = target_NV.std(0, correction=0).square().mean().sqrt().item()
+        distances = torch.pdist(target_NV.double()) / label_distances
+        closest = int(distances.argmin())
+        typical = distances.square().mean().sqrt()
+        separation = float(distances[closest] / typical) if typical > 0 else 0.0
+        rank = _rank(target_NV)
+        collapsed = spread < COLLAPSED_SPREAD
         rows.append(
             {
                 "block": block.index,
                 "spread": spread,
-                "rank": _rank(target_NV),
+                "rank": rank,
                 "possible_rank": possible,
-                "collapsed": spread < COLLAPSED_SPREAD,
+                "separation": separation,
+                "closest": [model.config.label_names[i[closest]] for i in (first, second)] if single else None,
+                "collapsed": collapsed,
+                "partly_collapsed": not collapsed and (rank < possible / 2 or separation < SHARED_CODE),
             }
         )
     return rows
@@ -55,14 +96,19 @@ def _rank(rows_NV: Tensor) -> int:
 
 
 @torch.no_grad()
-def part_sums(model: ALForSequenceClassification) -> dict[str, tuple[float, float]]:
-    """A fingerprint of each part of each block ("2.bridge"): the sums of its values and of their squares."""
+def part_sums(model: ALForSequenceClassification, frozen_embeddings: bool = False) -> dict[str, tuple[float, float]]:
+    """A fingerprint of each part of each block ("2.bridge"): the sums of its values and of their squares.
+
+    With `frozen_embeddings`, a part that is nothing but embedding rows has none.
+    """
     sums: dict[str, tuple[float, float]] = {}
     for k, block in enumerate(model.model.blocks):
         for part in ("encode", "bridge", "encode_target", "decode_target"):
-            parameters = list(getattr(block, part).parameters()) if getattr(block, part) is not None else []
-            if parameters:
-                values = [p.double() for p in parameters]
+            named = dict(getattr(block, part).named_parameters()) if getattr(block, part) is not None else {}
+            if frozen_embeddings and all("word_embeddings" in name for name in named):
+                continue
+            if named:
+                values = [p.double() for p in named.values()]
                 sums[f"{k}.{part}"] = (
                     sum(v.sum().item() for v in values),
                     sum(v.square().sum().item() for v in values),
@@ -71,29 +117,65 @@ def part_sums(model: ALForSequenceClassification) -> dict[str, tuple[float, floa
 
 
 def never_updated(model: ALForSequenceClassification, at_start: dict[str, tuple[float, float]]) -> list[str]:
-    """The parts that are as they were at the start, of those that the objective trains."""
+    """The parts in `at_start` that are as they were then, of those that the objective trains."""
     skipped = OBJECTIVES[model.config.objective].untrained
     last = str(model.config.num_blocks - 1)
+    now = part_sums(model)
     same = []
-    for name, sums in part_sums(model).items():
+    for name, sums in at_start.items():
         k, part = name.split(".")
         trained = part not in skipped or (part == "bridge" and k == last)
-        if trained and sums == at_start[name]:
+        if trained and sums == now[name]:
             same.append(name)
     return same
 
 
-def warnings(model: ALForSequenceClassification, labels: Tensor, at_start: dict[str, tuple[float, float]]) -> list[str]:
-    """One sentence for each dead part, naming what may cure it."""
-    messages = [
-        f"The target code of block {row['block']} has collapsed (spread {row['spread']:.2g} over the labels): its "
-        "associated loss says nothing. Try label_activation=tanh, a larger target_learning_rate_factor or target_size."
-        for row in code_health(model, labels)
-        if row["collapsed"]
+def update_warnings(model: ALForSequenceClassification, at_start: dict[str, tuple[float, float]]) -> list[str]:
+    """One sentence for each part that nothing updated."""
+    return [
+        f"Nothing updated {part} of block {k}: its gradient is zero. Check learning_rate, its factors, and dropout."
+        for k, part in (name.split(".") for name in never_updated(model, at_start))
     ]
-    for name in never_updated(model, at_start):
-        k, part = name.split(".")
-        messages.append(
-            f"Nothing updated {part} of block {k}: its gradient is zero. Check learning_rate, its factors, and dropout."
-        )
+
+
+def code_warnings(rows: list[dict[str, Any]], config: Any, args: TrainingArguments | None = None) -> list[str]:
+    """One sentence for each block in `rows` (of `code_health`) that has lost labels, and what may bring them back."""
+    messages = []
+    for row in rows:
+        k = row["block"]
+        if row["collapsed"]:
+            messages.append(
+                f"The target code of block {k} has collapsed (spread {row['spread']:.2g}): all labels have nearly the "
+                f"same code there, so that the block has nothing to learn. {_advice(k, config, args)}"
+            )
+        elif row["partly_collapsed"]:
+            found = f"separation {row['separation']:.2g}, rank {row['rank']} of {row['possible_rank']}"
+            which = "some labels have"
+            if row["closest"] and row["separation"] < SHARED_CODE:
+                which = "{!r} and {!r} have, for example,".format(*row["closest"])
+            messages.append(
+                f"The target code of block {k} has partly collapsed ({found}): {which} nearly the same code there, so "
+                f"that the block cannot tell them apart. {_advice(k, config, args)}"
+            )
     return messages
+
+
+def _advice(k: int, config: Any, args: TrainingArguments | None) -> str:
+    """The settings that were seen to make codes collapse, of those that this run has, with what cured it there."""
+    advice = []
+    if args is not None:
+        rate = of_block(args.learning_rate, k) * of_block(args.target_learning_rate_factor, k)
+        if rate > FAST_RATE:
+            advice.append(
+                f"learning_rate x target_learning_rate_factor of 0.01 or less (the label side jumps at {rate:.2g})"
+            )
+    needed = max(config.classes, 3 if config.label_activation == "layer_norm" else 1)  # its codes of 2 are (-1, 1) only
+    if config.target_size < min(SMALL_CODE, needed):
+        advice.append(f"target_size={SMALL_CODE} or more (now {config.target_size})")
+    if config.label_activation == "sigmoid":
+        advice.append("label_activation=tanh (sigmoid codes lie closer together in each block)")
+    if config.initialization == "normal":
+        advice.append(f"initialization=xavier (normal starts with codes of {config.initializer_range:g} only)")
+    if not advice:
+        advice.append("label_activation=tanh, a larger target_size, or another target_learning_rate_factor")
+    return f"Try {', and '.join(advice)}."

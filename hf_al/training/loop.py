@@ -7,7 +7,6 @@ resumed run therefore needs weights, optimizer tensors and a step number, and en
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from ..evaluation import SMALLER_IS_BETTER, chosen_metric, exit_metrics, is_bett
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import place
 from ..parallel.stage import Stage
-from . import checkpoint, health
+from . import checkpoint, health, trackers
 from .arguments import TrainingArguments
 from .atomic import export
 from .optim import BlockOptimizers
@@ -76,6 +75,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM (status 143): the step is finished and saved first.
     """
     check_model(args)
+    trackers.chosen(args.report_to)
     output_dir = check_output_dir(args)
     accelerator = make_accelerator(args, output_dir)
     set_threads(args)
@@ -84,11 +84,13 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     tokenizer = tokenization.build_tokenizer(args, data["train"])
     model = build_model(args, tokenizer, data["train"]).to(accelerator.device)
     run = Run(args, output_dir, accelerator, model, tokenizer, tokenization.tokenize(data, tokenizer, args))
-    run.resume()
-    prepare_output_dir(output_dir, args)
-    run.fit()
-    report = run.finish()
-    accelerator.end_training()
+    try:
+        run.resume()
+        prepare_output_dir(output_dir, args)
+        run.fit()
+        report = run.finish()
+    finally:
+        trackers.finish(accelerator, output_dir)
     return TrainResult(run.model, tokenizer, report)
 
 
@@ -124,8 +126,10 @@ class Run:
             self.stage.compile()
         self.labels = {name: split_labels(data[name], collator) for name in data}
         self.progress = Progress()
-        self.at_start = health.part_sums(model)
+        self.at_start = health.part_sums(model, args.embedding_learning_rate_factor == 0)
+        self.warned: set[str] = set()
         self.window = Window()
+        self.window_start = self.clock = 0.0
         self.identity = {
             "model": {
                 key: value
@@ -183,7 +187,7 @@ class Run:
             len(self.model.config.units), len(self.data["train"]), self.total_steps, len(self.order),
             self.placement.table(self.model.model.blocks, str(self.accelerator.device)),
         )  # fmt: skip
-        self.accelerator.init_trackers("hf_al", config=_flat(args.to_dict()))
+        trackers.start(self.accelerator, self.output_dir, args.to_dict(), progress.step + 1)
         self.model.train()
         with logging_redirect_tqdm(), StopSignals() as stop:
             self._train_steps(
@@ -196,7 +200,6 @@ class Run:
                 stop,
             )
         if stop.received:
-            self.accelerator.end_training()
             logger.warning(
                 "Stopped by %s after step %d of %d, with a checkpoint in %s. --resume_from_checkpoint last goes on.",
                 stop.received.name, progress.step, self.total_steps, self.output_dir,
@@ -205,14 +208,14 @@ class Run:
 
     def _train_steps(self, bar: tqdm, stop: StopSignals) -> None:
         args, progress = self.args, self.progress
-        clock = time.perf_counter()
+        self.window_start, self.clock = progress.seconds, time.perf_counter()
         for step, rows in self.order.steps(progress.step, self.total_steps):
             if self._stopped_early():
                 break
             parts = micro_batches(rows, args.gradient_accumulation_steps)
             losses, norms = self.stage.train_batch(self.data["train"], parts, step, args.seed)
             progress.step = step + 1
-            self.window.add(losses, norms)
+            self.window.add(losses, norms, len(rows))
             bar.update()
             last = progress.step == self.total_steps
             evaluate = self._due_evaluation(last)
@@ -221,16 +224,21 @@ class Run:
             if progress.step % args.logging_steps == 0 or evaluate or save:
                 bar.set_postfix(self._log())
             if evaluate or save:
-                progress.seconds += time.perf_counter() - clock
+                self._stop_clock()
                 save = (evaluate and self._evaluate()) or save
                 if save:
                     self._save()
-                clock = time.perf_counter()
+                self.clock = time.perf_counter()
             if stopping:
                 break
-        progress.seconds += time.perf_counter() - clock
+        self._stop_clock()
         bar.close()
         self.optimizers.release()
+
+    def _stop_clock(self) -> None:
+        """Adds the time since the clock was last started or stopped to the training time."""
+        now = time.perf_counter()
+        self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now
 
     def _stopped_early(self) -> bool:
         patience = self.args.early_stopping_patience
@@ -253,16 +261,24 @@ class Run:
         """
         if not self.window.rows:
             return {}
+        examples = self.window.examples
         try:
             values = self.window.means(self.progress.step)
         except FloatingPointError as error:
             kept = checkpoint.complete_checkpoints(self.output_dir)
             last = f"The last checkpoint is from before: {kept[-1]}." if kept else "There is no checkpoint yet."
             raise ValueError(f"{error} {last}") from None
+        self._stop_clock()  # after the values were read: that waited for the device
         rates = self.optimizers.learning_rates(self.progress.step - 1)
         same = len(set(rates.values())) == 1
         values |= {"learning_rate" if same else f"learning_rate/{k}": rate for k, rate in rates.items()}
-        row = {"step": self.progress.step, **values}
+        row = {
+            "step": self.progress.step,
+            **values,
+            "examples_per_second": examples / max(self.progress.seconds - self.window_start, 1e-9),
+            "peak_memory_mib": reporting.peak_memory_mib(self.accelerator.device),
+        }
+        self.window_start = self.progress.seconds
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.progress.step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
@@ -279,8 +295,10 @@ class Run:
         else:
             progress.evaluations_without_gain += 1
         self.optimizers.observe({int(row["block"]): row[self.metric] for row in exits})
-        progress.history.append({"step": progress.step, "validation": exits})
+        codes = self._check_codes()
+        progress.history.append({"step": progress.step, "validation": exits, "codes": codes})
         flat = {f"validation/{row['block']}/{n}": v for row in exits for n, v in row.items() if n != "block"}
+        flat |= {f"codes/{row['block']}/{n}": row[n] for row in codes for n in ("spread", "rank", "separation")}
         self.accelerator.log(flat, step=progress.step)
         shown = " ".join(f"{row[self.metric]:.4f}" for row in exits)
         logger.info(
@@ -288,6 +306,19 @@ class Run:
             progress.step / len(self.order), progress.step, self.metric, shown, " (best)" if better else "",
         )  # fmt: skip
         return better
+
+    def _check_codes(self) -> list[dict[str, Any]]:
+        """The health of the target codes now; says once of each block what is wrong."""
+        rows = health.code_health(self.model, torch.as_tensor(self.labels["validation"]))
+        self._warn(health.code_warnings(rows, self.model.config, self.args))
+        return rows
+
+    def _warn(self, messages: list[str]) -> None:
+        for message in messages:
+            what = message.split("(")[0]  # without the numbers, which change
+            if what not in self.warned:
+                self.warned.add(what)
+                logger.warning(message)
 
     def _save(self) -> None:
         path = checkpoint.checkpoint_path(self.output_dir, self.progress.step)
@@ -306,13 +337,14 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Loads the best checkpoint, reads test once, and writes model, tokenizer, arguments and report."""
         progress = self.progress
-        warnings = health.warnings(self.model, torch.as_tensor(self.labels["validation"]), self.at_start)
-        for message in warnings:
-            logger.warning(message)
+        codes = health.code_health(self.model, torch.as_tensor(self.labels["validation"]))
+        warnings = health.code_warnings(codes, self.model.config, self.args)
+        warnings += health.update_warnings(self.model, self.at_start)
+        self._warn(warnings)
         if progress.best_step is not None and progress.best_step != progress.step:
             best = checkpoint.checkpoint_path(self.output_dir, progress.best_step)
             checkpoint.load_checkpoint(best, self.stage.blocks, None)
-        report = self._report(warnings)
+        report = reporting.build_report(self, warnings)
         self.model.eval()
         with checkpoint.writing("the model", self.output_dir), export(self.output_dir) as aside:
             self.model.save_pretrained(aside)
@@ -322,67 +354,7 @@ class Run:
         logger.info("Saved to %s.", self.output_dir)
         return report
 
-    def _report(self, warnings: list[str]) -> dict[str, Any]:
-        config, progress = self.model.config, self.progress
-        results: dict[str, Any] = {}
-        for split in ("validation", "test"):
-            if split not in self.data:
-                continue
-            logits = self.stage.evaluate(self.data[split], self.args.per_device_eval_batch_size)
-            results[split] = exit_metrics(logits, self.labels[split], self.problem_type)
-            if self.problem_type == "single_label_classification":
-                last = logits[max(logits)]
-                results["confusion_matrix"] = reporting.confusion(last, self.labels[split], config.classes)
-        names = dict(self.model.named_parameters())
-        training_only = sum(p.numel() for n, p in names.items() if self.model.is_training_only(n))
-        rows = len(self.data["train"])
-        return {
-            "model_type": config.model_type,
-            "objective": config.objective,
-            "num_blocks": config.num_blocks,
-            "label_names": config.label_names,
-            "problem_type": self.problem_type,
-            "metric": self.metric,
-            "steps": progress.step,
-            "best_step": progress.best_step,
-            **results,
-            "parameters": {
-                "inference": sum(p.numel() for p in names.values()) - training_only,
-                "training_only": training_only,
-            },
-            "data": {
-                "name": self.args.dataset_name or Path(self.args.train_file or "given data").name,
-                "rows": {name: len(split) for name, split in self.data.items()},
-                "fingerprint": self.identity["data"],
-            },
-            "speed": {
-                "train_seconds": progress.seconds,
-                "examples_per_second": progress.step / len(self.order) * rows / max(progress.seconds, 1e-9),
-                "peak_memory_mib": peak_memory_mib(),
-            },
-            "code_health": health.code_health(self.model, torch.as_tensor(self.labels["validation"])),
-            "warnings": warnings,
-            "history": progress.history,
-            "placement": self.placement.table(self.model.model.blocks, str(self.accelerator.device)),
-            "machine": reporting.machine(),
-            "arguments": self.args.to_dict(),
-        }
-
 
 def split_labels(data: Dataset, collator: Collator) -> np.ndarray:
     """The labels of a split as the metrics and the health check want them: ids (N,), rows (N, C) or values (N,)."""
     return collator.labels(data.features["label"], data["label"]).numpy()
-
-
-def peak_memory_mib() -> float:
-    """Peak memory of the process (of the GPU, where there is one)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Trackers take flat mappings of plain values."""
-    flat = {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool))}
-    return flat | {f"model.{k}": str(v) for k, v in values["model"].items()}

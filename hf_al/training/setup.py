@@ -19,6 +19,7 @@ from ..data import tokenization
 from ..data.labels import label_names, problem_type_of
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..registration import MODEL_CLASSES
+from . import trackers
 from .arguments import TrainingArguments
 from .optim import make_optimizer, make_schedule
 from .parsing import check_model_keys
@@ -31,7 +32,7 @@ PER_BLOCK = (
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
-    "config.json", "checkpoints", "export.tmp", "report.json", "report.md", "training_config.yaml", "logs",
+    "config.json", "checkpoints", "export.tmp", "report.json", "report.md", "plots", "training_config.yaml", "logs",
     "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py", "lstm.py",
     "objectives.py",
 )  # fmt: skip
@@ -99,12 +100,11 @@ def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
 def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != ("bf16" if args.bf16 else "no"):
         AcceleratorState._reset_state()  # an earlier run in this process chose another precision
-    trackers = [] if args.report_to in ("none", "") else args.report_to.split(",")
     try:
         accelerator = Accelerator(
             cpu=args.use_cpu,
             mixed_precision="bf16" if args.bf16 else "no",
-            log_with=trackers or None,
+            log_with=trackers.chosen(args.report_to) or None,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
         )
     except (ValueError, ImportError) as error:

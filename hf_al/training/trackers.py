@@ -1,0 +1,133 @@
+"""The trackers of accelerate, by `report_to`: which are asked for, where they write, and what they are given.
+
+Without settings of their own they write on this machine: tensorboard, wandb and mlflow under output_dir/logs, trackio
+where it keeps all its projects (`TRACKIO_DIR`), because its dashboard compares the runs of one such folder.
+"""
+
+import contextlib
+import difflib
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+logger = logging.getLogger(__name__)
+
+KNOWN = [name for name in LoggerType.list() if name != "all"]
+PACKAGES = {"trackio": "trackio gradio_client", "comet_ml": "comet_ml", "mlflow": "mlflow"}  # others: as their tracker
+
+
+def chosen(report_to: str) -> list[str]:
+    """The trackers that `report_to` names, each once: comma-separated names, `all` (that are installed) or `none`.
+
+    Raises:
+        ValueError: an unknown name (with the nearest one), or a tracker that is not installed (with what to install).
+    """
+    installed = [str(name) for name in get_available_trackers()]
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    if names in ([], ["none"]):
+        return []
+    if names == ["all"]:
+        return installed
+    for name in names:
+        if name not in KNOWN:
+            near = difflib.get_close_matches(name, [*KNOWN, "all", "none"], 1, 0.5)
+            raise ValueError(
+                f"Expected report_to as none, all, or some of {', '.join(KNOWN)}, got {name!r}."
+                + (f" Did you mean {near[0]}?" if near else "")
+            )
+        if name not in installed:
+            raise ValueError(
+                f"Expected the tracker {name} to be installed, found none. "
+                f"Run pip install {PACKAGES.get(name, name)}, or leave it out of report_to."
+            )
+    return list(dict.fromkeys(names))
+
+
+def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], first_step: int) -> None:
+    """Starts the accelerator's trackers with the run's arguments.
+
+    Args:
+        accelerator: made with `log_with=chosen(...)`.
+        output_dir: its name becomes the name of the run.
+        config: the arguments; trackers get them flat, see `flat`.
+        first_step: the first step to come. After a resume, tensorboard hides what an interrupted run logged from there.
+
+    Raises:
+        ValueError: a tracker that cannot start, a server that does not answer, say.
+    """
+    names = [str(tracker) for tracker in accelerator.log_with]
+    logs = output_dir / "logs"
+    run_name = output_dir.resolve().name
+    options: dict[str, dict[str, Any]] = {"trackio": {"name": run_name}, "mlflow": {"run_name": run_name}}
+    if first_step > 1:
+        options["tensorboard"] = {"purge_step": first_step}
+    try:
+        if "wandb" in names:
+            logs.mkdir(exist_ok=True)
+            options["wandb"] = {"name": run_name, "dir": str(logs), **_wandb_mode()}
+        if "mlflow" in names:
+            logs.mkdir(exist_ok=True)
+            _choose_mlflow_store(output_dir)
+        with contextlib.redirect_stdout(sys.stderr):  # trackio prints, but standard output is for results
+            accelerator.init_trackers("hf_al", config=flat(config), init_kwargs=options)
+    except Exception as error:  # each tracker has exceptions of its own
+        hint = " WANDB_MODE=offline logs without a connection." if "wandb" in names else ""
+        raise ValueError(f"Could not start the trackers {', '.join(names)}: {error}{hint}") from error
+
+
+def finish(accelerator: Accelerator, output_dir: Path) -> None:
+    """Ends the trackers' runs, also those of a run that failed: otherwise the next one could not start."""
+    with contextlib.redirect_stdout(sys.stderr):
+        accelerator.end_training()
+    if "mlflow" in [tracker.name for tracker in accelerator.trackers]:
+        import mlflow
+
+        if mlflow.get_tracking_uri() == _mlflow_store(output_dir):
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the next run in this process has a store of its own
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Trackers take flat mappings of plain values: `model.num_blocks`, lists as text, None left out."""
+    nested = {f"model.{name}": value for name, value in config.get("model", {}).items()}
+    values = {name: value for name, value in config.items() if name != "model"} | nested
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in values.items()
+        if value is not None and value != ""
+    }
+
+
+def _wandb_mode() -> dict[str, str]:
+    """Offline where nobody is logged in: a run never waits for somebody to type a key."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return {}
+    import wandb
+
+    if wandb.login(prompt=False):
+        return {}
+    logger.info("No wandb key: logging offline. Later: wandb login, and wandb sync of the folder that it names.")
+    return {"mode": "offline"}
+
+
+def _mlflow_store(output_dir: Path) -> str:
+    """A sqlite file, as mlflow advises; files where only mlflow-skinny is installed, which has no database."""
+    logs = (output_dir / "logs").resolve()
+    if importlib.util.find_spec("sqlalchemy"):
+        return f"sqlite:///{logs / 'mlflow.db'}"
+    return (logs / "mlruns").as_uri()
+
+
+def _choose_mlflow_store(output_dir: Path) -> None:
+    """MLFLOW_TRACKING_URI, or what the caller of `train` has set; else the run's own store."""
+    import mlflow
+
+    if not mlflow.is_tracking_uri_set():
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow asks for this word before it writes files
+        mlflow.set_tracking_uri(_mlflow_store(output_dir))
