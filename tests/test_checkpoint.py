@@ -378,7 +378,7 @@ def test_a_run_writes_nothing_pickled(few_tweets, tmp_path):
     hf_al.train(args, few_tweets)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files if "checkpoints" in path.parts} == {".safetensors", ".json"}
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".yaml", ".py"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".yaml", ".py", ".png"}
     for path in files:
         assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x04", b"PK")), path
         if path.suffix == ".json":

@@ -172,6 +172,13 @@ def test_values_that_lie_close_together_are_not_taken_for_a_collapse(make_model)
     assert all(row["separation"] > 0.1 and row["closest"] is None for row in rows)
 
 
+def test_thousands_of_classes_are_looked_at_by_some_of_them(make_model):
+    model = make_model(num_labels=3000, num_blocks=1)
+    (row,) = health.code_health(model, torch.zeros(1, dtype=torch.long))
+    assert row["possible_rank"] == row["rank"] == 12
+    assert set(row["closest"]) <= set(model.config.label_names)
+
+
 def test_health_is_plain_json(make_model):
     rows = health.code_health(make_model(), LABELS)
     assert json.loads(json.dumps(rows)) == rows

@@ -29,7 +29,7 @@ COLLAPSED_SPREAD = 1e-2  # a live tanh code has 0.1 to 0.5
 SHARED_CODE = 0.05  # separation; live codes have 0.1 to 1, with 3 to 77 classes
 FAST_RATE = 0.03  # of the label side: at 0.03 codes of 77 classes live, at 0.3 many of them are the same
 SMALL_CODE = 16  # entries: with 16, codes of 77 classes have a separation of 0.2, with 4 of 0.02
-MOST_LABELS = 512  # distinct label sets or values that are compared, pair by pair
+MOST_LABELS = 512  # classes, label sets or values that are compared, pair by pair; of more, these many evenly spaced
 
 
 @torch.no_grad()
@@ -52,18 +52,15 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
     if objective.end_to_end or not objective.target_codes:
         return []
     single = model.config.resolved_problem_type == "single_label_classification"
-    if single:
-        labels = torch.arange(model.config.classes)
-    target_NV = torch.unique(first_target(labels.to(model.device), model.config), dim=0)
-    if len(target_NV) < 2:
+    labels = torch.arange(model.config.classes) if single else torch.unique(labels, dim=0)
+    if len(labels) < 2:
         return []
-    if single:
-        target_NV = first_target(labels.to(model.device), model.config)  # in the order of the names
-    elif len(target_NV) > MOST_LABELS:
-        target_NV = target_NV[torch.linspace(0, len(target_NV) - 1, MOST_LABELS).long()]
+    if len(labels) > MOST_LABELS:
+        labels = labels[torch.linspace(0, len(labels) - 1, MOST_LABELS).long()]
+    target_NV = first_target(labels.to(model.device), model.config)
     # entries of a layer_norm code sum to zero
     directions = model.config.target_size - (model.config.label_activation == "layer_norm")
-    possible = min(_rank(target_NV), directions)
+    possible = min(len(labels) - 1 if single else _rank(target_NV), directions)
     label_distances = torch.pdist(target_NV.double())
     first, second = torch.triu_indices(len(target_NV), len(target_NV), 1)  # the pairs in the order of pdist
     rows = []
@@ -83,7 +80,7 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
                 "rank": rank,
                 "possible_rank": possible,
                 "separation": separation,
-                "closest": [model.config.label_names[i[closest]] for i in (first, second)] if single else None,
+                "closest": [model.config.label_names[labels[i[closest]]] for i in (first, second)] if single else None,
                 "collapsed": collapsed,
                 "partly_collapsed": not collapsed and (rank < possible / 2 or separation < SHARED_CODE),
             }

@@ -78,19 +78,38 @@ def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], fi
         with contextlib.redirect_stdout(sys.stderr):  # trackio prints, but standard output is for results
             accelerator.init_trackers("hf_al", config=flat(config), init_kwargs=options)
     except Exception as error:  # each tracker has exceptions of its own
+        for tracker in accelerator.trackers:
+            with contextlib.suppress(Exception):  # those that had not started
+                tracker.finish()
+        accelerator.trackers.clear()
         hint = " WANDB_MODE=offline logs without a connection." if "wandb" in names else ""
         raise ValueError(f"Could not start the trackers {', '.join(names)}: {error}{hint}") from error
 
 
 def finish(accelerator: Accelerator, output_dir: Path) -> None:
     """Ends the trackers' runs, also those of a run that failed: otherwise the next one could not start."""
-    with contextlib.redirect_stdout(sys.stderr):
-        accelerator.end_training()
-    if "mlflow" in [tracker.name for tracker in accelerator.trackers]:
+    for tracker in accelerator.trackers:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                tracker.finish()
+                _forget(tracker.name, output_dir)
+        except Exception as error:  # the model is saved by now; a server that is gone must not make the run fail
+            logger.warning("The tracker %s did not finish: %s", tracker.name, error)
+    accelerator.trackers.clear()
+    accelerator.end_training()
+
+
+def _forget(name: str, output_dir: Path) -> None:
+    """Clears what a tracker's package keeps of the run in this process."""
+    if name == "trackio":
+        import trackio
+
+        trackio.finish()  # else it finishes the run again at exit, and prints
+    elif name == "mlflow":
         import mlflow
 
         if mlflow.get_tracking_uri() == _mlflow_store(output_dir):
-            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the next run in this process has a store of its own
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the next run has a store of its own
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
