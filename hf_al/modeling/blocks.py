@@ -85,6 +85,7 @@ class Embeddings(nn.Module):
         self.output_size = output_size or size
         self.projection = nn.Linear(size, self.output_size) if size != self.output_size else None
 
+    @torch.compiler.disable  # the sparse gradient of the rows cannot be compiled
     def forward(self, inputs: Inputs) -> Tensor:
         words = inputs["inputs_embeds"] if "inputs_embeds" in inputs else self.word_embeddings(inputs["input_ids"])
         if self.position_embeddings is not None:
