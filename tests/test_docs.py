@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -193,6 +194,11 @@ def run(line: str, monkeypatch) -> None:
     program, *argv = shlex.split(line)
     if program == "accelerate":  # test_accelerate_launch_runs_as_shown starts it for real
         program, argv = "python", argv[1:]
+    if program == "python" and "benchmarks" in argv[0]:
+        short = ["--rounds=1", "--networks=lstm", "--threads=1"]
+        done = subprocess.run([sys.executable, *argv, *short], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
     if program == "python":
         monkeypatch.setattr(sys, "argv", [*argv, *SHORT])
         runpy.run_path(argv[0], run_name="__main__")
@@ -213,6 +219,8 @@ def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, caps
     assert "error:" not in capsys.readouterr().err
     for folder in re.findall(r"--output_dir (\S+)", "\n".join(commands(page))):
         assert (room / folder / "report.md").is_file()
+    for results in room.glob("out/*.json"):
+        assert set(json.loads(results.read_text())) == {"machine", "rows", "ratios"}
     for answers in room.glob("*.jsonl"):
         assert len(answers.read_text(encoding="utf-8").splitlines()) == 60
     if page == "five_minutes":
