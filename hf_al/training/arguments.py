@@ -128,7 +128,9 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = _arg(None, "'last', or the folder of a checkpoint.")
     overwrite_output_dir: bool = _arg(False, "Empty an output_dir that holds an earlier run.")
     logging_steps: int = _arg(50, "Log losses every N optimizer steps.")
-    report_to: str = _arg("none", "Trackers, comma-separated: tensorboard, wandb, trackio, mlflow; none, all. Files in output_dir/logs.")
+    report_to: str = _arg(
+        "none", "Trackers, comma-separated: tensorboard, wandb, trackio, mlflow (output_dir/logs); none, all."
+    )
     disable_tqdm: bool = _arg(False, "No progress bar.")
     # --- machine
     seed: int = _arg(42, "Seed of weights, dropout and batch order.")
