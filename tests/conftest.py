@@ -1,6 +1,7 @@
 """Shared by all tests: no network, one cache for the run, small real text."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
 )
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it puts into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
