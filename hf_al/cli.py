@@ -232,9 +232,11 @@ def set_up_output(disable_tqdm: bool = False) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hf_al").setLevel(logging.INFO)
     from datasets import disable_progress_bars
+    from datasets.utils.logging import set_verbosity
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    set_verbosity(logging.CRITICAL)  # what goes wrong with a file is raised as well, and said once
     if disable_tqdm or not sys.stderr.isatty():
         disable_progress_bars()
 

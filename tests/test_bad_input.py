@@ -474,3 +474,10 @@ def test_a_learning_rate_that_is_too_high_ends_with_advice(place, shell):
         err.splitlines()[-1],
     )
     assert "Traceback" not in err
+
+
+def test_an_update_that_ruins_the_weights_is_named_at_the_evaluation_after_it(place, shell):
+    status, _, err = shell(f"{TRAIN} --train_file=train.csv --learning_rate=1e38 --max_steps=1")
+    assert status == 2
+    assert "hf-al train: error: After step 1: Expected finite target codes, got others in block 0." in err
+    assert "There is no checkpoint yet." in err

@@ -47,6 +47,9 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
         label can be told from another) and `partly_collapsed` (some hardly can: separation below 0.05, or rank below
         half of what is possible). Plain numbers and strings. Empty for objectives without
         target codes.
+
+    Raises:
+        FloatingPointError: a code that is not finite: the last update went wrong.
     """
     objective = OBJECTIVES[model.config.objective]
     if objective.end_to_end or not objective.target_codes:
@@ -66,6 +69,11 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
     rows = []
     for block in model.model.blocks:
         target_NV = block.encode_target(target_NV)
+        if not target_NV.isfinite().all():
+            raise FloatingPointError(
+                f"Expected finite target codes, got others in block {block.index}. Lower the learning rate, or clip: "
+                "--max_grad_norm 1."
+            )
         spread = target_NV.std(0, correction=0).square().mean().sqrt().item()
         distances = torch.pdist(target_NV.double()) / label_distances
         closest = int(distances.argmin())

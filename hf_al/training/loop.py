@@ -265,9 +265,7 @@ class Run:
         try:
             values = self.window.means(self.progress.step)
         except FloatingPointError as error:
-            kept = checkpoint.complete_checkpoints(self.output_dir)
-            last = f"The last checkpoint is from before: {kept[-1]}." if kept else "There is no checkpoint yet."
-            raise ValueError(f"{error} {last}") from None
+            raise self._not_finite(error) from None
         self._stop_clock()  # after the values were read: that waited for the device
         rates = self.optimizers.learning_rates(self.progress.step - 1)
         same = len(set(rates.values())) == 1
@@ -307,9 +305,17 @@ class Run:
         )  # fmt: skip
         return better
 
+    def _not_finite(self, error: FloatingPointError | str) -> ValueError:
+        kept = checkpoint.complete_checkpoints(self.output_dir)
+        last = f"The last checkpoint is from before: {kept[-1]}." if kept else "There is no checkpoint yet."
+        return ValueError(f"{error} {last}")
+
     def _check_codes(self) -> list[dict[str, Any]]:
         """The health of the target codes now; says once of each block what is wrong."""
-        rows = health.code_health(self.model, torch.as_tensor(self.labels["validation"]))
+        try:
+            rows = health.code_health(self.model, torch.as_tensor(self.labels["validation"]))
+        except FloatingPointError as error:
+            raise self._not_finite(f"After step {self.progress.step}: {error}") from None
         self._warn(health.code_warnings(rows, self.model.config, self.args))
         return rows
 
