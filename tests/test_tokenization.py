@@ -304,3 +304,12 @@ def test_the_glove_package_has_rows_for_most_words_of_tweets(few_tweets):
     assert len(known) > 0.8 * len(tokenizer)
     for word in known[:50]:
         assert np.array_equal(rows[tokenizer.get_vocab()[word]], vectors[index[word]]), word
+
+
+def test_the_saved_tokenizer_does_not_tell_whether_the_cache_had_the_tokens(few_tweets, tmp_path):
+    args = hf_al.TrainingArguments(output_dir="unused", max_seq_length=23)
+    for name in ("first", "again"):
+        tokenizer = tokenization.build_tokenizer(args, few_tweets["train"])
+        tokenization.tokenize(few_tweets, tokenizer, args)
+        tokenizer.save_pretrained(tmp_path / name)
+    assert (tmp_path / "first/tokenizer.json").read_bytes() == (tmp_path / "again/tokenizer.json").read_bytes()

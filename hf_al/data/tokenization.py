@@ -197,9 +197,12 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
 
     extra = [c for c in next(iter(data.values())).column_names if c != "label"]
     with writing_cache():
-        return data.map(
+        tokens = data.map(
             encode, batched=True, remove_columns=extra, num_proc=args.preprocessing_num_workers, desc="Tokenizing"
         )
+    if tokenizer.is_fast:  # `encode` leaves its limit there, but only where the cache had nothing
+        tokenizer.backend_tokenizer.no_truncation()
+    return tokens
 
 
 def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
