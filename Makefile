@@ -26,10 +26,10 @@ quickstart: .venv/quickstart
 	$(BIN)/python recipes/quickstart.py --output_dir out/quickstart
 
 test: .venv/all
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-fast: .venv/all
-	$(BIN)/python -m pytest -m "not slow and not medium" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not medium" -n 2 --dist worksteal
 
 test-slow: .venv/all
 	$(BIN)/python -m pytest -m slow

@@ -24,6 +24,7 @@ import torch
 from datasets import DatasetDict
 
 import hf_al
+from hf_al import plots
 from hf_al.cli import main
 from hf_al.data import sources
 from hf_al.modeling import objectives
@@ -38,6 +39,24 @@ def _one_thread():
     """Small tensors are faster on one thread, and rounding is the same for all tests."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+class Sketch:
+    """In the place of a figure: a file where the plot would be."""
+
+    def savefig(self, path: Path) -> None:
+        path.write_bytes(b"a plot")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sketches(request):
+    """Drawing is most of a short run: only the tests of what is drawn draw."""
+    if request.module.__name__ == "test_report":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "PLOTS", {"losses": lambda report: Sketch()})
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,7 @@ def test_help_waits_for_no_large_package(program, command):
     assert done.stdout.startswith(f"usage: {' '.join(['hf-al', command]).strip()} ")
 
 
+@pytest.mark.medium
 def test_every_public_name_is_there_in_the_command_line_too():
     """Which imports the package without the models at first."""
     code = (
@@ -85,6 +86,7 @@ def test_every_public_name_is_there_in_the_command_line_too():
     assert set(hf_al.__all__) <= set(dir(hf_al)) | set(hf_al._LAZY)
 
 
+@pytest.mark.medium
 def test_importing_the_package_registers_the_models():
     code = "import hf_al; from transformers import AutoConfig; print(AutoConfig.for_model('al_transformer').model_type)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

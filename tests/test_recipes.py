@@ -11,9 +11,11 @@ import yaml
 
 import hf_al
 from hf_al.training.parsing import parse_arguments
+from hf_al.training.setup import check_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 YAMLS = sorted(RECIPES.glob("*.yaml"))
+ONE_EACH = [RECIPES / f"tweets_{kind}.yaml" for kind in ("lstm", "transformer")]
 SHORT = [
     "--max_steps=3", "--max_train_samples=200", "--max_eval_samples=60", "--max_predict_samples=60", "--threads=1",
     "--use_cpu",
@@ -40,6 +42,7 @@ def data_flags(few_tweets, tmp_path_factory):
     return lambda path: [] if path.stem.startswith("tweets") else files
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_a_recipe_trains_three_steps(path, data_flags, tmp_path):
     result = hf_al.train(parse_arguments([f"--config={path}", f"--output_dir={tmp_path}", *SHORT, *data_flags(path)]))
@@ -50,11 +53,17 @@ def test_a_recipe_trains_three_steps(path, data_flags, tmp_path):
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("objective", ["backprop"])
-def test_a_recipe_trains_its_backpropagation_twin(objective, path, data_flags, tmp_path):
-    argv = [f"--config={path}", f"--output_dir={tmp_path}", *SHORT, f"--objective={objective}", "--num_blocks=2"]
-    result = hf_al.train(parse_arguments([*argv, *data_flags(path)]))
-    assert result.model.config.objective == objective
+def test_a_recipe_takes_backpropagation_and_another_depth(path):
+    args = parse_arguments([f"--config={path}", "--output_dir=out", "--objective=backprop", "--num_blocks=2"])
+    check_model(args)
+    assert (args.model["objective"], args.model["num_blocks"]) == ("backprop", 2)
+
+
+@pytest.mark.parametrize("path", ONE_EACH, ids=lambda path: path.stem)
+def test_a_recipe_trains_its_backpropagation_twin(path, tmp_path):
+    argv = [f"--config={path}", f"--output_dir={tmp_path}", *SHORT, "--objective=backprop", "--num_blocks=2"]
+    result = hf_al.train(parse_arguments(argv))
+    assert result.model.config.objective == "backprop"
     assert result.model.config.num_blocks == 2
 
 
@@ -100,7 +109,7 @@ def test_the_quickstart_compares_three_models_and_classifies_sentences(tmp_path)
         assert words in done.stdout + done.stderr, words
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ONE_EACH, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
     ("labels", "problem_type"),
     [

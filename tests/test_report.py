@@ -18,6 +18,8 @@ from hf_al import plots, report
 from hf_al.parallel.stage import Stage
 from hf_al.training import checkpoint
 
+pytestmark = pytest.mark.medium  # they draw
+
 ALL = ["losses", "validation", "gradients", "codes", "speed", "memory", "confusion"]
 
 
