@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import shtab
 
+from .parallel.launch import is_launched, launch, said_once, speaks
 from .training.parsing import FlagParser, add_training_flags, reader, resolve
 from .training.values import nearest
 
@@ -40,15 +41,20 @@ def _train_flags(parser: FlagParser) -> None:
 
 
 def _train(flags: Namespace) -> None:
-    args = resolve(vars(flags))
+    args = said_once(lambda: resolve(vars(flags)))
     if flags.print_config:
         print(args.to_yaml(), end="")
+        return
+    if args.stages > 1 and not is_launched():
+        launch(args.to_yaml(), args.stages, args.use_cpu)
         return
     set_up_output(args.disable_tqdm)
     from .report import table
     from .training.loop import train
 
     report = train(args).report
+    if not speaks():
+        return
     split = "test" if "test" in report else "validation"
     print(f"{split} metrics by exit ({args.output_dir}/report.md has the rest):\n{table(report[split])}")
 
@@ -200,6 +206,8 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
+        if not speaks():
+            sys.exit(130)
         _stop(f"{program}: interrupted.", stop, 130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout.fileno()):

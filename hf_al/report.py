@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from . import evaluation
-from .training import health
-from .training.checkpoint import write_atomically
+from .training.atomic import write_atomically
 
 if TYPE_CHECKING:
-    from .training.loop import Run
+    from .modeling.modeling_al import ALForSequenceClassification
+    from .training.plan import Plan
+    from .training.progress import Progress
 
 MOST_ROWS = 20  # classes whose confusion matrix is also a table
 
@@ -43,30 +43,34 @@ def machine() -> dict[str, Any]:
     }
 
 
-def build_report(run: "Run", warnings: list[str]) -> dict[str, Any]:
-    """Everything about a run whose best weights are loaded, as plain json values; evaluates validation and test."""
-    config, progress, device = run.model.config, run.progress, run.accelerator.device
-    results: dict[str, Any] = {}
-    for split in ("validation", "test"):
-        if split not in run.data:
-            continue
-        logits = run.stage.evaluate(run.data[split], run.args.per_device_eval_batch_size)
-        results[split] = evaluation.exit_metrics(logits, run.labels[split], run.problem_type)
-        if run.problem_type == "single_label_classification":
-            predicted = logits[max(logits)].argmax(1)
-            results["confusion_matrix"] = evaluation.confusion_matrix(
-                predicted, run.labels[split], config.classes
-            ).tolist()
-    names = dict(run.model.named_parameters())
-    training_only = sum(p.numel() for n, p in names.items() if run.model.is_training_only(n))
-    examples = progress.step / len(run.order) * len(run.data["train"])
+def build_report(
+    plan: "Plan",
+    progress: "Progress",
+    model: "ALForSequenceClassification",
+    device: torch.device,
+    results: dict[str, Any],
+    warnings: list[str],
+) -> dict[str, Any]:
+    """Everything about a run, as plain json values.
+
+    Args:
+        plan, progress: the run, and how far it came.
+        model: the chosen one, whole.
+        device: of the main process.
+        results: what was measured on it: `validation`, `test`, `confusion_matrix`, `code_health`.
+        warnings: what the reader should know.
+    """
+    config, args = model.config, plan.args
+    names = dict(model.named_parameters())
+    training_only = sum(p.numel() for n, p in names.items() if model.is_training_only(n))
+    examples = progress.step / len(plan.order) * len(plan.data["train"])
     report = {
         "model_type": config.model_type,
         "objective": config.objective,
         "num_blocks": config.num_blocks,
         "label_names": config.label_names,
-        "problem_type": run.problem_type,
-        "metric": run.metric,
+        "problem_type": plan.problem_type,
+        "metric": plan.metric,
         "steps": progress.step,
         "best_step": progress.best_step,
         **results,
@@ -75,9 +79,9 @@ def build_report(run: "Run", warnings: list[str]) -> dict[str, Any]:
             "training_only": training_only,
         },
         "data": {
-            "name": run.args.dataset_name or Path(run.args.train_file or "given data").name,
-            "rows": {name: len(split) for name, split in run.data.items()},
-            "fingerprint": run.identity["data"],
+            "name": args.dataset_name or Path(args.train_file or "given data").name,
+            "rows": {name: len(split) for name, split in plan.data.items()},
+            "fingerprint": plan.identity["data"],
         },
         "speed": {
             "train_seconds": progress.seconds,
@@ -86,12 +90,11 @@ def build_report(run: "Run", warnings: list[str]) -> dict[str, Any]:
             "peak_memory_of": "allocated on the GPU" if device.type == "cuda" else "process",
             "peak_process_memory_mib": peak_memory_mib(),
         },
-        "code_health": health.code_health(run.model, torch.as_tensor(run.labels["validation"])),
         "warnings": warnings,
         "history": progress.history,
-        "placement": run.placement.table(run.model.model.blocks, str(device)),
+        "placement": plan.placement.table(model.model.blocks),
         "machine": machine(),
-        "arguments": run.args.to_dict(),
+        "arguments": args.to_dict(),
     }
     return _without_nan(report)
 

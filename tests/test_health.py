@@ -297,14 +297,14 @@ def test_a_run_whose_label_side_never_moves_says_so(few_tweets, tmp_path):
 
 
 def test_a_run_with_a_frozen_part_says_so(few_tweets, tmp_path, monkeypatch):
-    build = hf_al.training.loop.build_model
+    build = hf_al.training.setup.build_model
 
     def build_frozen(*args):
         model = build(*args)
         model.model.blocks[1].bridge.requires_grad_(False)
         return model
 
-    monkeypatch.setattr(hf_al.training.loop, "build_model", build_frozen)
+    monkeypatch.setattr(hf_al.training.setup, "build_model", build_frozen)
     report = hf_al.train(arguments(tmp_path), few_tweets).report
     assert [message.split(":")[0] for message in report["warnings"]] == ["Nothing updated bridge of block 1"]
 

@@ -305,10 +305,19 @@ def test_fp16_is_refused_with_the_reason(tmp_path):
         arguments(tmp_path, fp16=True)
 
 
-def test_two_processes_are_refused(few_tweets, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="Expected one process, got 2"):
-        hf_al.train(arguments(tmp_path), few_tweets)
+@pytest.mark.parametrize(
+    ("world", "stages", "message"),
+    [
+        ("2", 1, "Expected one process, got 2: .* Pass --stages 2, or launch with --num_processes 1."),
+        ("2", 3, "Expected 3 processes, one a stage, got 2. .* hf-al train --stages 3"),
+        ("1", 2, "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1"),
+    ],
+)
+def test_another_number_of_processes_than_stages_is_refused(world, stages, message, few_tweets, tmp_path, monkeypatch):
+    """Also where a launcher started one process without a word, as `accelerate launch --cpu` does."""
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=message):
+        hf_al.train(arguments(tmp_path, stages=stages), few_tweets)
 
 
 def test_a_folder_with_files_is_not_overwritten_unless_asked(few_tweets, tmp_path):

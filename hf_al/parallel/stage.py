@@ -1,9 +1,11 @@
 """One stage: receive a boundary, take the local steps of its units, send the boundary on.
 
 With one stage, what it receives is the data and what it sends is dropped: the sequential run is this special case.
+The stage never asks how many there are; its transport knows.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from ..modeling.objectives import Boundary, unstandardise
 from ..training.local_step import forward_unit
 from ..training.optim import BlockOptimizers
 from .placement import Placement
+from .schema import Message
+from .transport import Alone
 
 
 class Stage:
@@ -30,6 +34,8 @@ class Stage:
         accelerator: device, mixed precision and backward.
         collator: rows -> tensors.
         optimizers: None for a stage that only evaluates.
+        transport: to the stages before and after.
+        wire: what float32 tensors are rounded to between units in training.
     """
 
     def __init__(
@@ -40,20 +46,59 @@ class Stage:
         accelerator: Accelerator,
         collator: Collator,
         optimizers: BlockOptimizers | None = None,
+        transport: Alone | None = None,
+        wire: torch.dtype = torch.float32,
     ):
         self.model, self.accelerator, self.collator, self.optimizers = model, accelerator, collator, optimizers
+        self.transport, self.wire = transport or Alone(), wire
         self.units = placement.units(number)
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
+        self.transport.agree("train", self._throw_away, wire)
+        self.transport.agree("evaluate", self._throw_away_evaluation, torch.float32)
 
     def compile(self) -> None:
         """torch.compile for the encoder of every block, for training steps: evaluation stays as a reloaded model's."""
         for block in self.blocks.values():
             block.encode.compile(dynamic=True)
 
-    def receive(self, labels: Tensor | None) -> Boundary:
-        """What the stage before sends; for the first stage, the beginning."""
-        assert 0 in self.blocks, "a later stage receives over a transport"
-        return self.model.model.initial_boundary(labels)
+    # --- what leaves the stage, by name, type and shape: found on a throw-away batch
+
+    @torch.no_grad()
+    def _throw_away(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
+        inputs = self._throw_away_inputs(rows, tokens)
+        boundary = self._start(inputs["labels"]) if boundary is None else boundary
+        for unit in self.units:
+            boundary, _, _ = self._forward(unit, boundary, inputs, (0, 0, 0, 0))
+        return boundary
+
+    @torch.no_grad()
+    def _throw_away_evaluation(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
+        inputs, boundary = self._throw_away_inputs(rows, tokens), boundary or {}
+        with self.accelerator.autocast():
+            for block in self.blocks.values():
+                boundary = block.advance(boundary, inputs)
+        return boundary
+
+    def _throw_away_inputs(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        config, ids = self.model.config, torch.zeros(rows, tokens, dtype=torch.long, device=self.accelerator.device)
+        single = config.resolved_problem_type == "single_label_classification"
+        labels = ids[:, 0] if single else torch.zeros(rows, config.classes, device=ids.device)
+        return self.model.model.prepare_inputs(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+
+    # --- training
+
+    def expect_training(self, lengths: np.ndarray, steps: Iterable[tuple[int, list[np.ndarray]]]) -> None:
+        """The steps to come until the next evaluation, each with its micro-batches."""
+        self.transport.expect(
+            self._message("train", step, micro_batch, lengths[rows])
+            for step, parts in steps
+            for micro_batch, rows in enumerate(parts)
+        )
+
+    def _message(self, kind: str, step: int, micro_batch: int, lengths: np.ndarray) -> Message:
+        """As the collator pads, and `prepare_inputs` cuts."""
+        tokens = min(max(1, int(lengths.max())), self.model.config.max_position_embeddings)
+        return Message(kind, step, micro_batch, len(lengths), tokens)
 
     def train_batch(
         self, data: Dataset, parts: Iterable[np.ndarray], step: int, seed: int
@@ -70,11 +115,12 @@ class Stage:
         for micro_batch, rows in enumerate(parts):
             weight = len(rows) / examples
             inputs = self._inputs(data, rows)
-            boundary = self.receive(inputs["labels"])
+            message = Message("train", step, micro_batch, *inputs["attention_mask"].shape)
+            boundary = self.transport.receive(message, partial(self._start, inputs["labels"]))
             for unit in self.units:
-                blocks = [self.blocks[k] for k in unit]
-                key = (seed, step, micro_batch, 0)
-                boundary, loss, named = forward_unit(blocks, boundary, inputs, self.accelerator, key)
+                boundary, loss, named = self._forward(unit, boundary, inputs, (seed, step, micro_batch, 0))
+                if unit is self.units[-1]:
+                    self.transport.send(message, boundary)  # from before this batch's update
                 self.accelerator.backward(loss * weight)
                 mean = losses.setdefault(unit[-1], {})
                 for name, value in named.items():
@@ -90,18 +136,31 @@ class Stage:
         self.model.eval()
         exits = [k for k in self.model.config.exits() if k in self.blocks]
         logits = {k: np.zeros((len(data), self.model.config.classes), np.float32) for k in exits}
-        batches = evaluation_batches(token_lengths(data), batch_size)
-        for rows in tqdm(batches, desc="Evaluating", disable=not show_progress):
+        lengths = token_lengths(data)
+        batches = evaluation_batches(lengths, batch_size)
+        messages = [self._message("evaluate", 0, i, lengths[rows]) for i, rows in enumerate(batches)]
+        self.transport.expect(messages)
+        for message, rows in zip(messages, tqdm(batches, desc="Evaluating", disable=not show_progress), strict=True):
             inputs = self._inputs(data, rows)
-            boundary = self.receive(None)
+            boundary = self.transport.receive(message, dict)
             with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 for k, block in self.blocks.items():
                     boundary = block.advance(boundary, inputs)
+                    if k == max(self.blocks):
+                        self.transport.send(message, boundary)
                     if k in logits:
                         exit_NC = unstandardise(block.exit(boundary, inputs), self.model.config)
                         logits[k][rows] = exit_NC.float().cpu().numpy()
         self.model.train(was_training)
         return logits
+
+    def _start(self, labels: Tensor) -> Boundary:
+        return self.model.model.initial_boundary(labels)
+
+    def _forward(
+        self, unit: range, boundary: Boundary, inputs: dict[str, Tensor], key: tuple[int, int, int, int]
+    ) -> tuple[Boundary, Tensor, dict[str, Tensor]]:
+        return forward_unit([self.blocks[k] for k in unit], boundary, inputs, self.accelerator, key, self.wire)
 
     def _inputs(self, data: Dataset, rows: np.ndarray) -> dict[str, Tensor]:
         batch = {name: t.to(self.accelerator.device) for name, t in self.collator(data, rows).items()}

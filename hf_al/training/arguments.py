@@ -133,6 +133,9 @@ class TrainingArguments:
     )
     disable_tqdm: bool = _arg(False, "No progress bar.")
     # --- machine
+    stages: int = _arg(1, "Processes that the blocks are split over; more than 1 are started here, or by a launcher.")
+    wire_dtype: str = _arg("float32", "What blocks send each other in training is rounded to: float32 or bf16.")
+    ddp_timeout: int = _arg(1800, "Seconds that another process may keep silent.")
     seed: int = _arg(42, "Seed of weights, dropout and batch order.")
     threads: int | None = _arg(None, "CPU threads of a process; default: cores // processes on this machine.")
     bf16: bool = _arg(False, "Forward passes in bfloat16 (autocast).")
@@ -164,7 +167,7 @@ class TrainingArguments:
             "learning_rate adam_epsilon num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
             "gradient_accumulation_steps logging_steps max_seq_length tokenizer_vocab_size save_total_limit "
             "min_frequency threads eval_steps save_steps early_stopping_patience max_train_samples max_eval_samples "
-            "max_predict_samples target_learning_rate_factor preprocessing_num_workers"
+            "max_predict_samples target_learning_rate_factor preprocessing_num_workers stages ddp_timeout"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -191,6 +194,7 @@ class TrainingArguments:
             "embedding_optimizer": ("same", "sparse_adam"),
             "lr_scheduler_type": SCHEDULES,
             "eval_strategy": ("epoch", "steps", "no"),
+            "wire_dtype": ("float32", "bf16"),
             "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
         }
         for name, allowed in choices.items():

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..loading import difference, read_header
+from ..parallel.transport import Alone
 from .atomic import disk_error, fsync, removed_if_broken
 from .atomic import write_atomically as write_atomically
 from .optim import BlockOptimizers
@@ -47,16 +48,24 @@ def _own_sha256(manifest: dict[str, Any]) -> str:
 
 
 def save_checkpoint(
-    path: Path, blocks: dict[int, nn.Module], optimizers: BlockOptimizers, manifest: dict[str, Any]
-) -> None:
-    """Writes weights and optimizer state of `blocks`, then the manifest, then gives the folder its name.
+    path: Path,
+    blocks: dict[int, nn.Module],
+    optimizers: BlockOptimizers,
+    manifest: dict[str, Any],
+    transport: Alone | None = None,
+) -> bool:
+    """Writes weights and optimizer state of `blocks`; the last stage then the manifest, and gives the folder its name.
+
+    Every stage writes into the folder that the first one makes; what it wrote goes forward. Returns whether this stage
+    was the last, so that the checkpoint is there.
 
     Raises:
         OSError: a disk that is full or refuses, also as an exception of the library that writes; nothing is left of
             what was begun.
     """
-    clear_leftovers(path.parent)
-    with removed_if_broken(path.with_name(f"tmp-{path.name}")) as aside:
+    transport = transport or Alone()
+    written: list[dict[str, Any]] | None
+    with _folder(path.with_name(f"tmp-{path.name}"), transport) as aside:
         files = {}
         for k, block in blocks.items():
             tensors = {WEIGHT + name: tensor for name, tensor in block.state_dict().items()}
@@ -65,6 +74,10 @@ def save_checkpoint(
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, file)
             fsync(file)
             files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        written = transport.pass_on([files])
+        if written is None:
+            return False
+        files = {name: file for of_stage in written for name, file in of_stage.items()}
         whole = json.loads(json.dumps({**manifest, "files": files}))  # as it will be read: keys are strings
         write_atomically(aside / MANIFEST, json.dumps({**whole, "sha256": _own_sha256(whole)}, indent=1))
         fsync(aside)
@@ -76,6 +89,21 @@ def save_checkpoint(
     fsync(path.parent)
     if replaced.exists():
         _remove(replaced)
+    return True
+
+
+@contextmanager
+def _folder(aside: Path, transport: Alone) -> Iterator[Path]:
+    """The folder that all stages write into: the first one makes it, empty, and then tells the others."""
+    try:
+        if transport.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        transport.pass_on([])
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -220,10 +248,11 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Deletes what an interrupted write or deletion left."""
+def clear_leftovers(folder: Path, step: int | None = None) -> None:
+    """Deletes what an interrupted write or deletion left; of later steps than `step`, the first stage is at it now."""
     for leftover in folder.glob("tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if step is None or leftover.name <= f"tmp-checkpoint-{step:08d}.old":
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None = None) -> None:
@@ -236,7 +265,7 @@ def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None 
         step: the run's present step. Later checkpoints are of a run that went another way, before it was resumed from
             an earlier step: they go first, or `last` would find them.
     """
-    clear_leftovers(output_dir / "checkpoints")
+    clear_leftovers(output_dir / "checkpoints", step)
     spared = [path for path in complete_checkpoints(output_dir) if path.suffix != ".old"]
     if step is not None:
         spared = [path for path in spared if path <= checkpoint_path(output_dir, step)]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES, first_target
+from ..parallel.transport import Alone
 from .arguments import TrainingArguments
 from .optim import of_block
 
@@ -33,13 +34,16 @@ MOST_LABELS = 512  # classes, label sets or values that are compared, pair by pa
 
 
 @torch.no_grad()
-def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict[str, Any]]:
-    """For each block with a target code: how much of the label t_k still tells.
+def code_health(
+    model: ALForSequenceClassification, labels: Tensor, transport: Alone | None = None
+) -> list[dict[str, Any]]:
+    """For each block with a target code that this process holds: how much of the label t_k still tells.
 
     Args:
         model: the classifier.
         labels: multi-hot rows (N, C) or values (N,), of the validation split, say; with single labels all classes are
             looked at instead.
+        transport: to the stages before and after, over which the codes travel.
 
     Returns:
         For each block: `spread`, `rank`, `possible_rank` (of the labels themselves, and what V entries allow),
@@ -60,14 +64,18 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
         return []
     if len(labels) > MOST_LABELS:
         labels = labels[torch.linspace(0, len(labels) - 1, MOST_LABELS).long()]
-    target_NV = first_target(labels.to(model.device), model.config)
+    transport = transport or Alone()
+    blocks = here(model)
+    received = transport.take()
+    first_NC = first_target(labels.to(next(blocks[0].parameters()).device), model.config)
+    target_NV = received.get("target", first_NC)
     # entries of a layer_norm code sum to zero
     directions = model.config.target_size - (model.config.label_activation == "layer_norm")
-    possible = min(len(labels) - 1 if single else _rank(target_NV), directions)
+    possible = min(len(labels) - 1 if single else _rank(first_NC), directions)
     label_distances = torch.pdist(target_NV.double())
     first, second = torch.triu_indices(len(target_NV), len(target_NV), 1)  # the pairs in the order of pdist
     rows = []
-    for block in model.model.blocks:
+    for block in blocks:
         target_NV = block.encode_target(target_NV)
         if not target_NV.isfinite().all():
             raise FloatingPointError(
@@ -93,7 +101,13 @@ def code_health(model: ALForSequenceClassification, labels: Tensor) -> list[dict
                 "partly_collapsed": not collapsed and (rank < possible / 2 or separation < SHARED_CODE),
             }
         )
+    transport.give({"target": target_NV})
     return rows
+
+
+def here(model: ALForSequenceClassification) -> list[Any]:
+    """The blocks whose weights this process holds."""
+    return [block for block in model.model.blocks if not next(block.parameters()).is_meta]
 
 
 def _rank(rows_NV: Tensor) -> int:
@@ -107,14 +121,14 @@ def part_sums(model: ALForSequenceClassification, frozen_embeddings: bool = Fals
     With `frozen_embeddings`, a part that is nothing but embedding rows has none.
     """
     sums: dict[str, tuple[float, float]] = {}
-    for k, block in enumerate(model.model.blocks):
+    for block in here(model):
         for part in ("encode", "bridge", "encode_target", "decode_target"):
             named = dict(getattr(block, part).named_parameters()) if getattr(block, part) is not None else {}
             if frozen_embeddings and all("word_embeddings" in name for name in named):
                 continue
             if named:
                 values = [p.double() for p in named.values()]
-                sums[f"{k}.{part}"] = (
+                sums[f"{block.index}.{part}"] = (
                     sum(v.sum().item() for v in values),
                     sum(v.square().sum().item() for v in values),
                 )

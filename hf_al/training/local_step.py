@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..modeling.blocks import ALBlock, Inputs, run_block
 from ..modeling.objectives import Boundary, Losses, cut
+from ..parallel.schema import round_to_wire
 
 
 @contextmanager
@@ -36,7 +37,12 @@ def block_randomness(
 
 
 def forward_unit(
-    blocks: list[ALBlock], boundary: Boundary, inputs: Inputs, accelerator: Accelerator, key: tuple[int, int, int, int]
+    blocks: list[ALBlock],
+    boundary: Boundary,
+    inputs: Inputs,
+    accelerator: Accelerator,
+    key: tuple[int, int, int, int],
+    wire: torch.dtype = torch.float32,
 ) -> tuple[Boundary, Tensor, Losses]:
     """Forward of one unit on one micro-batch.
 
@@ -46,6 +52,7 @@ def forward_unit(
         inputs: what every block knows of the micro-batch.
         accelerator: for mixed precision.
         key: (run seed, optimizer step, micro-batch, replica).
+        wire: what float32 tensors are rounded to between units, whether or not the next one is in another process.
 
     Returns:
         The boundary for the next unit, cut, with values from before this batch's update; the unit's loss, attached;
@@ -59,4 +66,4 @@ def forward_unit(
             accelerator.autocast(),
         ):
             boundary, losses = run_block(block, boundary, inputs)
-    return cut(boundary), torch.stack(list(losses.values())).sum(), cut(losses)
+    return round_to_wire(cut(boundary), wire), torch.stack(list(losses.values())).sum(), cut(losses)

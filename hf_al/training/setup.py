@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
-from datasets import Dataset
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from ..data import tokenization
+from ..data import sources, tokenization
 from ..data.labels import label_names, problem_type_of
+from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
+from ..modeling.objectives import OBJECTIVES
+from ..parallel.placement import Placement, place
 from ..registration import MODEL_CLASSES
 from . import trackers
 from .arguments import TrainingArguments
+from .checkpoint import clear_leftovers
 from .optim import make_optimizer, make_schedule
 from .parsing import check_model_keys
 
@@ -36,6 +41,14 @@ RUN_FILES = (
     "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py", "lstm.py",
     "objectives.py",
 )  # fmt: skip
+
+
+def check_arguments(args: TrainingArguments, look: bool = True) -> None:
+    """Refuses what cannot work before any data is read; with `look` also an output folder that cannot be used."""
+    check_model(args)
+    trackers.chosen(args.report_to)
+    if look:
+        check_output_dir(args)
 
 
 def check_model(args: TrainingArguments) -> None:
@@ -87,6 +100,7 @@ def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
     """Makes the folder; empties it of an earlier run where the arguments say so, its config.json first."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder / "checkpoints")
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
             for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -97,7 +111,13 @@ def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
         ) from None
 
 
-def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
+def make_accelerator(args: TrainingArguments) -> Accelerator:
+    """The accelerator of this process, and the process group of the launch.
+
+    Raises:
+        ValueError: another number of processes than `args.stages`, with the command that starts as many.
+    """
+    _check_world(args, int(os.environ.get("WORLD_SIZE", 1)))
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != ("bf16" if args.bf16 else "no"):
         AcceleratorState._reset_state()  # an earlier run in this process chose another precision
     try:
@@ -105,18 +125,37 @@ def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
             cpu=args.use_cpu,
             mixed_precision="bf16" if args.bf16 else "no",
             log_with=trackers.chosen(args.report_to) or None,
-            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"Could not start accelerate: {error}") from error
     accelerator.gradient_accumulation_steps = 1  # micro-batches are weighted by their examples here, in stage.py
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != 1 or accelerator.num_processes != 1:
-        raise ValueError(
-            f"Expected one process, got {max(world, accelerator.num_processes)}: this version trains all blocks in "
-            "one. Launch with accelerate launch --num_processes 1."
-        )
+    _check_world(args, accelerator.num_processes)
     return accelerator
+
+
+def _check_world(args: TrainingArguments, processes: int) -> None:
+    if processes == args.stages:
+        return
+    if args.stages == 1:
+        raise ValueError(
+            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. Pass "
+            f"--stages {processes}, or launch with --num_processes 1."
+        )
+    raise ValueError(
+        f"Expected {args.stages} processes, one a stage, got {processes}. On one machine: hf-al train --stages "
+        f"{args.stages} ..., or {launch_command(args)}"
+    )
+
+
+def launch_command(args: TrainingArguments) -> str:
+    """What starts `args.stages` processes on this machine."""
+    on_cpu = "ACCELERATE_USE_CPU=1 " if args.use_cpu or not torch.cuda.is_available() else ""
+    return (
+        f"{on_cpu}accelerate launch --multi_gpu --num_processes {args.stages} --num_machines 1 --mixed_precision no "
+        f"--dynamo_backend no recipes/train.py --stages {args.stages} ..."
+    )
 
 
 def set_threads(args: TrainingArguments) -> None:
@@ -126,6 +165,30 @@ def set_threads(args: TrainingArguments) -> None:
     threads = args.threads or max(1, cores // local)
     torch.set_num_threads(threads)
     logger.info("Threads: %d of %d cores (%d processes here).", threads, cores, local)
+
+
+def load(
+    args: TrainingArguments, datasets: DatasetDict | None
+) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict]:
+    """The new model, its tokenizer, and the tokenized splits."""
+    data = sources.load_text_datasets(args, datasets)
+    tokenizer = tokenization.build_tokenizer(args, data["train"])
+    model = build_model(args, tokenizer, data["train"])
+    return model, tokenizer, tokenization.tokenize(data, tokenizer, args)
+
+
+def place_blocks(args: TrainingArguments, config: ALConfig) -> Placement:
+    """Which blocks are whose, as `args.placement` says.
+
+    Raises:
+        ValueError: a split that this model does not allow.
+    """
+    if args.stages > 1 and OBJECTIVES[config.objective].end_to_end:
+        raise ValueError(
+            f"Expected a local objective with --stages {args.stages}, got {config.objective}: its gradients cross all "
+            "blocks. Train it in one process, or pass another --objective."
+        )
+    return place(config.units, args.stages)
 
 
 def build_model(
@@ -165,3 +228,10 @@ def build_model(
         with torch.no_grad():
             model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))
     return model
+
+
+def keep_blocks(model: ALForSequenceClassification, owned: list[int], device: torch.device) -> None:
+    """Moves the owned blocks to the device and frees the weights of all others: their names and shapes stay, on the
+    device "meta"."""
+    for block in model.model.blocks:
+        block.to(device if block.index in owned else "meta")

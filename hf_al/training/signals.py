@@ -3,10 +3,14 @@
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from ..parallel.launch import is_launched, speaks
+
+REPEATED = 2.0  # seconds in which a launcher hands on the Ctrl-C that the terminal gave every process already
 NOTE = b"\nStopping after this step with a checkpoint; the same signal again ends at once.\n"
 
 
@@ -19,6 +23,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -34,10 +39,17 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
-        self.received = signal.Signals(number)
-        with suppress(OSError):
-            os.write(2, NOTE)  # a logger may hold its lock just now
+        if self.received is not None:
+            if time.monotonic() - self._received_at > REPEATED:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.received, self._received_at = signal.Signals(number), time.monotonic()
+        if not is_launched():
+            self._restore()
+        if speaks():
+            with suppress(OSError):
+                os.write(2, NOTE)  # a logger may hold its lock just now
 
     def _restore(self) -> None:
         while self._before:

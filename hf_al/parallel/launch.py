@@ -1,0 +1,80 @@
+"""`hf-al train --stages S` on one machine: its processes, started by accelerate's launcher. Torch comes later."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LOCAL_RANK = "LOCAL_RANK"  # set by every launcher; 0 is the first process of a machine
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process."""
+    return LOCAL_RANK in os.environ
+
+
+def speaks() -> bool:
+    """Whether this process says what all processes of its machine know."""
+    return os.environ.get(LOCAL_RANK, "0") == "0"
+
+
+def said_once(work: Callable[[], Any]) -> Any:
+    """`work()`, whose mistakes are those of every process: before they know of each other, one of a machine speaks.
+
+    Raises:
+        ValueError: what `work` raises, in the first process of this machine.
+        SystemExit: status 2, in the others.
+    """
+    try:
+        return work()
+    except ValueError:
+        if speaks():
+            raise
+        raise SystemExit(2) from None
+
+
+def launch(arguments: str, stages: int, use_cpu: bool) -> None:
+    """Runs `hf-al train` in `stages` processes on this machine, and waits for them.
+
+    Args:
+        arguments: the resolved arguments, as yaml.
+        stages: how many processes.
+        use_cpu: train on the CPU even where there are GPUs.
+
+    Raises:
+        ValueError: fewer GPUs than stages.
+        KeyboardInterrupt, SystemExit: with the status of the process that failed, which has said why.
+    """
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    gpus = 0 if use_cpu else torch.cuda.device_count()
+    if 0 < gpus < stages:
+        raise ValueError(
+            f"Expected a GPU for each of {stages} stages, found {gpus}. Pass --stages {gpus}, or --use_cpu."
+        )
+    if not gpus:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    logging.disable(logging.ERROR)  # what goes wrong is said by the process that knows
+    with tempfile.TemporaryDirectory(prefix="hf_al_launch_") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its usual port is taken: it finds another
+        config = Path(folder) / "arguments.yaml"
+        config.write_text(arguments, encoding="utf-8")
+        flags = ["--multi_gpu", f"--num_processes={stages}", "--num_machines=1", "--mixed_precision=no"]
+        program = ["--dynamo_backend=no", "--module", "hf_al.cli", "train", "--config", str(config)]
+        try:
+            launch_command(launch_command_parser().parse_args([*flags, *program]))
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        except SignalException as stop:
+            if stop.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            sys.exit(128 + stop.sigval)

@@ -1,0 +1,116 @@
+"""What is fixed before the first step: arguments, data, batch order, placement, and what makes the run this run."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from ..data import sources
+from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
+from ..evaluation import chosen_metric
+from ..parallel.placement import Placement
+from .arguments import TrainingArguments
+
+IDENTITY = (
+    "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "wire_dtype", "optim",
+    "embedding_optimizer",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts; the same in every process.
+
+    Args:
+        args: the arguments.
+        output_dir: the folder of the run.
+        data: the tokenized splits.
+        order: which rows make up which batch.
+        total_steps: optimizer steps of the whole run.
+        placement: which blocks are whose.
+        problem_type: single label, multi-label or regression.
+        metric: the validation metric that chooses the checkpoint.
+        labels: split -> labels, as the metrics want them.
+        identity: what a resumed run must share with the one before, and every process with the others.
+    """
+
+    args: TrainingArguments
+    output_dir: Path
+    data: DatasetDict
+    order: BatchOrder
+    total_steps: int
+    placement: Placement
+    problem_type: str
+    metric: str
+    labels: dict[str, np.ndarray]
+    identity: dict[str, dict[str, Any]]
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """(step, row numbers of each of its micro-batches) of the optimizer steps `first` .. `last` - 1, from 0."""
+        for step, rows in self.order.steps(first, last):
+            yield step, micro_batches(rows, self.args.gradient_accumulation_steps)
+
+    @property
+    def evaluate_every(self) -> int:
+        if self.args.eval_strategy == "no":
+            return self.total_steps
+        return self.args.eval_steps or len(self.order)
+
+    def evaluates_after(self, steps: int) -> bool:
+        return steps == self.total_steps or steps % self.evaluate_every == 0
+
+    def next_evaluation(self, steps: int) -> int:
+        """The number of steps after which the next evaluation comes, once `steps` are done."""
+        return min(self.total_steps, (steps // self.evaluate_every + 1) * self.evaluate_every)
+
+    def saves_after(self, steps: int) -> bool:
+        every = self.args.save_steps
+        return steps == self.total_steps or (every is not None and steps % every == 0)
+
+
+def make_plan(
+    args: TrainingArguments,
+    output_dir: Path,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    placement: Placement,
+) -> Plan:
+    """The plan of a run on tokenized `data`; `config` is the model's.
+
+    Raises:
+        ValueError: a metric that this kind of problem does not have.
+    """
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    order = BatchOrder(token_lengths(data["train"]), batch, args.seed)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(order))
+    problem_type = config.resolved_problem_type
+    collator = Collator(tokenizer.pad_token_id, config.classes)
+    values = json.loads(config.to_json_string(use_diff=False))
+    return Plan(
+        args=args,
+        output_dir=output_dir,
+        data=data,
+        order=order,
+        total_steps=max(1, steps),
+        placement=placement,
+        problem_type=problem_type,
+        metric=chosen_metric(args.metric_for_best_model, problem_type),
+        labels={name: split_labels(data[name], collator) for name in data},
+        identity={
+            "data": {name: sources.fingerprint(data[name]) for name in ("train", "validation")},
+            "run": {name: getattr(args, name) for name in IDENTITY},
+            "model": {key: value for key, value in values.items() if key != "transformers_version"},
+        },
+    )
+
+
+def split_labels(data: Dataset, collator: Collator) -> np.ndarray:
+    """The labels of a split as the metrics and the health check want them: ids (N,), rows (N, C) or values (N,)."""
+    return collator.labels(data.features["label"], data["label"]).numpy()

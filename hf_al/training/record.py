@@ -1,0 +1,114 @@
+"""What a run says of itself while it trains: history, trackers, messages, each fact said once, in the main process."""
+
+import logging
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .. import report as reporting
+from ..parallel.transport import Alone
+from . import trackers
+from .plan import Plan
+from .progress import Progress
+from .window import Window
+
+logger = logging.getLogger(__name__)
+
+
+class Record:
+    """Collects the rows of this stage and those of the stages before it; the last stage writes them.
+
+    Args:
+        plan: the run.
+        progress: its history grows here.
+        accelerator: its trackers.
+        transport: over which rows travel forward.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress, accelerator: Accelerator, transport: Alone):
+        self.plan, self.progress, self.accelerator, self.transport = plan, progress, accelerator, transport
+        self.window = Window()
+        self.warned: set[str] = set()
+        self.window_start = self.clock = 0.0
+
+    def start(self) -> None:
+        """Starts the trackers and the clock."""
+        if self.transport.is_last:
+            first = self.progress.step + 1
+            trackers.start(self.accelerator, self.plan.output_dir, self.plan.args.to_dict(), first)
+        self.window_start = self.progress.seconds
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Adds the time since the clock was last started or stopped to the training time."""
+        now = time.perf_counter()
+        self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now
+
+    def add(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor], examples: int) -> None:
+        """The scalars of one step, and how many examples it had."""
+        self.window.add(losses, norms, examples)
+
+    def log(self, rates: dict[int, float]) -> dict[str, float]:
+        """Means since the last log, to history and trackers; the total of the local losses, for the bar.
+
+        Args:
+            rates: the learning rates of this stage's units, by their last block.
+
+        Raises:
+            FloatingPointError: a loss that is not finite, naming block and step.
+        """
+        if not self.window.rows:
+            return {}
+        step, examples = self.progress.step, self.window.examples
+        values: dict[str, float] = self.window.means(step)
+        self.stop_clock()  # after the values were read: that waited for the device
+        seconds, self.window_start = self.progress.seconds - self.window_start, self.progress.seconds
+        mine = {"values": values, "rates": list(rates.items()), "memory": self._peak_memory()}
+        stages = self.transport.pass_on([mine])
+        if stages is None:
+            return {}
+        values = {name: value for stage in stages for name, value in stage["values"].items()}
+        rates = {k: rate for stage in stages for k, rate in stage["rates"]}
+        same = len(set(rates.values())) == 1
+        row = {
+            "step": step,
+            **values,
+            **{"learning_rate" if same else f"learning_rate/{k}": rate for k, rate in rates.items()},
+            "examples_per_second": examples / max(seconds, 1e-9),
+            "peak_memory_mib": max(stage["memory"] for stage in stages),
+        }
+        self.progress.history.append(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+        return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
+
+    def _peak_memory(self) -> float:
+        return reporting.peak_memory_mib(torch.device(self.accelerator.device))
+
+    def evaluation(self, stages: list[dict[str, Any]], better: bool) -> None:
+        """Metrics, codes and warnings of all stages after one evaluation, to history, trackers and the screen."""
+        progress, metric = self.progress, self.plan.metric
+        exits, codes, warnings = ([x for s in stages for x in s[what]] for what in ("exits", "codes", "warnings"))
+        self.warn(warnings)
+        progress.history.append({"step": progress.step, "validation": exits, "codes": codes})
+        flat = {f"validation/{row['block']}/{n}": v for row in exits for n, v in row.items() if n != "block"}
+        flat |= {f"codes/{row['block']}/{n}": row[n] for row in codes for n in ("spread", "rank", "separation")}
+        self.accelerator.log(flat, step=progress.step)
+        shown = " ".join(f"{row[metric]:.4f}" for row in exits)
+        logger.info(
+            "epoch %.2f step %d: validation %s by exit %s%s",
+            progress.step / len(self.plan.order), progress.step, metric, shown, " (best)" if better else "",
+        )  # fmt: skip
+
+    def warn(self, messages: list[str]) -> None:
+        """Says each thing once, whatever numbers are in it."""
+        for message in messages:
+            what = message.split("(")[0]
+            if what not in self.warned:
+                self.warned.add(what)
+                logger.warning(message)

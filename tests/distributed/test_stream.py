@@ -1,0 +1,154 @@
+"""The stream: any number of stages gives the same bits; nothing goes back; what is disturbed is noticed."""
+
+import hashlib
+from pathlib import Path
+
+import jobs
+import pytest
+from world import run_world
+
+STEPS = 60
+FLAGS = [
+    f"--max_steps={STEPS}", "--max_train_samples=397", "--per_device_train_batch_size=8",
+    "--gradient_accumulation_steps=2", "--max_grad_norm=0.5", "--warmup_steps=0.2", "--learning_rate=5e-3",
+    "--weight_decay=0.01", "--save_steps=13", "--eval_strategy=steps", "--eval_steps=22", "--num_blocks=4",
+    "--hidden_size=16", "--target_size=12", "--hidden_dropout_prob=0.2", "--embedding_dropout_prob=0.2",
+    "--bridge_dropout_prob=0.2", "--threads=1", "--use_cpu", "--disable_tqdm", "--max_seq_length=24",
+    "--logging_steps=5",
+]  # fmt: skip
+CASES = {
+    "lstm_associated_state": ["--model_type=al_lstm", "--objective=associated", "--carry_state"],
+    "lstm_al_ce": ["--model_type=al_lstm", "--objective=al_ce"],
+    "transformer_associated": ["--model_type=al_transformer", "--num_attention_heads=2", "--objective=associated"],
+    "transformer_al_ce_plateau_sparse": [
+        "--model_type=al_transformer", "--num_attention_heads=2", "--objective=al_ce", "--embedding_block=false",
+        "--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_kwargs=patience=0,factor=0.3", "--warmup_steps=0",
+        "--embedding_optimizer=sparse_adam", "--position_embedding_type=rotary",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_flags(few_tweets, tmp_path_factory):
+    """Flags of a run on real tweets: run_flags("lstm_al_ce", stages, output_dir, *more) -> argv."""
+    folder = tmp_path_factory.mktemp("tweets")
+    files = []
+    for split in few_tweets:
+        few_tweets[split].to_json(folder / f"{split}.jsonl")
+        files.append(f"--{split}_file={folder / f'{split}.jsonl'}")
+
+    def flags(case: str, stages: int, output_dir: Path, *more: str) -> list[str]:
+        return [*files, *FLAGS, *CASES[case], f"--stages={stages}", f"--output_dir={output_dir}", *more]
+
+    return flags
+
+
+def sha256(folder: Path) -> dict[str, str]:
+    """Of every file of the model, and of the weights and optimizer state at the last step."""
+    last = folder / "checkpoints" / f"checkpoint-{STEPS:08d}"
+    model = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".md"]
+    model = [p for p in model if p.name not in ("report.json", "training_config.yaml")]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {p.name for p in model}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in [*model, *last.glob("*.safetensors")]}
+
+
+@pytest.fixture(scope="module")
+def alone(run_flags, tmp_path_factory):
+    """What one process makes: alone(case) -> sha256 by file."""
+    found: dict[str, dict[str, str]] = {}
+
+    def of(case: str) -> dict[str, str]:
+        if case not in found:
+            folder = tmp_path_factory.mktemp("alone") / "run"
+            run_world(1, jobs.train, run_flags(case, 1, folder))
+            found[case] = sha256(folder)
+        return found[case]
+
+    return of
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone, tmp_path):
+    expected = alone(case)
+    counts = run_world(stages, jobs.train, run_flags(case, stages, tmp_path / "run"))
+    assert sha256(tmp_path / "run") == expected
+    assert len(expected) >= 7
+    assert [c["sent_earlier_bytes"] for c in counts] == [0] * stages
+    assert all(c["received_bytes"] > 1e5 for c in counts[1:])
+
+
+@pytest.mark.parametrize(("first", "then"), [(3, 2), (1, 4), (4, 1)])
+def test_a_resumed_run_may_have_another_number_of_stages(first, then, run_flags, alone, tmp_path):
+    case = "lstm_associated_state"
+    said = run_world(first, jobs.dies_in_step, 31, "killed", run_flags(case, first, tmp_path / "run"), check=False)
+    assert all(isinstance(words, str) for words in said)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    more = run_flags(case, then, tmp_path / "run", "--resume_from_checkpoint=last")
+    run_world(then, jobs.train, more)
+    assert sha256(tmp_path / "run") == alone(case)
+
+
+def test_a_boundary_sent_after_the_update_is_noticed(run_flags, alone, tmp_path):
+    run_world(2, jobs.sends_after_the_update, run_flags("lstm_al_ce", 2, tmp_path / "run"))
+    assert sha256(tmp_path / "run")["model.safetensors"] != alone("lstm_al_ce")["model.safetensors"]
+
+
+def test_a_killed_stage_ends_the_others_with_its_name(run_flags, tmp_path):
+    said = run_world(3, jobs.dies_in_step, 20, "killed", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
+    assert said[0] == "ended with status -9"
+    assert "ConnectionError: Stage 1 lost stage 0 at step 2" in said[1]
+    assert "--resume_from_checkpoint last goes on from the last checkpoint." in said[1]
+    assert "lost stage 1 at step" in said[2] or "SystemExit" in said[2]
+
+
+def test_an_error_is_said_once_and_ends_all(run_flags, tmp_path):
+    said = run_world(3, jobs.dies_in_step, 20, "error", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
+    assert "ValueError: Killed on purpose" in said[0]
+    assert [words.splitlines()[-1] for words in said[1:]] == ["SystemExit: 2"] * 2
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_signal_at_any_stage_stops_all_after_the_same_step(where, run_flags, alone, tmp_path):
+    flags = run_flags("lstm_al_ce", 3, tmp_path / "run", "--resume_from_checkpoint=last")
+    said = run_world(3, jobs.signalled_in_step, 20, where, flags)
+    assert len(set(said)) == 1
+    status, step = said[0]
+    assert status == 143
+    assert 20 < step < STEPS
+    run_world(2, jobs.train, run_flags("lstm_al_ce", 2, tmp_path / "run", "--resume_from_checkpoint=last"))
+    assert sha256(tmp_path / "run") == alone("lstm_al_ce")
+
+
+def test_the_wrong_batch_is_noticed(run_flags, tmp_path):
+    flags = run_flags("lstm_al_ce", 2, tmp_path / "run")
+    said = run_world(2, jobs.another_order_at_the_first_stage, flags, check=False)
+    assert "RuntimeError: Stage 1 expected Message(kind='train', step=0" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed=43"], "Expected the same run in all processes, got another at stage 0: seed was 42 and is now 43."),
+        (["--wire_dtype=bf16"], "got another at stage 0: wire_dtype was 'float32' and is now 'bf16'."),
+        (["--max_train_samples=300"], "Expected the same data in all processes, got another at stage 0: train was"),
+        (["--target_size=13"], "Expected the same model in all processes, got another at stage 0: target_size was 12"),
+        (["--max_steps=61"], "got another at stage 0: total_steps was 60 and is now 61."),
+    ],
+)
+def test_a_process_that_was_started_otherwise_is_refused_by_name(flags, message, run_flags, tmp_path):
+    given = run_flags("lstm_al_ce", 2, tmp_path / "run")
+    said = run_world(2, jobs.other_flags_at_the_first_stage, flags, given, check=False)
+    assert message in said[1]
+    assert said[0].splitlines()[-1] == "SystemExit: 2"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_all_processes_is_said_by_one(run_flags, tmp_path):
+    given = run_flags("lstm_al_ce", 2, tmp_path / "run", "--train_file=no.csv")
+    said = run_world(2, jobs.train, given, check=False)
+    assert "no.csv" in said[1].splitlines()[-1]
+    assert said[0].splitlines()[-1] == "SystemExit: 2"
+    said = run_world(2, jobs.train, run_flags("lstm_al_ce", 2, tmp_path / "run", "--objective=backprop"), check=False)
+    assert "Expected a local objective with --stages 2, got backprop" in said[1]
+    assert said[0].splitlines()[-1] == "SystemExit: 2"

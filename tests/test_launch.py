@@ -1,0 +1,96 @@
+"""Several processes as users start them: `hf-al train --stages`, `accelerate launch`; what they leave and say."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+
+from hf_al.training import checkpoint
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--num_blocks=2", "--hidden_size=16", "--target_size=12", "--threads=1", "--use_cpu", "--disable_tqdm",
+    "--eval_strategy=no",
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(files) -> list[str]:
+    return [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation")]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.medium
+def test_stages_start_their_processes_and_leave_the_bytes_of_one(data, shell, tmp_path):
+    flags = [*data, *SMALL, "--max_steps=6"]
+    done = run_program("train", *flags, "--stages=2", f"--output_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation metrics by exit") == 1
+    assert done.stderr.count("Saved to") == 1
+    assert "Traceback" not in done.stderr
+    assert "c10d" not in done.stderr
+    assert shell("train", *flags, f"--output_dir={tmp_path / 'one'}")[0] == 0
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+@pytest.mark.medium
+def test_accelerate_launch_takes_stages(data, shell, tmp_path):
+    flags = [*data, *SMALL, "--max_steps=6"]
+    config = ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"
+    program = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
+    argv = [*program, str(ROOT / "recipes" / "train.py"), *flags, "--stages=2", f"--output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(
+        argv, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True, timeout=55
+    )
+    assert done.returncode == 0, done.stderr
+    assert shell("train", *flags, f"--output_dir={tmp_path / 'one'}")[0] == 0
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+@pytest.mark.medium
+def test_a_mistake_of_several_processes_is_one_line_and_status_2(data, tmp_path):
+    flags = [*data, *SMALL, "--max_steps=6", f"--output_dir={tmp_path / 'run'}"]
+    done = run_program("train", *flags, "--stages=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if "Threads" not in line] == [
+        "hf-al train: error: Expected 1 to 2 stages, one or more blocks each, got 3. Pass fewer --stages, or more "
+        "--num_blocks."
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, data, tmp_path):
+    """Ctrl-C reaches every process of the terminal, and each stage once more from the launcher."""
+    flags = [*data, *SMALL, "--max_steps=100000", "--save_steps=50", f"--output_dir={tmp_path / 'run'}", "--stages=2"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 40
+            while not checkpoint.complete_checkpoints(tmp_path / "run"):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            assert process.wait(30) == status, (tmp_path / "log").read_text()
+        finally:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    said = (tmp_path / "log").read_text()
+    step = checkpoint.read_manifest(checkpoint.find_checkpoint("last", tmp_path / "run"))["progress"]["step"]
+    assert said.count(f"Stopped by {number.name} after step {step} of 100000") == 1, said
+    assert "Traceback" not in said
