@@ -192,6 +192,12 @@ def run(line: str, monkeypatch) -> None:
     """Runs a command line in this process, a training for three steps only."""
     line, _, source = line.partition(" < ")
     program, *argv = shlex.split(line)
+    if program == "ACCELERATE_USE_CPU=1":  # several processes: for real
+        argv[0] = str(Path(sys.executable).with_name(argv[0]))
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+        done = subprocess.run([*argv, *SHORT], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
     if program == "accelerate":  # test_accelerate_launch_runs_as_shown starts it for real
         program, argv = "python", argv[1:]
     if program == "python" and "benchmarks" in argv[0]:
@@ -211,6 +217,7 @@ def run(line: str, monkeypatch) -> None:
 
 
 @pytest.mark.medium
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, capsys):
     for line in commands(page):

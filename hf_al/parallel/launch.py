@@ -6,7 +6,8 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def said_once(work: Callable[[], Any]) -> Any:
         raise SystemExit(2) from None
 
 
+@contextmanager
+def _silent_loggers() -> Iterator[None]:
+    """What goes wrong is said by the process that knows, not by the launcher once more."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def launch(arguments: str, stages: int, use_cpu: bool) -> None:
     """Runs `hf-al train` in `stages` processes on this machine, and waits for them.
 
@@ -52,6 +64,7 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -60,10 +73,13 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         raise ValueError(
             f"Expected a GPU for each of {stages} stages, found {gpus}. Pass --stages {gpus}, or --use_cpu."
         )
-    if not gpus:
-        os.environ["ACCELERATE_USE_CPU"] = "1"
-    logging.disable(logging.ERROR)  # what goes wrong is said by the process that knows
-    with tempfile.TemporaryDirectory(prefix="hf_al_launch_") as folder, warnings.catch_warnings():
+    environment = {} if gpus else {"accelerate_use_cpu": "1"}
+    with (
+        tempfile.TemporaryDirectory(prefix="hf_al_launch_") as folder,
+        patch_environment(**environment),
+        warnings.catch_warnings(),
+        _silent_loggers(),
+    ):
         warnings.simplefilter("ignore")  # that its usual port is taken: it finds another
         config = Path(folder) / "arguments.yaml"
         config.write_text(arguments, encoding="utf-8")

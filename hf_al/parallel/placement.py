@@ -37,16 +37,75 @@ class Placement:
         return "\n".join(lines)
 
 
-def place(units: Sequence[range], num_stages: int = 1) -> Placement:
-    """Units to stages, in order, by equal count.
+def place(
+    units: Sequence[range],
+    num_stages: int = 1,
+    how: str = "equal",
+    seconds: Sequence[float] | None = None,
+    wire: Sequence[float] | None = None,
+) -> Placement:
+    """Units to stages, in order.
+
+    Args:
+        units: runs of blocks that are trained together.
+        num_stages: how many stages.
+        how: `equal` count of units, `balanced` by `seconds`, or the blocks of each stage: `0-2,3,4-5`.
+        seconds: of each unit's step, for `balanced`.
+        wire: seconds that the boundary behind each unit costs the stages on both sides (default: nothing).
 
     Raises:
-        ValueError: more stages than units.
+        ValueError: more stages than units, or a list that is not every block once, in order.
     """
     if not 1 <= num_stages <= len(units):
         raise ValueError(
             f"Expected 1 to {len(units)} stages, one or more blocks each, got {num_stages}. "
             "Pass fewer --stages, or more --num_blocks."
         )
-    cuts = [len(units) * s // num_stages for s in range(num_stages + 1)]
+    if how == "equal" or (how == "balanced" and seconds is None):
+        cuts = [len(units) * s // num_stages for s in range(num_stages + 1)]
+    elif how == "balanced":
+        assert seconds is not None
+        cuts = balanced_cuts(seconds, num_stages, wire or [0.0] * len(units))
+    else:
+        cuts = _given_cuts(how, units, num_stages)
     return Placement(tuple(tuple(units[a:b]) for a, b in pairwise(cuts)))
+
+
+def balanced_cuts(seconds: Sequence[float], num_stages: int, wire: Sequence[float]) -> list[int]:
+    """The cuts 0, ..., len(seconds) whose slowest stage is the fastest possible: an exact dynamic programme.
+
+    A stage takes the seconds of its units, and those of the boundaries that it receives and sends.
+    """
+    count = len(seconds)
+
+    def stage(a: int, b: int) -> float:
+        return sum(seconds[a:b]) + (wire[a - 1] if a else 0.0) + (wire[b - 1] if b < count else 0.0)
+
+    # (slowest stage, cuts) of the first b units on s stages
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
+    for s in range(1, num_stages + 1):
+        best = {
+            b: min((max(best[a][0], stage(a, b)), [*best[a][1], b]) for a in best if a < b)
+            for b in range(s, count - (num_stages - s) + 1)
+        }
+    return best[count][1]
+
+
+def _given_cuts(text: str, units: Sequence[range], num_stages: int) -> list[int]:
+    try:
+        spans = [[int(number) for number in part.split("-")] for part in text.split(",")]
+        blocks = [list(range(span[0], span[-1] + 1)) for span in spans if len(span) <= 2]
+    except ValueError:
+        blocks = []
+    ends = [unit[-1] + 1 for unit in units]
+    if [k for stage in blocks for k in stage] != list(range(ends[-1])) or len(blocks) != num_stages or [] in blocks:
+        raise ValueError(
+            f"Expected placement as balanced, equal, or the blocks 0 to {ends[-1] - 1} of {num_stages} stages, each "
+            f"block once and in order, got {text!r}. For example: {_example(ends[-1], num_stages)}."
+        )
+    return [0, *(ends.index(stage[-1] + 1) + 1 for stage in blocks)]
+
+
+def _example(blocks: int, stages: int) -> str:
+    cuts = [blocks * s // stages for s in range(stages + 1)]
+    return ",".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in pairwise(cuts))

@@ -19,6 +19,7 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary, unstandardise
 from ..training.local_step import forward_unit
 from ..training.optim import BlockOptimizers
+from .measure import throw_away_inputs
 from .placement import Placement
 from .schema import Message
 from .transport import Alone
@@ -80,10 +81,8 @@ class Stage:
         return boundary
 
     def _throw_away_inputs(self, rows: int, tokens: int) -> dict[str, Tensor]:
-        config, ids = self.model.config, torch.zeros(rows, tokens, dtype=torch.long, device=self.accelerator.device)
-        single = config.resolved_problem_type == "single_label_classification"
-        labels = ids[:, 0] if single else torch.zeros(rows, config.classes, device=ids.device)
-        return self.model.model.prepare_inputs(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.accelerator.device)
+        return throw_away_inputs(self.model, ids)
 
     # --- training
 

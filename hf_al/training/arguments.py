@@ -134,6 +134,9 @@ class TrainingArguments:
     disable_tqdm: bool = _arg(False, "No progress bar.")
     # --- machine
     stages: int = _arg(1, "Processes that the blocks are split over; more than 1 are started here, or by a launcher.")
+    placement: str = _arg(
+        "balanced", "Blocks of each stage: balanced (by measured time), equal (in number), or a list: 0-2,3,4-5."
+    )
     wire_dtype: str = _arg("float32", "What blocks send each other in training is rounded to: float32 or bf16.")
     ddp_timeout: int = _arg(1800, "Seconds that another process may keep silent.")
     seed: int = _arg(42, "Seed of weights, dropout and batch order.")

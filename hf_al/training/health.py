@@ -72,8 +72,8 @@ def code_health(
     # entries of a layer_norm code sum to zero
     directions = model.config.target_size - (model.config.label_activation == "layer_norm")
     possible = min(len(labels) - 1 if single else _rank(first_NC), directions)
-    label_distances = torch.pdist(target_NV.double())
-    first, second = torch.triu_indices(len(target_NV), len(target_NV), 1)  # the pairs in the order of pdist
+    label_distances = torch.pdist(first_NC.double())
+    first, second = torch.triu_indices(len(first_NC), len(first_NC), 1)  # the pairs in the order of pdist
     rows = []
     for block in blocks:
         target_NV = block.encode_target(target_NV)

@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data.batching import Collator
+from ..data.batching import Collator, token_lengths
 from ..evaluation import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.launch import said_once
+from ..parallel.measure import unit_seconds
 from ..parallel.schema import PROTOCOL
 from ..parallel.stage import Stage
 from ..parallel.transport import Alone, connect
@@ -82,7 +83,11 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         set_threads(args)
         set_seed(args.seed)
         model, tokenizer, data = transport.together(partial(load, args, datasets), main_first=True)
-        placement = transport.together(partial(place_blocks, args, model.config))
+        times = None
+        if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
+            lengths = token_lengths(data["train"])
+            times = transport.tell(lambda: unit_seconds(model, args, accelerator, lengths))
+        placement = transport.together(partial(place_blocks, args, model.config, times))
         plan = transport.together(partial(make_plan, args, output_dir, model.config, tokenizer, data, placement))
         _check_same(plan, transport)
         run = Run(plan, model, tokenizer, accelerator, transport)

@@ -177,8 +177,8 @@ def load(
     return model, tokenizer, tokenization.tokenize(data, tokenizer, args)
 
 
-def place_blocks(args: TrainingArguments, config: ALConfig) -> Placement:
-    """Which blocks are whose, as `args.placement` says.
+def place_blocks(args: TrainingArguments, config: ALConfig, times: list[list[float]] | None) -> Placement:
+    """Which blocks are whose, as `args.placement` says; `times` are those of `unit_seconds`, for `balanced`.
 
     Raises:
         ValueError: a split that this model does not allow.
@@ -188,7 +188,7 @@ def place_blocks(args: TrainingArguments, config: ALConfig) -> Placement:
             f"Expected a local objective with --stages {args.stages}, got {config.objective}: its gradients cross all "
             "blocks. Train it in one process, or pass another --objective."
         )
-    return place(config.units, args.stages)
+    return place(config.units, args.stages, args.placement, *(times or []))
 
 
 def build_model(

@@ -1,7 +1,9 @@
 """What the processes of a world do: a whole run, and runs that are disturbed. Imported in every process."""
 
+import importlib.util
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +27,16 @@ def train(stage: int, flags: list[str]) -> dict:
     start = time.perf_counter()
     result = loop.train(parse_arguments(flags))
     return {"seconds": time.perf_counter() - start, "report": result.report, **made[0].statistics()}
+
+
+def train_own(stage: int, flags: list[str]) -> dict:
+    """A run with what the documentation shows as one's own."""
+    for path in sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    return train(stage, flags)
 
 
 def dies_in_step(stage: int, step: int, how: str, flags: list[str]) -> dict:

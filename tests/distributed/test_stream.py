@@ -1,6 +1,7 @@
 """The stream: any number of stages gives the same bits; nothing goes back; what is disturbed is noticed."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import jobs
@@ -14,7 +15,7 @@ FLAGS = [
     "--weight_decay=0.01", "--save_steps=13", "--eval_strategy=steps", "--eval_steps=22", "--num_blocks=4",
     "--hidden_size=16", "--target_size=12", "--hidden_dropout_prob=0.2", "--embedding_dropout_prob=0.2",
     "--bridge_dropout_prob=0.2", "--threads=1", "--use_cpu", "--disable_tqdm", "--max_seq_length=24",
-    "--logging_steps=5",
+    "--logging_steps=5", "--placement=equal",
 ]  # fmt: skip
 CASES = {
     "lstm_associated_state": ["--model_type=al_lstm", "--objective=associated", "--carry_state"],
@@ -26,6 +27,13 @@ CASES = {
         "--embedding_optimizer=sparse_adam", "--position_embedding_type=rotary",
     ],
 }  # fmt: skip
+
+
+KINDS = {
+    "multi_label": lambda row: {"label": [row["label"]] + ["short"] * (len(row["text"]) < 70)},
+    "regression": lambda row: {"label": len(row["text"]) / 7},
+    "pairs": lambda row: {"text": row["text"][:40], "text_pair": row["text"][40:] or "nothing"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,63 @@ def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone
     assert len(expected) >= 7
     assert [c["sent_earlier_bytes"] for c in counts] == [0] * stages
     assert all(c["received_bytes"] > 1e5 for c in counts[1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("multi_label", "lstm_al_ce"), ("regression", "transformer_associated"), ("pairs", "lstm_associated_state")],
+)
+def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets, tmp_path):
+    files = []
+    for split, rows in few_tweets.items():
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps({**row, **KINDS[kind](row)}) + "\n" for row in rows), encoding="utf-8")
+        files.append(f"--{split}_file={path}")
+    for stages in (1, 3):
+        run_world(stages, jobs.train, run_flags(case, stages, tmp_path / f"{stages}", *files))
+    assert sha256(tmp_path / "1") == sha256(tmp_path / "3")
+
+
+@pytest.mark.parametrize("flags", [["--objective=local_similarity"], ["--model_type=al_conv"]])
+def test_an_objective_and_an_encoder_of_a_users_own_stream(flags, run_flags, tmp_path):
+    """Those of the documentation: nobody told the stream what they send."""
+    for stages in (1, 3):
+        run_world(stages, jobs.train_own, run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", *flags))
+    assert sha256(tmp_path / "1") == sha256(tmp_path / "3")
+
+
+@pytest.mark.parametrize("more", [["--wire_dtype=bf16"], ["--bf16"]])
+def test_a_narrow_wire_rounds_in_every_placement(more, run_flags, alone, tmp_path):
+    counts = {}
+    for stages in (1, 2):
+        counts[stages] = run_world(
+            stages, jobs.train, run_flags("transformer_associated", stages, tmp_path / f"{stages}", *more)
+        )
+    assert sha256(tmp_path / "1") == sha256(tmp_path / "2")
+    assert sha256(tmp_path / "1")["model.safetensors"] != alone("transformer_associated")["model.safetensors"]
+
+
+def test_early_stopping_is_one_decision(run_flags, tmp_path):
+    more = ["--early_stopping_patience=1", "--eval_steps=5", "--learning_rate=1e-6"]
+    for stages in (1, 3):
+        run_world(stages, jobs.train, run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", *more))
+    reports = [json.loads((tmp_path / f"{stages}" / "report.json").read_text()) for stages in (1, 3)]
+    assert reports[0]["steps"] == reports[1]["steps"] < STEPS
+    assert reports[0]["test"] == reports[1]["test"]
+
+
+def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
+    """But for times, memory and what names the machine."""
+    for stages in (1, 4):
+        run_world(stages, jobs.train, run_flags("transformer_associated", stages, tmp_path / f"{stages}"))
+    reports = [json.loads((tmp_path / f"{stages}" / "report.json").read_text()) for stages in (1, 4)]
+    for report in reports:
+        for row in report["history"]:
+            row.pop("examples_per_second", None)
+            row.pop("peak_memory_mib", None)
+        for name in ("speed", "machine", "placement", "arguments"):
+            del report[name]
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize(("first", "then"), [(3, 2), (1, 4), (4, 1)])

@@ -1,0 +1,69 @@
+"""How long a step of each unit takes here: timed on throw-away copies, one unit at a time."""
+
+import copy
+import time
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..modeling.modeling_al import ALForSequenceClassification
+from ..modeling.objectives import Boundary
+from ..training.arguments import TrainingArguments
+from ..training.local_step import forward_unit
+from ..training.optim import BlockOptimizers
+
+ROUNDS = 4  # the first one warms up
+
+
+def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Tensor]:
+    """The inputs of a batch that stands for any of its shape, with labels of the model's kind."""
+    config, rows = model.config, len(input_ids)
+    single = config.resolved_problem_type == "single_label_classification"
+    labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
+    mask = torch.ones_like(input_ids)
+    return model.model.prepare_inputs(input_ids, mask, labels=labels.to(input_ids.device))
+
+
+def unit_seconds(
+    model: ALForSequenceClassification, args: TrainingArguments, accelerator: Accelerator, lengths: np.ndarray
+) -> tuple[list[float], list[float]]:
+    """Seconds of a step of each unit, and of copying what leaves it, on a micro-batch of the median length.
+
+    A step is forward, backward, clipping and update, and so counts the embedding and the label side. The random
+    generator is as it was before.
+    """
+    device = torch.device(accelerator.device)
+    tokens = min(max(1, int(np.median(lengths))), model.config.max_position_embeddings)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (args.per_device_train_batch_size, tokens))
+    inputs = throw_away_inputs(model, torch.from_numpy(ids).to(device))
+    boundary = model.model.initial_boundary(inputs["labels"])
+    steps, copies = [], []
+    for unit in model.config.units:
+        blocks = {k: copy.deepcopy(model.model.blocks[k]).to(device).train() for k in unit}
+        optimizers = BlockOptimizers(blocks, [unit], args, ROUNDS)
+        times = []
+        for step in range(ROUNDS):
+            start = _now(device)
+            out, loss, _ = forward_unit(list(blocks.values()), boundary, inputs, accelerator, (0, step, 0, 0))
+            accelerator.backward(loss)
+            optimizers.update(unit, step)
+            times.append(_now(device) - start)
+        steps.append(min(times[1:]))
+        copies.append(min(_copy_seconds(out, device) for _ in range(ROUNDS)))
+        boundary = out
+    return steps, copies
+
+
+def _copy_seconds(boundary: Boundary, device: torch.device) -> float:
+    start = _now(device)
+    for tensor in boundary.values():
+        tensor.clone()
+    return _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
