@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,39 @@ def test_accelerate_launch_takes_stages(data, shell, tmp_path):
 
 
 @pytest.mark.medium
+def test_two_launchers_meet_and_train_one_model(data, shell, tmp_path):
+    """Two machines, as far as loopback can tell."""
+    flags = [*data, *SMALL, "--max_steps=6"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
+        str(ROOT / "recipes" / "accelerate" / "two_machines.yaml"), "--main_process_ip=127.0.0.1",
+        f"--main_process_port={port}",
+    ]  # fmt: skip
+    recipe = [str(ROOT / "recipes" / "train.py"), *flags, "--stages=2", f"--output_dir={tmp_path / 'two'}"]
+    launchers = []
+    try:
+        for machine in range(2):
+            with (tmp_path / f"log{machine}").open("w") as log:
+                launchers.append(
+                    subprocess.Popen(
+                        [*program, f"--machine_rank={machine}", *recipe], stdout=log, stderr=log,
+                        env={**os.environ, "ACCELERATE_USE_CPU": "1"}, start_new_session=True,
+                    )
+                )  # fmt: skip
+        said = "\n".join((tmp_path / f"log{machine}").read_text() for machine in range(2))
+        assert [launcher.wait(50) for launcher in launchers] == [0, 0], said
+    finally:
+        for launcher in launchers:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+    assert shell("train", *flags, f"--output_dir={tmp_path / 'one'}")[0] == 0
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+@pytest.mark.medium
 def test_a_mistake_of_several_processes_is_one_line_and_status_2(data, tmp_path):
     flags = [*data, *SMALL, "--max_steps=6", f"--output_dir={tmp_path / 'run'}"]
     done = run_program("train", *flags, "--stages=3")
@@ -89,7 +123,8 @@ def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, da
                 process.send_signal(number)
             assert process.wait(30) == status, (tmp_path / "log").read_text()
         finally:
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     said = (tmp_path / "log").read_text()
     step = checkpoint.read_manifest(checkpoint.find_checkpoint("last", tmp_path / "run"))["progress"]["step"]
     assert said.count(f"Stopped by {number.name} after step {step} of 100000") == 1, said

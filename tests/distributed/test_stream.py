@@ -29,6 +29,19 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CASES)
+def test_200_steps_on_all_tweets_give_the_same_bits(case, run_flags, tmp_path):
+    more = ["--dataset_name=tweets", "--max_steps=200", "--max_train_samples=100000", "--eval_steps=100"]
+    found = []
+    for stages in (1, 2, 3):
+        flags = [f for f in run_flags(case, stages, tmp_path / f"{stages}", *more) if "_file=" not in f]
+        run_world(stages, jobs.train, flags, timeout=300)
+        found.append(sha256(tmp_path / f"{stages}", 200))
+    assert found[0] == found[1] == found[2]
+
+
 KINDS = {
     "multi_label": lambda row: {"label": [row["label"]] + ["short"] * (len(row["text"]) < 70)},
     "regression": lambda row: {"label": len(row["text"]) / 7},
@@ -51,9 +64,9 @@ def run_flags(few_tweets, tmp_path_factory):
     return flags
 
 
-def sha256(folder: Path) -> dict[str, str]:
+def sha256(folder: Path, step: int = STEPS) -> dict[str, str]:
     """Of every file of the model, and of the weights and optimizer state at the last step."""
-    last = folder / "checkpoints" / f"checkpoint-{STEPS:08d}"
+    last = folder / "checkpoints" / f"checkpoint-{step:08d}"
     model = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".md"]
     model = [p for p in model if p.name not in ("report.json", "training_config.yaml")]
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {p.name for p in model}
