@@ -1,5 +1,6 @@
 """Several processes as users start them: `hf-al train --stages`, `accelerate launch`; what they leave and say."""
 
+import logging
 import os
 import signal
 import socket
@@ -40,6 +41,19 @@ def test_stages_start_their_processes_and_leave_the_bytes_of_one(data, shell, tm
     assert "c10d" not in done.stderr
     assert shell("train", *flags, f"--output_dir={tmp_path / 'one'}")[0] == 0
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+@pytest.mark.medium
+def test_a_launch_leaves_its_process_as_it_was(data, shell, tmp_path):
+    """A notebook that starts a run goes on afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    environment = dict(os.environ)
+    status, _, _ = shell("train", *data, *SMALL, "--stages=3", f"--output_dir={tmp_path / 'run'}")
+    assert status == 2
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert dict(os.environ) == environment
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 @pytest.mark.medium

@@ -171,9 +171,8 @@ class LstmEncoder(Encoder):
         if "order" in inputs:
             index = inputs["order"][..., None].expand_as(hidden_NTD)
             hidden_NTD = torch.zeros_like(hidden_NTD).scatter(1, index, hidden_NTD)
-        # contiguous: dropout draws its mask in the order of memory, and what crossed a wire has lost its strides
         out = {"hidden": hidden_NTD, "h": h, "c": c} if self.carry_state else {"hidden": hidden_NTD}
-        return {name: t.contiguous() for name, t in out.items()}
+        return {n: t.contiguous() for n, t in out.items()}  # dropout follows memory, and a wire keeps no strides
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

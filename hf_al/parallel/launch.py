@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's elastic launcher
 LOCAL_RANK = "LOCAL_RANK"  # set by every launcher; 0 is the first process of a machine
 
 
@@ -40,14 +42,19 @@ def said_once(work: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _silent_loggers() -> Iterator[None]:
-    """What goes wrong is said by the process that knows, not by the launcher once more."""
-    before = logging.root.manager.disable
+def _undone() -> Iterator[None]:
+    """Takes back what the launcher does to this process: signal handlers, and loggers that are silent while it runs,
+    because what goes wrong is said by the process that knows."""
+    disabled = logging.root.manager.disable
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def launch(arguments: str, stages: int, use_cpu: bool) -> None:
@@ -78,7 +85,7 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         tempfile.TemporaryDirectory(prefix="hf_al_launch_") as folder,
         patch_environment(**environment),
         warnings.catch_warnings(),
-        _silent_loggers(),
+        _undone(),
     ):
         warnings.simplefilter("ignore")  # that its usual port is taken: it finds another
         config = Path(folder) / "arguments.yaml"
