@@ -80,7 +80,9 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         raise ValueError(
             f"Expected a GPU for each of {stages} stages, found {gpus}. Pass --stages {gpus}, or --use_cpu."
         )
-    environment = {} if gpus else {"accelerate_use_cpu": "1"}
+    environment = {"torchelastic_signals_to_handle": ",".join(number.name for number in HANDLED)}
+    if not gpus:
+        environment["accelerate_use_cpu"] = "1"
     with (
         tempfile.TemporaryDirectory(prefix="hf_al_launch_") as folder,
         patch_environment(**environment),
