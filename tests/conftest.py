@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 _cache = tempfile.mkdtemp(prefix="hf_al_tests_")
@@ -28,6 +29,7 @@ from hf_al import plots
 from hf_al.cli import main
 from hf_al.data import sources
 from hf_al.modeling import objectives
+from hf_al.training import checkpoint
 
 # All that there are, so that a new one is tested without being named here
 ARCHITECTURES = tuple(hf_al.MODEL_CLASSES)
@@ -72,6 +74,15 @@ def few_tweets(tweets) -> DatasetDict:
     return DatasetDict({name: tweets[name].select(range(size)) for name, size in sizes.items()})
 
 
+@pytest.fixture(scope="session")
+def tweet_files(few_tweets, tmp_path_factory) -> list[str]:
+    """The flags that name them as files: --train_file=..., --validation_file=..., --test_file=..."""
+    folder = tmp_path_factory.mktemp("tweets")
+    for split in few_tweets:
+        few_tweets[split].to_json(folder / f"{split}.jsonl")
+    return [f"--{split}_file={folder / f'{split}.jsonl'}" for split in few_tweets]
+
+
 @pytest.fixture
 def make_model():
     """A tiny model: make_model("al_lstm", objective="al_ce", num_blocks=3, ...)."""
@@ -110,6 +121,15 @@ def run_program(*argv: str, **options) -> subprocess.CompletedProcess:
     """`hf-al ARGV` in a process of its own."""
     program = [str(Path(sys.executable).with_name("hf-al")), *argv]
     return subprocess.run(program, capture_output=True, text=True, timeout=120, **options)
+
+
+def wait_for_a_checkpoint(process: subprocess.Popen, output_dir: Path, log: Path, seconds: float = 120) -> None:
+    """Until the run in `process`, whose messages go to `log`, has written one; it must not end before."""
+    deadline = time.monotonic() + seconds
+    while not checkpoint.complete_checkpoints(output_dir):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from conftest import wait_for_a_checkpoint
 from transformers import AutoModelForSequenceClassification
 
 import hf_al
@@ -465,11 +465,7 @@ def test_a_stopped_process_ends_with_the_status_of_its_signal_and_a_checkpoint(n
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 120
-            while not checkpoint.complete_checkpoints(tmp_path / "run"):
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
             process.send_signal(number)
             assert process.wait(60) == status
         finally:

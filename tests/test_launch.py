@@ -6,11 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import run_program
+from conftest import run_program, wait_for_a_checkpoint
 
 from hf_al.training import checkpoint
 
@@ -126,11 +125,7 @@ def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, da
             [sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 40
-            while not checkpoint.complete_checkpoints(tmp_path / "run"):
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log", seconds=40)
             if number == signal.SIGINT:
                 os.killpg(process.pid, number)
             else:

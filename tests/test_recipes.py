@@ -32,14 +32,10 @@ def test_the_promised_recipes_are_there():
     }
 
 
-@pytest.fixture(scope="module")
-def data_flags(few_tweets, tmp_path_factory):
+@pytest.fixture
+def data_flags(tweet_files):
     """Files in the place of a recipe's data set, which lies on the Hub; the tweets are at hand."""
-    folder = tmp_path_factory.mktemp("recipes")
-    for split in few_tweets:
-        few_tweets[split].to_json(folder / f"{split}.jsonl")
-    files = [f"--{split}_file={folder / split}.jsonl" for split in few_tweets]
-    return lambda path: [] if path.stem.startswith("tweets") else files
+    return lambda path: [] if path.stem.startswith("tweets") else tweet_files
 
 
 @pytest.mark.medium

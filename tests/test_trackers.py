@@ -239,6 +239,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_touched(name,
     with pytest.raises(ValueError, match="report_to") as error:
         hf_al.train(args)
     assert message in str(error.value)
+    assert str(error.value).startswith("Expected ")
     assert kept.read_text() == "of an earlier run"
 
 

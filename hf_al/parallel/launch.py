@@ -54,7 +54,8 @@ def _undone() -> Iterator[None]:
         logging.disable(disabled)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                if handler is not None:  # None: one that is not Python's cannot be put back
+                    signal.signal(number, handler)
 
 
 def launch(arguments: str, stages: int, use_cpu: bool) -> None:

@@ -49,7 +49,7 @@ def place(
     Args:
         units: runs of blocks that are trained together.
         num_stages: how many stages.
-        how: `equal` count of units, `balanced` by `seconds`, or the blocks of each stage: `0-2,3,4-5`.
+        how: `equal` in number, `balanced` by `seconds` (equal without them), or the blocks of each stage: `0-2,3,4-5`.
         seconds: of each unit's step, for `balanced`.
         wire: seconds that the boundary behind each unit costs the stages on both sides (default: nothing).
 
@@ -61,13 +61,12 @@ def place(
             f"Expected 1 to {len(units)} stages, one or more blocks each, got {num_stages}. "
             "Pass fewer --stages, or more --num_blocks."
         )
-    if how == "equal" or (how == "balanced" and seconds is None):
-        cuts = [len(units) * s // num_stages for s in range(num_stages + 1)]
-    elif how == "balanced":
-        assert seconds is not None
-        cuts = balanced_cuts(seconds, num_stages, wire or [0.0] * len(units))
-    else:
+    if how not in ("equal", "balanced"):
         cuts = _given_cuts(how, units, num_stages)
+    elif how == "equal" or seconds is None:
+        cuts = _equal_cuts(len(units), num_stages)
+    else:
+        cuts = balanced_cuts(seconds, num_stages, wire or [0.0] * len(units))
     return Placement(tuple(tuple(units[a:b]) for a, b in pairwise(cuts)))
 
 
@@ -98,14 +97,14 @@ def _given_cuts(text: str, units: Sequence[range], num_stages: int) -> list[int]
     except ValueError:
         blocks = []
     ends = [unit[-1] + 1 for unit in units]
+    example = ",".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in pairwise(_equal_cuts(ends[-1], num_stages)))
     if [k for stage in blocks for k in stage] != list(range(ends[-1])) or len(blocks) != num_stages or [] in blocks:
         raise ValueError(
             f"Expected placement as balanced, equal, or the blocks 0 to {ends[-1] - 1} of {num_stages} stages, each "
-            f"block once and in order, got {text!r}. For example: {_example(ends[-1], num_stages)}."
+            f"block once and in order, got {text!r}. For example: {example}."
         )
     return [0, *(ends.index(stage[-1] + 1) + 1 for stage in blocks)]
 
 
-def _example(blocks: int, stages: int) -> str:
-    cuts = [blocks * s // stages for s in range(stages + 1)]
-    return ",".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in pairwise(cuts))
+def _equal_cuts(count: int, num_stages: int) -> list[int]:
+    return [count * s // num_stages for s in range(num_stages + 1)]

@@ -22,7 +22,7 @@ from ..training.optim import BlockOptimizers
 from .measure import throw_away_inputs
 from .placement import Placement
 from .schema import Message
-from .transport import Alone
+from .transport import ALONE, Alone
 
 
 class Stage:
@@ -47,11 +47,11 @@ class Stage:
         accelerator: Accelerator,
         collator: Collator,
         optimizers: BlockOptimizers | None = None,
-        transport: Alone | None = None,
+        transport: Alone = ALONE,
         wire: torch.dtype = torch.float32,
     ):
         self.model, self.accelerator, self.collator, self.optimizers = model, accelerator, collator, optimizers
-        self.transport, self.wire = transport or Alone(), wire
+        self.transport, self.wire = transport, wire
         self.units = placement.units(number)
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
         self.transport.agree("train", self._throw_away, wire)

@@ -87,6 +87,9 @@ class Alone:
         return {}
 
 
+ALONE = Alone()  # it has no state
+
+
 class Neighbours(Alone):
     """One of several processes; stage s is rank stages - 1 - s.
 
@@ -328,4 +331,4 @@ class _Ring:
 
 def connect(stages: int, device: torch.device, timeout: float) -> Alone:
     """The transport of this process, whose process group accelerate has started."""
-    return Alone() if stages == 1 else Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)
+    return ALONE if stages == 1 else Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..loading import difference, read_header
-from ..parallel.transport import Alone
+from ..parallel.transport import ALONE, Alone
 from .atomic import disk_error, fsync, removed_if_broken
 from .atomic import write_atomically as write_atomically
 from .optim import BlockOptimizers
@@ -52,7 +52,7 @@ def save_checkpoint(
     blocks: dict[int, nn.Module],
     optimizers: BlockOptimizers,
     manifest: dict[str, Any],
-    transport: Alone | None = None,
+    transport: Alone = ALONE,
 ) -> bool:
     """Writes weights and optimizer state of `blocks`; the last stage then the manifest, and gives the folder its name.
 
@@ -63,7 +63,6 @@ def save_checkpoint(
         OSError: a disk that is full or refuses, also as an exception of the library that writes; nothing is left of
             what was begun.
     """
-    transport = transport or Alone()
     written: list[dict[str, Any]] | None
     with _folder(path.with_name(f"tmp-{path.name}"), transport) as aside:
         files = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES, first_target
-from ..parallel.transport import Alone
+from ..parallel.transport import ALONE, Alone
 from .arguments import TrainingArguments
 from .optim import of_block
 
@@ -34,9 +34,7 @@ MOST_LABELS = 512  # classes, label sets or values that are compared, pair by pa
 
 
 @torch.no_grad()
-def code_health(
-    model: ALForSequenceClassification, labels: Tensor, transport: Alone | None = None
-) -> list[dict[str, Any]]:
+def code_health(model: ALForSequenceClassification, labels: Tensor, transport: Alone = ALONE) -> list[dict[str, Any]]:
     """For each block with a target code that this process holds: how much of the label t_k still tells.
 
     Args:
@@ -64,7 +62,6 @@ def code_health(
         return []
     if len(labels) > MOST_LABELS:
         labels = labels[torch.linspace(0, len(labels) - 1, MOST_LABELS).long()]
-    transport = transport or Alone()
     blocks = here(model)
     received = transport.take()
     first_NC = first_target(labels.to(next(blocks[0].parameters()).device), model.config)

@@ -85,8 +85,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         model, tokenizer, data = transport.together(partial(load, args, datasets), main_first=True)
         times = None
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
-            lengths = token_lengths(data["train"])
-            times = transport.tell(lambda: unit_seconds(model, args, accelerator, lengths))
+            times = transport.tell(lambda: unit_seconds(model, args, accelerator, token_lengths(data["train"])))
         placement = transport.together(partial(place_blocks, args, model.config, times))
         plan = transport.together(partial(make_plan, args, output_dir, model.config, tokenizer, data, placement))
         _check_same(plan, transport)

@@ -46,7 +46,6 @@ RUN_FILES = (
 def check_arguments(args: TrainingArguments, look: bool = True) -> None:
     """Refuses what cannot work before any data is read; with `look` also an output folder that cannot be used."""
     check_model(args)
-    trackers.chosen(args.report_to)
     if look:
         check_output_dir(args)
 
@@ -115,16 +114,18 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     """The accelerator of this process, and the process group of the launch.
 
     Raises:
-        ValueError: another number of processes than `args.stages`, with the command that starts as many.
+        ValueError: another number of processes than `args.stages`, with the command that starts as many; a tracker
+            that is unknown or not installed.
     """
     _check_world(args, int(os.environ.get("WORLD_SIZE", 1)))
+    log_with = trackers.chosen(args.report_to)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != ("bf16" if args.bf16 else "no"):
         AcceleratorState._reset_state()  # an earlier run in this process chose another precision
     try:
         accelerator = Accelerator(
             cpu=args.use_cpu,
             mixed_precision="bf16" if args.bf16 else "no",
-            log_with=trackers.chosen(args.report_to) or None,
+            log_with=log_with or None,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )

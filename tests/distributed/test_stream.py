@@ -50,16 +50,11 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def run_flags(few_tweets, tmp_path_factory):
+def run_flags(tweet_files):
     """Flags of a run on real tweets: run_flags("lstm_al_ce", stages, output_dir, *more) -> argv."""
-    folder = tmp_path_factory.mktemp("tweets")
-    files = []
-    for split in few_tweets:
-        few_tweets[split].to_json(folder / f"{split}.jsonl")
-        files.append(f"--{split}_file={folder / f'{split}.jsonl'}")
 
     def flags(case: str, stages: int, output_dir: Path, *more: str) -> list[str]:
-        return [*files, *FLAGS, *CASES[case], f"--stages={stages}", f"--output_dir={output_dir}", *more]
+        return [*tweet_files, *FLAGS, *CASES[case], f"--stages={stages}", f"--output_dir={output_dir}", *more]
 
     return flags
 

@@ -6,10 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_for_a_checkpoint
 
 import hf_al
 from hf_al.parallel.stage import Stage
@@ -34,17 +34,12 @@ class Stopped(Exception):
 
 
 @pytest.fixture(scope="module")
-def run_flags(few_tweets, tmp_path_factory):
+def run_flags(tweet_files):
     """Flags of a run on real tweets in files: run_flags("al_lstm", "associated", output_dir, *more) -> argv."""
-    folder = tmp_path_factory.mktemp("tweets")
-    files = []
-    for split in few_tweets:
-        few_tweets[split].to_json(folder / f"{split}.jsonl")
-        files.append(f"--{split}_file={folder / f'{split}.jsonl'}")
 
     def flags(model_type: str, objective: str, output_dir: Path, *more: str) -> list[str]:
         which = [f"--model_type={model_type}", f"--objective={objective}", f"--output_dir={output_dir}"]
-        return [*files, *FLAGS, *ARCHITECTURES[model_type], *which, *more]
+        return [*tweet_files, *FLAGS, *ARCHITECTURES[model_type], *which, *more]
 
     return flags
 
@@ -205,11 +200,7 @@ def test_a_killed_process_and_its_resumption_end_with_the_same_bits(model_type, 
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 120
-            while not checkpoint.complete_checkpoints(tmp_path / "run"):
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
+            wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
         finally:
             process.send_signal(signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL, "the run was over before it could be killed"
