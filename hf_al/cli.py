@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import shtab
 
-from .parallel.launch import is_launched, launch, said_once, speaks
+from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
 from .training.parsing import FlagParser, add_training_flags, reader, resolve
 from .training.values import nearest
 
@@ -45,7 +45,7 @@ def _train(flags: Namespace) -> None:
     if flags.print_config:
         print(args.to_yaml(), end="")
         return
-    if args.stages > 1 and not is_launched():
+    if args.stages > 1 and not is_for_others_to_start():
         launch(args.to_yaml(), args.stages, args.use_cpu)
         return
     set_up_output(args.disable_tqdm)

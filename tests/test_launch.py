@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_program, wait_for_a_checkpoint
+from conftest import assert_mistake, run_program, wait_for_a_checkpoint
 
 from hf_al.training import checkpoint
 
@@ -112,6 +112,17 @@ def test_a_mistake_of_several_processes_is_one_line_and_status_2(data, tmp_path)
         "hf-al train: error: Expected 1 to 2 stages, one or more blocks each, got 3. Pass fewer --stages, or more "
         "--num_blocks."
     ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launch_of_one_process_for_two_stages_is_refused_with_the_command(data, shell, tmp_path, monkeypatch):
+    """As `accelerate launch --cpu --num_processes 2` starts it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    result = shell("train", *data, *SMALL, "--stages=2", f"--output_dir={tmp_path / 'run'}")
+    assert_mistake(
+        result, "Expected 2 processes, one a stage, got 1.", "hf-al train --stages 2 ...",
+        "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1",
+    )  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 

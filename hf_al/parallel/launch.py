@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's elastic launcher
-LOCAL_RANK = "LOCAL_RANK"  # set by every launcher; 0 is the first process of a machine
+LOCAL_RANK = "LOCAL_RANK"  # set by whatever starts several processes; 0 is the first one of a machine
+ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`, also where it starts one process only
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process."""
+    """Whether a launcher started this process, and others beside it."""
     return LOCAL_RANK in os.environ
+
+
+def is_for_others_to_start() -> bool:
+    """Whether the processes of a run come from outside: `accelerate launch --cpu` starts one, however many were asked
+    for, and must not be answered by a launch of our own."""
+    return is_launched() or ACCELERATE in os.environ
 
 
 def speaks() -> bool:
