@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-fast test-slow check format docs clean
+.PHONY: quickstart test test-fast test-slow conformance check format docs clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,13 @@ test-fast: .venv/all
 
 test-slow: .venv/all
 	$(BIN)/python -m pytest -m slow
+
+.venv/conformance: .venv/all
+	$(INSTALL) --constraint constraints.txt --editable '.[conformance]'
+	@touch $@
+
+conformance: .venv/conformance
+	$(BIN)/python tests/conformance/run.py
 
 check: .venv/all
 	$(BIN)/ruff check .

@@ -49,6 +49,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name], __name__), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 def _is_command_line() -> bool:
     """Whether this process is `hf-al` or `python -m hf_al.cli`, whose commands register the models when needed."""
     program = sys.argv[0] if getattr(sys, "argv", None) else ""

@@ -10,7 +10,6 @@ import datasets
 import evaluate as hf_evaluate
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -203,8 +202,9 @@ def evaluate(
     label_column_name: str | None = None,
     batch_size: int = 128,
     show_progress: bool = False,
+    device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """Metrics of every exit of `model` on labelled text.
+    """Metrics of every exit of `model` on labelled text, in the model's own type.
 
     Args:
         model: a folder, a Hub id, or a model (then pass its tokenizer).
@@ -213,6 +213,7 @@ def evaluate(
         text_column_names, label_column_name: as in TrainingArguments; guessed where unambiguous.
         batch_size: examples of a batch.
         show_progress: a progress bar on standard error.
+        device: where to compute; default: where the model is, or a GPU where there is one for a model that is loaded.
 
     Returns:
         The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
@@ -222,6 +223,7 @@ def evaluate(
     """
     if isinstance(model, str):
         model, tokenizer = load_model(model)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if tokenizer is None:
         raise ValueError("Expected the model's tokenizer, got none. Pass tokenizer=..., or the model's folder.")
     limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
@@ -235,9 +237,9 @@ def evaluate(
     sources.check_rows(dataset, "test")
     encoded = encode_labels({"test": dataset}, args.problem_type, model.config.label_names)
     data = tokenization.tokenize(DatasetDict(encoded), tokenizer, args)["test"]
-    accelerator = Accelerator()
     collator = Collator(tokenizer.pad_token_id, model.config.classes)
-    stage = Stage(model.to(accelerator.device), place(model.config.units), 0, accelerator, collator)
+    model.to(device or model.device)  # type: ignore[arg-type]
+    stage = Stage(model, place(model.config.units), 0, model.device, collator)
     labels = collator.labels(data.features["label"], data["label"]).numpy()
     exits = exit_metrics(stage.evaluate(data, batch_size, show_progress), labels, args.problem_type or "")
     last = {name: value for name, value in exits[-1].items() if name != "block"}

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from .modeling.blocks import ENCODERS, Encoder
 from .modeling.configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
+from .modeling.encoders import ENCODERS, Encoder
 from .modeling.modeling_al import (
     ALForSequenceClassification,
     ALLstmForSequenceClassification,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import hf_al
@@ -20,12 +19,6 @@ from hf_al.training.optim import BlockOptimizers
 
 class Broken(OSError):
     """A disk that fails."""
-
-
-@pytest.fixture(autouse=True)
-def _accelerator():
-    """Optimizers of accelerate refuse to be made before an Accelerator."""
-    Accelerator(cpu=True)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, OBJECTIVES
 
-from hf_al.modeling.blocks import run_block
-from hf_al.modeling.objectives import cut, label_loss
+from hf_al.modeling.blocks import walk
+from hf_al.modeling.objectives import label_loss
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "embedding_dropout_prob": 0.0, "bridge_dropout_prob": 0.0}
 ACTIVATIONS = {
@@ -27,7 +27,7 @@ PROBLEMS = {
     "multi_label": {"problem_type": "multi_label_classification"},
     "multi_label_weighted": {"problem_type": "multi_label_classification", "class_weights": [0.5, 2.0, 1.0]},
     "regression": {
-        "problem_type": "regression", "num_labels": 2, "label_mean": [10.0, -1.0], "label_std": [4.0, 0.5],
+        "problem_type": "regression", "num_labels": 2, "label_mean": [10.0, -1.0], "label_deviation": [4.0, 0.5],
     },
 }  # fmt: skip
 
@@ -133,12 +133,7 @@ def expected_losses(model, batch: dict, labels: torch.Tensor, problem: str) -> l
 def named_losses(model, batch: dict) -> list[dict[str, torch.Tensor]]:
     inputs = model.model.prepare_inputs(**batch)
     boundary = model.model.initial_boundary(inputs["labels"])
-    named = []
-    for block in model.model.blocks:
-        boundary, losses = run_block(block, boundary, inputs)
-        boundary = cut(boundary)
-        named.append(losses)
-    return named
+    return [out.losses for _, out in walk(model.model.blocks, boundary, inputs, learning=True)]
 
 
 # --- the losses
@@ -227,10 +222,8 @@ def test_al_ce_reads_its_exit_through_the_decoders_from_before_the_update(make_s
     expected = [float(losses["exit"]) for losses in expected_losses(model, batch, batch["labels"], "single_label")]
     inputs = model.model.prepare_inputs(**batch)
     boundary = model.model.initial_boundary(inputs["labels"])
-    for k, block in enumerate(model.model.blocks):
-        boundary, losses = run_block(block, boundary, inputs)
-        boundary = cut(boundary)
-        assert losses["exit"].item() == pytest.approx(expected[k], rel=1e-5)
+    for block, out in walk(model.model.blocks, boundary, inputs, learning=True):
+        assert out.losses["exit"].item() == pytest.approx(expected[block.index], rel=1e-5)
         with torch.no_grad():
             for parameter in block.parameters():
                 parameter.add_(1.0)
@@ -303,5 +296,5 @@ def test_class_weights_are_not_divided_out_again(make_model):
 
 @pytest.mark.parametrize("labels", [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0], [2.0], [3.0]])])
 def test_regression_of_one_value_takes_flat_labels_and_columns(labels, make_model):
-    config = make_model(num_labels=1, label_mean=[2.0], label_std=[0.5]).config
+    config = make_model(num_labels=1, label_mean=[2.0], label_deviation=[0.5]).config
     assert label_loss(torch.zeros(3, 1), labels, config).item() == pytest.approx(8 / 3)

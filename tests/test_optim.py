@@ -4,16 +4,9 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from hf_al import TrainingArguments
 from hf_al.training.optim import LABEL_SIDE, BlockOptimizers, make_schedule
-
-
-@pytest.fixture(autouse=True)
-def _accelerator():
-    """Optimizers of accelerate refuse to be made before an Accelerator."""
-    Accelerator(cpu=True)
 
 
 def arguments(**values) -> TrainingArguments:

@@ -106,6 +106,22 @@ def test_trainer_trains_evaluates_and_saves(model_type, objective, make_tweet_mo
     assert predicted.predictions.shape == (len(tokenized["test"]), 3)
 
 
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_trainer_that_keeps_the_labels_for_itself_is_told_so(how, make_tweet_model, tokenizer, tokenized, tmp_path):
+    """It would train the blocks end to end, on the logits of the last exit."""
+    smoothing = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", **smoothing
+    )
+    own = None if smoothing else lambda outputs, labels, **_: torch.nn.functional.cross_entropy(outputs.logits, labels)
+    trainer = Trainer(
+        make_tweet_model("al_lstm"), args, train_dataset=tokenized["train"], processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer), compute_loss_func=own,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"Expected labels in training mode .* Trainer's label_smoothing_factor"):
+        trainer.train()
+
+
 def test_trainer_resumes_from_its_own_checkpoint(make_tweet_model, tokenizer, tokenized, tmp_path):
     def train(folder, resume: bool = False, **values):
         args = TrainingArguments(
@@ -166,7 +182,7 @@ def test_a_pipeline_gives_the_sigmoid_of_multi_label_logits(model_type, make_twe
 @pytest.mark.parametrize("given", [{"problem_type": "regression"}, {}])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_pipeline_gives_the_value_of_a_regression(model_type, given, make_tweet_model, tokenizer, tmp_path):
-    model = make_tweet_model(model_type, num_labels=1, label_mean=[40.0], label_std=[2.0], **given)
+    model = make_tweet_model(model_type, num_labels=1, label_mean=[40.0], label_deviation=[2.0], **given)
     folder = saved(model, tokenizer, tmp_path)
     (row,) = classifier(folder)("a lovely flight", top_k=None)
     assert row["score"] == pytest.approx(logits_of(folder, ["a lovely flight"]).item(), abs=1e-4)

@@ -7,8 +7,8 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 import hf_al
-from hf_al.modeling.blocks import Embeddings, Encoder
 from hf_al.modeling.configuration_al import ALConfig
+from hf_al.modeling.encoders import Embeddings, Encoder
 from hf_al.modeling.modeling_al import ALForSequenceClassification, ALModel
 
 

@@ -1,27 +1,22 @@
-"""The AL block and its encoders.
+"""The AL block, and the one walk over the blocks.
 
-Legend: N batch, T tokens, D hidden size, E embedding size, V target-code size, C classes, H heads.
+Legend: N batch, T tokens, D hidden size, V target-code size, C classes.
 
 A block reads the boundary of the block before it and the inputs that every block knows (token ids, mask, labels), and
-returns the boundary for the next one. `run_block` is the one forward of training, `ALBlock.advance` and `ALBlock.exit`
-the one forward of evaluation and inference; both call the same encoders.
+returns the boundary for the next one. `ALBlock.forward` is the only way into a block and `walk` the only way over the
+blocks: for training, evaluation and inference, in one process and in the stages of a stream.
 """
 
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .lstm import bidirectional, packed
-from .objectives import OBJECTIVES, Boundary, Losses, activate, read_out
-
-Inputs = dict[str, Any]  # tensors: what every block knows of a batch: see `prepare_inputs` of an encoder
+from .encoders import ENCODERS, Inputs
+from .objectives import OBJECTIVES, Boundary, Losses, activate, cut, read_out, unstandardise
 
 
 def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
@@ -68,235 +63,6 @@ def truncate(inputs: Inputs, longest: int) -> Inputs:
     return {**inputs, **cut}
 
 
-class Embeddings(nn.Module):
-    """Token ids (N, T) -> embedding rows (N, T, E), padding rows zero.
-
-    Args:
-        config: `vocab_size`, `pad_token_id` and E, `embedding_size`, or `hidden_size` where that is None.
-        output_size (`int`, *optional*): width to project to where E differs; None returns rows of width E.
-        learned_positions (`bool`, defaults to False): add a learned row for each of the `position_ids`.
-    """
-
-    def __init__(self, config, output_size: int | None = None, learned_positions: bool = False):
-        super().__init__()
-        size = config.embedding_size or config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size) if learned_positions else None
-        self.output_size = output_size or size
-        self.projection = nn.Linear(size, self.output_size) if size != self.output_size else None
-
-    @torch.compiler.disable  # the sparse gradient of the rows cannot be compiled
-    def forward(self, inputs: Inputs) -> Tensor:
-        words = inputs["inputs_embeds"] if "inputs_embeds" in inputs else self.word_embeddings(inputs["input_ids"])
-        if self.position_embeddings is not None:
-            words = words + self.position_embeddings(inputs["position_ids"])
-        return words if self.projection is None else self.projection(words)
-
-
-class Encoder(nn.Module):
-    """What the encoder of block `index` provides: inherit, and add a row to `ENCODERS`.
-
-    Args:
-        config: the model's config.
-        index (`int`): the block, counted from 0. Block 0 reads token ids, all others hidden states (N, T, D). With
-            `config.embedding_block` block 0 is the embedding alone.
-
-    Attributes:
-        embeddings ([`Embeddings`], in block 0, else None): where token ids become rows.
-        output_size (`int`): width of the hidden states that leave, `hidden_size` in all blocks but an embedding block.
-    """
-
-    normalize_pooled: ClassVar[bool] = False  # whether the bridge starts with a layer norm: for pre-norm encoders
-    has_attention: ClassVar[bool] = False  # whether `forward` takes `attentions`, a list that it adds weights to
-    embeddings: Embeddings | None
-    output_size: int
-
-    @staticmethod
-    def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds what every block needs, once a batch, to `inputs`: `input_ids` or `inputs_embeds`, `attention_mask`
-        (N, T), and `labels` in training. Nothing, if not overridden."""
-        return inputs
-
-    def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
-        """The boundary of the block before -> `{"hidden": s_k (N, T, D)}`, with further tensors where the next block
-        wants them. Padding may not change what leaves at the positions of the text."""
-        raise NotImplementedError
-
-
-class LstmEncoder(Encoder):
-    """Embeddings (block 0), then `layers_per_block` bidirectional LSTM layers; padding never enters the recurrence.
-
-    With `carry_state` the boundary also holds `h` and `c`, each (2 * layers, N, D / 2). Arguments: see [`Encoder`].
-    """
-
-    def __init__(self, config, index: int):
-        super().__init__()
-        self.embeddings = Embeddings(config) if index == 0 else None
-        width = self.embeddings.output_size if self.embeddings else _encoder_input_size(config, index)
-        self.is_first = index == (1 if config.embedding_block else 0)
-        self.carry_state = config.carry_state
-        self.dropout = nn.Dropout(config.embedding_dropout_prob if self.is_first else config.hidden_dropout_prob)
-        self.lstm = None
-        self.output_size = width
-        if index > 0 or not config.embedding_block:
-            self.lstm = nn.LSTM(
-                width,
-                config.hidden_size // 2,
-                num_layers=config.layers_per_block,
-                dropout=config.hidden_dropout_prob if config.layers_per_block > 1 else 0.0,
-                bidirectional=True,
-                batch_first=True,
-            )
-            self.output_size = config.hidden_size
-
-    @staticmethod
-    def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds `lengths` (N,) on the CPU, and where padding is not all on the right, `order` (N, T) to put it there."""
-        mask_NT = inputs["attention_mask"]
-        inputs["lengths"] = mask_NT.sum(1).cpu()
-        if bool((mask_NT[:, 1:] > mask_NT[:, :-1]).any()):
-            inputs["order"] = mask_NT.argsort(dim=1, descending=True, stable=True)
-        return inputs
-
-    def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
-        x_NTE = boundary["hidden"] if self.embeddings is None else self.embeddings(inputs)
-        if self.lstm is None:
-            return {"hidden": x_NTE}
-        state = (boundary["h"], boundary["c"]) if self.carry_state and not self.is_first else None
-        x_NTE = self.dropout(x_NTE)
-        if "order" in inputs:
-            x_NTE = x_NTE.gather(1, inputs["order"][..., None].expand_as(x_NTE))
-        run = bidirectional if x_NTE.device.type == "cpu" else packed
-        hidden_NTD, (h, c) = run(self.lstm, x_NTE, inputs["lengths"], state)  # h, c: (2 * layers, N, D / 2)
-        if "order" in inputs:
-            index = inputs["order"][..., None].expand_as(hidden_NTD)
-            hidden_NTD = torch.zeros_like(hidden_NTD).scatter(1, index, hidden_NTD)
-        out = {"hidden": hidden_NTD, "h": h, "c": c} if self.carry_state else {"hidden": hidden_NTD}
-        return {n: t.contiguous() for n, t in out.items()}  # dropout follows memory, and a wire keeps no strides
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The attention written out, for `attn_implementation="eager"`: the one that also returns its weights."""
-    weights_NHTT = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights_NHTT = weights_NHTT + attention_mask
-    weights_NHTT = F.softmax(weights_NHTT, dim=-1, dtype=torch.float32).to(query.dtype)
-    dropped = F.dropout(weights_NHTT, dropout, module.training)
-    return (dropped @ value).transpose(1, 2).contiguous(), weights_NHTT
-
-
-def rotate(x_NHTd: Tensor, cos_NTd: Tensor, sin_NTd: Tensor) -> Tensor:
-    """Rotary positions (Su et al., 2021, arXiv 2104.09864), halves paired."""
-    left, right = x_NHTd.chunk(2, -1)
-    cos, sin = cos_NTd[:, None].to(x_NHTd.dtype), sin_NTd[:, None].to(x_NHTd.dtype)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config, layer_index: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_index
-        self.is_causal = False
-        self.head_size = config.hidden_size // config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x_NTD: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        N, T, _ = x_NTD.shape
-        query, key, value = (t.view(N, T, -1, self.head_size).transpose(1, 2) for t in self.qkv(x_NTD).chunk(3, -1))
-        if "cos" in inputs:
-            query, key = (rotate(t, inputs["cos"], inputs["sin"]) for t in (query, key))
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, weights_NHTT = attention(
-            self,
-            query,
-            key,
-            value,
-            inputs.get("bias"),
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=self.head_size**-0.5,
-        )
-        return self.output(out.reshape(N, T, -1).contiguous()), weights_NHTT
-
-
-class TransformerLayer(GradientCheckpointingLayer):
-    """Pre-norm: x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, config, layer_index: int):
-        super().__init__()
-        inner = config.intermediate_size or 4 * config.hidden_size
-        # no scale of its own: the matrix that follows has one, and the scale's gradient would cost a block of AL the
-        # gradient of what that matrix reads, which nothing else needs
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
-        self.attention = SelfAttention(config, layer_index)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
-        self.up = nn.Linear(config.hidden_size, inner)
-        self.activation = ACT2FN[config.hidden_act]
-        self.down = nn.Linear(inner, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x_NTD: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        attended, weights_NHTT = self.attention(self.attention_norm(x_NTD), inputs)
-        x_NTD = x_NTD + self.dropout(attended)
-        x_NTD = x_NTD + self.dropout(self.down(self.activation(self.up(self.feed_forward_norm(x_NTD)))))
-        return x_NTD, weights_NHTT
-
-
-class TransformerEncoder(Encoder):
-    """Embeddings (block 0), then `layers_per_block` pre-norm transformer layers. For the arguments see [`Encoder`]."""
-
-    normalize_pooled = True
-    has_attention = True
-
-    def __init__(self, config, index: int):
-        super().__init__()
-        learned = config.position_embedding_type == "learned"
-        self.embeddings = Embeddings(config, config.hidden_size, learned) if index == 0 else None
-        layers = config.layers_per_block if index > 0 or not config.embedding_block else 0
-        first = max(0, index - config.embedding_block) * config.layers_per_block
-        self.layers = nn.ModuleList(TransformerLayer(config, first + i) for i in range(layers))
-        is_first = index == (1 if config.embedding_block else 0)
-        self.dropout = nn.Dropout(config.embedding_dropout_prob if is_first else 0.0)
-        self.output_size = config.hidden_size
-
-    @staticmethod
-    def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds `position_ids` (N, T), the attention's `bias`, and `cos`, `sin` (N, T, d / 2) for rotary positions."""
-        mask_NT = inputs["attention_mask"]
-        inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0)  # padding on the left comes before 0
-        like = inputs["inputs_embeds"] if "inputs_embeds" in inputs else mask_NT[..., None].float()
-        bias = create_bidirectional_mask(config=config, inputs_embeds=like, attention_mask=mask_NT)
-        if bias is not None:
-            inputs["bias"] = bias
-        if config.position_embedding_type == "rotary":
-            half = config.hidden_size // config.num_attention_heads // 2
-            exponents = torch.arange(half, device=mask_NT.device, dtype=torch.float32) / half
-            angles_NTd = inputs["position_ids"][..., None].float() * config.rotary_base**-exponents
-            inputs["cos"], inputs["sin"] = angles_NTd.cos(), angles_NTd.sin()
-        return inputs
-
-    def forward(self, boundary: Boundary, inputs: Inputs, attentions: list[Tensor] | None = None) -> Boundary:
-        x_NTD = boundary["hidden"] if self.embeddings is None else self.embeddings(inputs)
-        if self.layers:
-            x_NTD = self.dropout(x_NTD)
-        for layer in self.layers:
-            x_NTD, weights_NHTT = layer(x_NTD, inputs)
-            if attentions is not None:
-                attentions.append(weights_NHTT)
-        return {"hidden": x_NTD}
-
-
-ENCODERS: dict[str, type[Encoder]] = {"al_lstm": LstmEncoder, "al_transformer": TransformerEncoder}
-
-
-def _encoder_input_size(config, index: int) -> int:
-    """Width of what block `index` > 0 of an LSTM model reads: embedding rows right after the embedding block."""
-    return (
-        (config.embedding_size or config.hidden_size) if index == 1 and config.embedding_block else config.hidden_size
-    )
-
-
 class Bridge(nn.Module):
     """Pooled hidden state (N, D = `input_size`) -> a guess of the target code (N, V): `bridge_layers` linear layers
     with activation, after a layer norm where `normalize` says so (for pre-norm encoders)."""
@@ -324,8 +90,29 @@ class TargetLayer(nn.Linear):
         super().__init__(input_size, output_size)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return activate(super().forward(x), self.activation)
+    def forward(self, x: Tensor | None = None):
+        """The layer's output; without an input its weight and bias, which travel to later blocks. They are asked for
+        here, because offloaded parameters (`device_map`) exist only inside a forward."""
+        return (self.weight, self.bias) if x is None else activate(super().forward(x), self.activation)
+
+
+class BlockOutput(NamedTuple):
+    """What a block makes of a batch.
+
+    Args:
+        boundary: for the next block: `hidden` (N, T, D) and what the objective sends; not cut.
+        losses: the local losses by name, scalars, attached; empty inside a unit and where nothing is learned.
+        logits: (N, C) of this block's exit, in the units of the labels; None where it was not asked for.
+    """
+
+    boundary: Boundary
+    losses: Losses
+    logits: Tensor | None
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of the unit that ends here: the sum of its local losses."""
+        return torch.stack(list(self.losses.values())).sum()
 
 
 class ALBlock(nn.Module):
@@ -356,6 +143,39 @@ class ALBlock(nn.Module):
         has_embedding_only = index == 0 and config.embedding_block
         self.pooling = "mean" if has_embedding_only and config.pooling in ("final", "first") else config.pooling
 
+    def forward(
+        self,
+        boundary: Boundary,
+        inputs: Inputs,
+        learning: bool = False,
+        exits: Collection[int] = (),
+        attentions: list[Tensor] | None = None,
+    ) -> BlockOutput:
+        """One block on one batch.
+
+        Args:
+            boundary: from the block before, cut where the units are learning; for block 0 `{"target": t_0}` where they
+                are, else `{}`.
+            inputs: what every block knows of the batch, with `labels` where something is learned.
+            learning: whether the objective is asked for a loss. A block inside a unit has none; it hands its decoder
+                on, so that the last block of the unit can train it.
+            exits: blocks whose logits are wanted. The decoders that they need travel in the boundary.
+            attentions: a list for the encoder to put its attention weights into.
+        """
+        extra = {} if attentions is None else {"attentions": attentions}
+        encoded = self.encode(boundary, inputs, **extra)
+        losses: Losses = {}
+        sent: Boundary = self.decoders(boundary) if exits or (learning and not self.ends_unit) else {}
+        if learning and self.ends_unit:
+            pooled_ND = self.pool(encoded["hidden"], inputs)
+            losses, own = OBJECTIVES[self.config.objective].local_loss(self, pooled_ND, boundary, inputs["labels"])
+            sent = {**sent, **own}
+        logits_NC = None
+        if self.index in exits:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not learning):  # the loss has its own read-out
+                logits_NC = self.exit(encoded["hidden"], sent, inputs)
+        return BlockOutput({**encoded, **sent}, losses, logits_NC)
+
     def pool(self, hidden_NTD: Tensor, inputs: Inputs) -> Tensor:
         """One vector (N, D) a text from its hidden states (N, T, D), as the config says."""
         return pool(hidden_NTD, inputs["attention_mask"], self.pooling)
@@ -364,37 +184,44 @@ class ALBlock(nn.Module):
         """The decoders that lead from this block's code to the classes: those in the boundary and this block's own, as
         `decoder_{k}_weight` (V or C, V) and `decoder_{k}_bias`."""
         earlier = {} if self.reads_labels else {n: t for n, t in boundary.items() if n.startswith("decoder_")}
-        own = self.decode_target
-        return {**earlier, f"decoder_{self.index}_weight": own.weight, f"decoder_{self.index}_bias": own.bias}
+        weight, bias = self.decode_target()
+        return {**earlier, f"decoder_{self.index}_weight": weight, f"decoder_{self.index}_bias": bias}
 
-    def advance(self, boundary: Boundary, inputs: Inputs, **kwargs) -> Boundary:
-        """Evaluation: the boundary for the next block, `hidden` (N, T, D) and the decoders that an exit needs, from the
-        one that the block before returned (`{}` for block 0). Keywords go to the encoder."""
-        return {**self.encode(boundary, inputs, **kwargs), **self.decoders(boundary)}
-
-    def exit(self, boundary: Boundary, inputs: Inputs) -> Tensor:
-        """Logits (N, C) of exit k, from the boundary that `advance` of this block returned."""
+    def exit(self, hidden_NTD: Tensor, sent: Boundary, inputs: Inputs) -> Tensor:
+        """Logits (N, C) of this block's exit, through the decoders in what it sends."""
         assert self.bridge is not None, f"block {self.index} has no exit"
-        decoders = {n: t for n, t in boundary.items() if n.startswith("decoder_")}
-        return read_out(self.bridge(self.pool(boundary["hidden"], inputs)), decoders, self.config.label_activation)
+        decoders = {n: t for n, t in sent.items() if n.startswith("decoder_")}
+        bridged_NV = self.bridge(self.pool(hidden_NTD, inputs))
+        return unstandardise(read_out(bridged_NV, decoders, self.config.label_activation), self.config)
 
 
-def run_block(block: ALBlock, boundary: Boundary, inputs: Inputs) -> tuple[Boundary, Losses]:
-    """Training: one block on one batch.
+def walk(
+    blocks: Iterable[ALBlock],
+    boundary: Boundary,
+    inputs: Inputs,
+    learning: bool = False,
+    exits: Collection[int] = (),
+    around: Callable[[ALBlock], AbstractContextManager] = lambda block: nullcontext(),
+    leave: Callable[[Boundary, nn.Module], Boundary] | None = None,
+    attentions: list[Tensor] | None = None,
+) -> Iterator[tuple[ALBlock, BlockOutput]]:
+    """THE walk over the blocks: one batch, from block to block.
 
     Args:
-        block: the block.
-        boundary: from the block before, cut unless both are of one unit; `{"target": t_0}` for block 0.
-        inputs: what every block knows of the batch, with `labels`.
+        blocks: in order; all of a model, or those of a stage.
+        boundary: what enters the first of them, already cut.
+        inputs, learning, exits, attentions: as in [`ALBlock.forward`].
+        around: block -> the context that it runs in (its random numbers, mixed precision).
+        leave: (boundary, block) -> the boundary as it leaves a unit, while learning; `cut` where it is None.
 
-    Returns:
-        The boundary for the next block, not cut, and the local losses by name, scalars, still attached. A block inside
-        a unit has no loss; it hands its decoder on, so that the last block of the unit can train it.
+    Yields:
+        Each block and its output, with the boundary as the next block gets it, from before any update. The caller may
+        send it, go backward and update the block before it takes the next one.
     """
-    encoded = block.encode(boundary, inputs)
-    if not block.ends_unit:
-        return {**encoded, **block.decoders(boundary)}, {}
-    pooled_ND = block.pool(encoded["hidden"], inputs)
-    local_loss = OBJECTIVES[block.config.objective].local_loss
-    losses, sent = local_loss(block, pooled_ND, boundary, inputs["labels"])
-    return {**encoded, **sent}, losses
+    for block in blocks:
+        with around(block):
+            out = block(boundary, inputs, learning=learning, exits=exits, attentions=attentions)
+        if learning and block.ends_unit:
+            out = out._replace(boundary=(leave or cut)(out.boundary, block))
+        boundary = out.boundary
+        yield block, out

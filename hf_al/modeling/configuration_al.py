@@ -84,7 +84,7 @@ class ALConfig(PreTrainedConfig):
         class_weights (`list[float]`, *optional*): one weight a class; the loss is mean(weight[y] * cross-entropy), for
             multi-label the weight of the positive term.
         label_smoothing (`float`, defaults to 0.0): share of the target spread evenly over the classes (single label).
-        label_mean, label_std (`list[float]`, *optional*): regression, per output: the values are standardised for
+        label_mean, label_deviation (`list[float]`, *optional*): regression, per output: the values are standardised for
             training; `logits` are in the original units.
         max_position_embeddings (`int`, defaults to 512): longest text in tokens. The model itself cuts a longer one
             (its last token, usually the closing [SEP], stays), so that a `pipeline`, which does not truncate, works.
@@ -94,6 +94,7 @@ class ALConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["local_losses", "exit_logits", "hidden_states", "attentions"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_blocks"}  # what tools ask of any model
 
     vocab_size: int = 30000
     hidden_size: int = 128
@@ -117,7 +118,7 @@ class ALConfig(PreTrainedConfig):
     class_weights: list[float] | None = None
     label_smoothing: float | int = 0.0
     label_mean: list[float] | None = None
-    label_std: list[float] | None = None
+    label_deviation: list[float] | None = None
     max_position_embeddings: int = 512
     pad_token_id: int = 0
     inference_only: bool = False
@@ -185,7 +186,7 @@ class ALConfig(PreTrainedConfig):
                 f"Expected label_smoothing=0.0 with problem_type={kind!r}, got {self.label_smoothing}. "
                 "Smoothing spreads one label over the classes: pass label_smoothing=0.0."
             )
-        for name in ("label_mean", "label_std"):
+        for name in ("label_mean", "label_deviation"):
             values = getattr(self, name)
             if values is None:
                 continue
@@ -198,8 +199,8 @@ class ALConfig(PreTrainedConfig):
                 )
             if not all(math.isfinite(value) and (value > 0 or name == "label_mean") for value in values):
                 raise ValueError(
-                    f"Expected finite values in {name}, above 0 for label_std, got {values}. Pass the labels' mean and "
-                    "standard deviation; a constant target cannot be learned."
+                    f"Expected finite values in {name}, above 0 for label_deviation, got {values}. Pass the labels' mean "
+                    "and standard deviation; a constant target cannot be learned."
                 )
 
     @property

@@ -16,50 +16,104 @@ KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 CHUNK = 8  # steps whose factors are computed together in the backward pass: few calls, and they stay in the cache
 
 
-def packed(lstm: nn.LSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-    """`lstm` on the packed batch: for devices whose library has a kernel for it. Arguments as `bidirectional`."""
-    batch = nn.utils.rnn.pack_padded_sequence(x_NTE, lengths_N, batch_first=True, enforce_sorted=False)
-    batch, state = lstm(batch, state)
+class BidirectionalLSTM(nn.LSTM):
+    """One bidirectional layer on texts with all padding on the right.
+
+    Args:
+        input_size: E.
+        hidden_size: H, of each direction.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__(input_size, hidden_size, batch_first=True, bidirectional=True)
+
+    def forward(  # type: ignore[override]
+        self, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Hidden states (N, T, 2H), zero on padding, and the final (h, c), each (2, N, H).
+
+        Args:
+            x_NTE: the texts.
+            lengths_N: tokens of each text, at least 1.
+            state: initial (h, c), each (2, N, H); zeros where it is None.
+        """
+        if torch.compiler.is_compiling():
+            return traceable(self, x_NTE, lengths_N, state)
+        run = bidirectional if x_NTE.device.type == "cpu" else packed
+        return run(self, x_NTE, lengths_N, state)
+
+    def operands(self) -> list[Tensor]:
+        """The parameters in the order of `KINDS`, forward and reverse in turn."""
+        return [getattr(self, f"{kind}_l0{side}") for kind in KINDS for side in ("", "_reverse")]
+
+
+def packed(
+    lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
+) -> tuple[Tensor, State]:
+    """The layer on the packed batch: for devices whose library has a kernel for it."""
+    batch = nn.utils.rnn.pack_padded_sequence(x_NTE, lengths_N.cpu(), batch_first=True, enforce_sorted=False)
+    batch, state = nn.LSTM.forward(lstm, batch, state)
     hidden_NTD, _ = nn.utils.rnn.pad_packed_sequence(batch, batch_first=True, total_length=x_NTE.shape[1])
     return hidden_NTD, state
 
 
-def bidirectional(lstm: nn.LSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-    """What `packed` computes, on a CPU, equal up to rounding.
-
-    Args:
-        lstm: bidirectional, `batch_first`.
-        x_NTE: texts with all padding on the right.
-        lengths_N: tokens of each text, at least 1.
-        state: initial (h, c), each (2 * layers, N, H); zeros where it is None.
-
-    Returns:
-        Hidden states (N, T, 2H), zero on padding, and the final (h, c), each (2 * layers, N, H).
-    """
-    N, T, _ = x_NTE.shape
-    time_T1 = torch.arange(T)[:, None]
+def _turned(lengths_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Where a text's token is when the text is turned round, padding staying where it is; and the mask. Both (T, N)."""
+    time_T1 = torch.arange(tokens, device=lengths_N.device)[:, None]
     mask_TN = time_T1 < lengths_N
-    turned_TN = torch.where(
-        mask_TN, lengths_N - 1 - time_T1, time_T1
-    )  # where a text's token is when it is turned round
+    return torch.where(mask_TN, lengths_N - 1 - time_T1, time_T1), mask_TN
+
+
+def traceable(lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """The layer in torch's own operations, for `torch.export` and `torch.compile`: each direction on its own, because
+    only our own layout keeps padding behind the text in both."""
+    turned_TN, mask_TN = _turned(lengths_N, x_NTE.shape[1])
+    turned_TN1, mask_TN1 = turned_TN[..., None], mask_TN[..., None]
+    x_TNE = x_NTE.transpose(0, 1)
+    operands = lstm.operands()
+    last_1NH = (lengths_N - 1)[None, :, None].expand(1, -1, lstm.hidden_size)
+    hidden, finals = [], []
+    for side, given_TNE in enumerate((x_TNE, x_TNE.gather(0, turned_TN1.expand_as(x_TNE)))):
+        weights = operands[side::2]
+        zeros = x_TNE.new_zeros(1, x_TNE.shape[1], lstm.hidden_size)
+        h_c = (zeros, zeros) if state is None else (state[0][side : side + 1], state[1][side : side + 1])
+        h_TNH, c_TNH = _steps(given_TNE, h_c, weights)
+        finals.append((h_TNH.gather(0, last_1NH), c_TNH.gather(0, last_1NH)))
+        hidden.append(h_TNH.gather(0, turned_TN1.expand_as(h_TNH)) if side else h_TNH)
+    hidden_TND = torch.cat(hidden, -1) * mask_TN1.to(x_NTE.dtype)
+    h, c = (torch.cat(parts) for parts in zip(*finals, strict=True))
+    return hidden_TND.transpose(0, 1), (h, c)
+
+
+def _steps(x_TNE: Tensor, h_c: State, weights: list[Tensor]) -> State:
+    """h and c of every step (T, N, H) of one direction, from its initial ones (1, N, H)."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    (h,), (c,) = h_c
+    steps = []
+    for gates in nn.functional.linear(x_TNE, w_ih, b_ih + b_hh).unbind():
+        i, f, s, o = (gates + h @ w_hh.t()).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * s.tanh()
+        h = o.sigmoid() * c.tanh()
+        steps.append((h, c))
+    h_TNH, c_TNH = (torch.stack(parts) for parts in zip(*steps, strict=True))
+    return h_TNH, c_TNH
+
+
+def bidirectional(
+    lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
+) -> tuple[Tensor, State]:
+    """What `packed` computes, on a CPU, equal up to rounding."""
+    N, T, _ = x_NTE.shape
+    turned_TN, mask_TN = _turned(lengths_N, T)
     layout = (turned_TN * N + torch.arange(N)).view(-1), mask_TN[..., None].to(x_NTE.dtype), lengths_N - 1
     x_TNE = x_NTE.transpose(0, 1)
-    finals: list[State] = []
-    for layer in range(lstm.num_layers):
-        if layer and lstm.dropout:
-            x_TNE = nn.functional.dropout(x_TNE, lstm.dropout, lstm.training)
-        operands = [getattr(lstm, f"{kind}_l{layer}{side}") for kind in KINDS for side in ("", "_reverse")]
-        if state is None:
-            operands += [x_NTE.new_zeros(2, N, lstm.hidden_size)] * 2
-        else:
-            operands += [s[2 * layer : 2 * layer + 2] for s in state]
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            x_TNE, operands = x_TNE.to(dtype), [t.to(dtype) for t in operands]
-        with torch.autocast("cpu", enabled=False):
-            x_TNE, h, c = Layer.apply(x_TNE, layout, *operands)
-        finals.append((h, c))
-    h, c = (torch.cat(parts) if len(finals) > 1 else parts[0] for parts in zip(*finals, strict=True))
+    h_c = [x_NTE.new_zeros(2, N, lstm.hidden_size)] * 2 if state is None else list(state)
+    operands = [*lstm.operands(), *h_c]
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x_TNE, operands = x_TNE.to(dtype), [t.to(dtype) for t in operands]
+    with torch.autocast("cpu", enabled=False):
+        x_TNE, h, c = Layer.apply(x_TNE, layout, *operands)
     return x_TNE.transpose(0, 1), (h, c)
 
 

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import ENCODERS, ALBlock, Inputs, run_block, truncate
+from .blocks import ALBlock, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
-from .objectives import OBJECTIVES, Boundary, cut, first_target, label_loss, unstandardise
+from .encoders import ENCODERS, Inputs
+from .objectives import OBJECTIVES, Boundary, first_target, label_loss
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -33,7 +36,7 @@ class ALSequenceClassifierOutput(ModelOutput):
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`): s_k (N, T, D), one
             a block that was run.
         attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`): weights (N, heads, T, T),
-            one a transformer layer that was run.
+            one a transformer layer that was run; empty unless the model has `attn_implementation="eager"`.
     """
 
     loss: Tensor | None = None
@@ -64,15 +67,14 @@ class ALPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LSTM):
-            hidden = module.hidden_size
             for name, parameter in module.named_parameters():
+                gates = torch.zeros_like(parameter).chunk(4)  # input, forget, cell, output: each a matrix of its own
                 if name.startswith("weight"):
-                    for gate in parameter.split(hidden):  # input, forget, cell, output: each a matrix of its own
+                    for gate in gates:
                         self._init_matrix(gate)
-                else:
-                    init.zeros_(parameter)
-                    if name.startswith("bias_ih"):
-                        init.ones_(parameter[hidden : 2 * hidden])  # remember at first (Jozefowicz et al., ICML 2015)
+                elif name.startswith("bias_ih"):
+                    gates[1].fill_(1.0)  # remember at first (Jozefowicz et al., ICML 2015)
+                init.copy_(parameter, torch.cat(gates))  # whole, so that one that was loaded is left alone
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.embedding_std)
             if module.padding_idx is not None:
@@ -91,6 +93,26 @@ class ALPreTrainedModel(PreTrainedModel):
             init.orthogonal_(weight)
         else:
             init.normal_(weight, std=self.config.initializer_range)
+
+    def _wants_hidden(self, output_hidden_states: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
+    def _attention_list(self, output_attentions: bool | None) -> list[Tensor] | None:
+        """Where the layers shall put their attention weights; None where nobody asked."""
+        if output_attentions is None:
+            output_attentions = getattr(self.config, "output_attentions", False)
+        if not output_attentions:
+            return None
+        if not ENCODERS[self.config.model_type].has_attention:
+            raise ValueError(
+                f"Expected output_attentions=False, got True: the blocks of {self.config.model_type} have no attention."
+            )
+        if self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"{self.config._attn_implementation} attention returns no weights: `attentions` stays empty. For "
+                "output_attentions=True call model.set_attn_implementation('eager') first."
+            )
+        return []
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -203,19 +225,21 @@ class ALModel(ALPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutput:
-        """`last_hidden_state` (N, T, D) of the last block, with `output_hidden_states` (default: as in the config)
-        the `hidden_states` (N, T, D) of each block. The other arguments are those of `prepare_inputs`."""
+        """`last_hidden_state` (N, T, D) of the last block; with `output_hidden_states` and `output_attentions`
+        (default: as in the config) also those of [`ALSequenceClassifierOutput`]. The other arguments are those of
+        `prepare_inputs`. Nothing is cut here: gradients cross the blocks, for a head of your own."""
+        attentions = self._attention_list(output_attentions)
         inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds)
-        boundary: Boundary = {}
         hidden_states = []
-        for block in self.blocks:
-            boundary = block.encode(boundary, inputs)
-            hidden_states.append(boundary["hidden"])
-        wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        for _, out in walk(self.blocks, {}, inputs, attentions=attentions):
+            hidden_states.append(out.boundary["hidden"])
         return BaseModelOutput(
-            last_hidden_state=boundary["hidden"], hidden_states=tuple(hidden_states) if wanted else None
+            last_hidden_state=hidden_states[-1],
+            hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
+            attentions=None if attentions is None else tuple(attentions),
         )
 
 
@@ -252,91 +276,65 @@ class ALForSequenceClassification(ALPreTrainedModel):
             labels (`torch.Tensor`, *optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C).
             exit_block (`int`, *optional*): the block to stop at, counted from 0; later blocks are not run.
             output_exit_logits (`bool`, defaults to False): return the logits of every exit on the way.
-            output_hidden_states, output_attentions (`bool`, *optional*): see [`ALSequenceClassifierOutput`];
-                attentions need a model loaded with `attn_implementation="eager"`.
+            output_hidden_states, output_attentions (`bool`, *optional*): see [`ALSequenceClassifierOutput`].
 
         Raises:
-            ValueError: an exit that does not exist, training an inference-only model, or attentions that the chosen
-                implementation cannot return.
+            ValueError: an exit that does not exist, training an inference-only model, or attentions of a model that
+                has none; in the backward pass, a loss made of logits in training mode without labels.
         """
         config = self.config
         if labels is not None and config.problem_type is None:  # by the labels, as transformers' own classifiers do
             multi_label = config.classes > 1 and labels.is_floating_point()
             kind = "multi_label_classification" if multi_label else config.resolved_problem_type
             config.problem_type = kind  # type: ignore[assignment]
-        training = self.training and labels is not None
-        last = self._last_block(exit_block, training)
+        learning = self.training and labels is not None
+        last = self._last_block(exit_block, learning)
         attentions = self._attention_list(output_attentions)
         inputs = self.model.prepare_inputs(input_ids, attention_mask, inputs_embeds, labels)
+        boundary = self.model.initial_boundary(labels if learning else None)
+        exits = [k for k in range(last + 1) if k == last or (output_exit_logits and k in config.exits())]
+        losses, hidden_states, exit_logits = [], [], []
         blocks = self.model.blocks[: last + 1]
-        if training:
-            return self._training_output(inputs, output_exit_logits, output_hidden_states)
-        boundary = self.model.initial_boundary()
-        hidden_states, exit_logits = [], []
-        for block in blocks:
-            extra = {} if attentions is None else {"attentions": attentions}
-            boundary = block.advance(boundary, inputs, **extra)
-            hidden_states.append(boundary["hidden"])
-            if block.index == last or (output_exit_logits and block.index in config.exits()):
-                exit_logits.append(unstandardise(block.exit(boundary, inputs), config))
+        for _, out in walk(blocks, boundary, inputs, learning, exits, attentions=attentions):
+            hidden_states.append(out.boundary["hidden"])
+            if out.losses:
+                losses.append(out.loss)
+            if out.logits is not None:
+                exit_logits.append(out.logits)
+        end_to_end = OBJECTIVES[config.objective].end_to_end
+        if self.training and not learning and not end_to_end:
+            self._refuse_gradients(exit_logits)
+        loss = None
+        if labels is not None:
+            loss = torch.stack(losses).sum() if learning else self._plain_loss(exit_logits[-1], labels)
         return ALSequenceClassifierOutput(
-            loss=None if labels is None else self._plain_loss(exit_logits[-1], labels),
+            loss=loss,
             logits=exit_logits[-1],
+            local_losses=tuple(losses) if learning and not end_to_end else None,
             exit_logits=tuple(exit_logits) if output_exit_logits else None,
             hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
             attentions=None if attentions is None else tuple(attentions),
         )
 
-    def _training_output(self, inputs: Inputs, output_exit_logits: bool, output_hidden_states: bool | None):
-        """All units forward, cut from each other; nothing is updated in between (transformers' Trainer does that)."""
-        boundary = self.model.initial_boundary(inputs["labels"])
-        local_losses, hidden_states = [], []
-        for unit in self.config.units:
-            for k in unit:
-                boundary, losses = run_block(self.model.blocks[k], boundary, inputs)
-                hidden_states.append(boundary["hidden"])
-            local_losses.append(torch.stack(list(losses.values())).sum())
-            boundary = cut(boundary)
-        with torch.no_grad():  # for callers that look at the logits of a training step
-            exit_logits: list[Tensor] = []
-            read: Boundary = {}
-            for block, hidden_NTD in zip(self.model.blocks, hidden_states, strict=True):
-                read = {"hidden": hidden_NTD, **block.decoders(read)}
-                if block.index == self.config.num_blocks - 1 or (
-                    output_exit_logits and block.index in self.config.exits()
-                ):
-                    exit_logits.append(unstandardise(block.exit(read, inputs), self.config))
-        return ALSequenceClassifierOutput(
-            loss=torch.stack(local_losses).sum(),
-            logits=exit_logits[-1],
-            local_losses=None if OBJECTIVES[self.config.objective].end_to_end else tuple(local_losses),
-            exit_logits=tuple(exit_logits) if output_exit_logits else None,
-            hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
-        )
+    def _refuse_gradients(self, logits: list[Tensor]) -> None:
+        """A loss made of the logits of a training step would train the blocks end to end: refused when it tries."""
+
+        def refuse(_: Tensor) -> None:
+            raise ValueError(
+                f"Expected labels in training mode with objective={self.config.objective!r}, got none and a loss made "
+                "of the logits: its gradients would cross all blocks. Pass labels to the model: instead of Trainer's "
+                "label_smoothing_factor set label_smoothing in the model's config, instead of compute_loss_func an "
+                "objective of your own."
+            )
+
+        for logits_NC in logits:
+            if logits_NC.requires_grad:
+                logits_NC.register_hook(refuse)
 
     def _plain_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         if self.config.resolved_problem_type == "regression":
             return nn.functional.mse_loss(logits_NC.float(), labels.view_as(logits_NC).float())
         return label_loss(logits_NC, labels, self.config)
-
-    def _wants_hidden(self, output_hidden_states: bool | None) -> bool:
-        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-
-    def _attention_list(self, output_attentions: bool | None) -> list[Tensor] | None:
-        if output_attentions is None:
-            output_attentions = getattr(self.config, "output_attentions", False)
-        if not output_attentions:
-            return None
-        if not ENCODERS[self.config.model_type].has_attention:
-            raise ValueError(
-                f"Expected output_attentions=False, got True: the blocks of {self.config.model_type} have no attention."
-            )
-        if self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"Expected attn_implementation='eager' for output_attentions=True, got "
-                f"{self.config._attn_implementation!r}. Call model.set_attn_implementation('eager') first."
-            )
-        return []
 
     def _last_block(self, exit_block: int | None, training: bool) -> int:
         last = self.config.num_blocks - 1

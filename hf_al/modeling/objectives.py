@@ -14,19 +14,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Boundary = dict[str, Tensor]
 Losses = dict[str, Tensor]
 
 
-def cut(boundary: Boundary) -> Boundary:
+def cut(boundary: Boundary, owner: nn.Module | None = None) -> Boundary:
     """The boundary as the next unit sees it: no gradient flows back through it (sg[.] in the equations).
 
-    The only place where hf_al detaches. Parameters in the boundary (decoders that travel forward) are copied, because
-    an update changes them in place and the next block must see them as they were before this batch's update.
+    The only place where hf_al detaches. What shares its memory with a parameter or buffer of `owner`, the block that
+    it leaves (a decoder that travels forward, a view of a weight), is copied: an update changes it in place, and the
+    next block must see it as it was before this batch's update.
     """
-    return {n: t.detach().clone() if isinstance(t, torch.nn.Parameter) else t.detach() for n, t in boundary.items()}
+    kept: set[int] = set()
+    if owner is not None and not torch.compiler.is_compiling():  # inside one graph nothing is updated
+        kept = {t.untyped_storage().data_ptr() for t in (*owner.parameters(), *owner.buffers())}
+    return {
+        n: t.detach().clone() if kept and t.untyped_storage().data_ptr() in kept else t.detach()
+        for n, t in boundary.items()
+    }
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -44,11 +51,11 @@ def first_target(labels: Tensor, config) -> Tensor:
 
     Args:
         labels: class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C).
-        config: `resolved_problem_type`, `num_labels`, and for regression `label_mean` and `label_std`.
+        config: `resolved_problem_type`, `num_labels`, and for regression `label_mean` and `label_deviation`.
     """
     kind = config.resolved_problem_type
     if kind == "single_label_classification":
-        return F.one_hot(labels.view(-1), config.num_labels).float()
+        return F.one_hot(labels.view(-1).long(), config.num_labels).float()
     target_NC = labels.view(-1, config.num_labels).float()
     return standardise(target_NC, config) if kind == "regression" else target_NC
 
@@ -57,13 +64,13 @@ def standardise(values: Tensor, config) -> Tensor:
     """Regression values (N, C) in units of their standard deviation on the train split."""
     if config.label_mean is not None:
         values = values - values.new_tensor(config.label_mean)
-    return values if config.label_std is None else values / values.new_tensor(config.label_std)
+    return values if config.label_deviation is None else values / values.new_tensor(config.label_deviation)
 
 
 def unstandardise(values: Tensor, config) -> Tensor:
     """The inverse of `standardise`; leaves classification logits as they are."""
-    if config.label_std is not None:
-        values = values * values.new_tensor(config.label_std)
+    if config.label_deviation is not None:
+        values = values * values.new_tensor(config.label_deviation)
     return values if config.label_mean is None else values + values.new_tensor(config.label_mean)
 
 
@@ -76,7 +83,7 @@ def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
     Args:
         logits_NC: logits (N, C), not squashed; standardised values for regression.
         labels: class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C) in their own units.
-        config: `resolved_problem_type`, `class_weights`, `label_smoothing`, `label_mean`, `label_std`.
+        config: `resolved_problem_type`, `class_weights`, `label_smoothing`, `label_mean`, `label_deviation`.
 
     Returns:
         A scalar in float32: nats for classification, squared standard deviations for regression.
@@ -86,7 +93,7 @@ def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
     weight = None if config.class_weights is None else logits_NC.new_tensor(config.class_weights)
     if kind == "single_label_classification":
         losses = F.cross_entropy(
-            logits_NC, labels.view(-1), weight, reduction="none", label_smoothing=config.label_smoothing
+            logits_NC, labels.view(-1).long(), weight, reduction="none", label_smoothing=config.label_smoothing
         )
         return losses.mean()
     target_NC = first_target(labels, config)
@@ -143,8 +150,8 @@ def associated(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> 
 def al_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
     """`associated` plus the cross-entropy of this block's own exit, read through all label decoders held constant.
 
-    The cross-entropy therefore updates encode and bridge only. Copies of the earlier blocks' decoders, from before
-    their update on this batch, travel in the boundary.
+    The cross-entropy therefore updates encode and bridge only. The decoders travel in the boundary, as they were before
+    their update on this batch.
     """
     bridged_NV, losses, sent = _associate(block, pooled_ND, received, labels)
     decoders = cut(block.decoders(received))

@@ -5,13 +5,12 @@ import time
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
 from ..training.arguments import TrainingArguments
-from ..training.local_step import forward_unit
+from ..training.local_step import local_steps
 from ..training.optim import BlockOptimizers
 
 ROUNDS = 4  # the first one warms up
@@ -27,14 +26,13 @@ def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> 
 
 
 def unit_seconds(
-    model: ALForSequenceClassification, args: TrainingArguments, accelerator: Accelerator, lengths: np.ndarray
+    model: ALForSequenceClassification, args: TrainingArguments, device: torch.device, lengths: np.ndarray
 ) -> tuple[list[float], list[float]]:
     """Seconds of a step of each unit, and of copying what leaves it, on a micro-batch of the median length.
 
     A step is forward, backward, clipping and update, and so counts the embedding and the label side. The random
     generator is as it was before.
     """
-    device = torch.device(accelerator.device)
     tokens = min(max(1, int(np.median(lengths))), model.config.max_position_embeddings)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (args.per_device_train_batch_size, tokens))
     inputs = throw_away_inputs(model, torch.from_numpy(ids).to(device))
@@ -46,13 +44,13 @@ def unit_seconds(
         times = []
         for step in range(ROUNDS):
             start = _now(device)
-            out, loss, _ = forward_unit(list(blocks.values()), boundary, inputs, accelerator, (0, step, 0, 0))
-            accelerator.backward(loss)
+            *_, (_, out) = local_steps(blocks.values(), boundary, inputs, (0, step, 0, 0), device, args.bf16)
+            out.loss.backward()
             optimizers.update(unit, step)
             times.append(_now(device) - start)
         steps.append(min(times[1:]))
-        copies.append(min(_copy_seconds(out, device) for _ in range(ROUNDS)))
-        boundary = out
+        copies.append(min(_copy_seconds(out.boundary, device) for _ in range(ROUNDS)))
+        boundary = out.boundary
     return steps, copies
 
 

@@ -4,20 +4,20 @@ With one stage, what it receives is the data and what it sends is dropped: the s
 The stage never asks how many there are; its transport knows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.batching import Collator, evaluation_batches, token_lengths
+from ..modeling.blocks import ALBlock, BlockOutput, walk
 from ..modeling.modeling_al import ALForSequenceClassification
-from ..modeling.objectives import Boundary, unstandardise
-from ..training.local_step import forward_unit
+from ..modeling.objectives import Boundary, cut
+from ..training.local_step import local_steps
 from ..training.optim import BlockOptimizers
 from .measure import throw_away_inputs
 from .placement import Placement
@@ -29,14 +29,16 @@ class Stage:
     """The units of one process.
 
     Args:
-        model: the classifier, on the accelerator's device.
+        model: the classifier; the blocks of this stage are on `device`.
         placement: which units are whose.
         number: which stage this process is.
-        accelerator: device, mixed precision and backward.
+        device: where it computes.
         collator: rows -> tensors.
         optimizers: None for a stage that only evaluates.
         transport: to the stages before and after.
         wire: what float32 tensors are rounded to between units in training.
+        bf16: train under autocast to bfloat16. Evaluation is in the model's own type: it says what a user of the saved
+            model will get.
     """
 
     def __init__(
@@ -44,15 +46,16 @@ class Stage:
         model: ALForSequenceClassification,
         placement: Placement,
         number: int,
-        accelerator: Accelerator,
+        device: torch.device,
         collator: Collator,
         optimizers: BlockOptimizers | None = None,
         transport: Alone = ALONE,
         wire: torch.dtype = torch.float32,
+        bf16: bool = False,
     ):
-        self.model, self.accelerator, self.collator, self.optimizers = model, accelerator, collator, optimizers
-        self.transport, self.wire = transport, wire
-        self.units = placement.units(number)
+        self.model, self.device, self.collator, self.optimizers = model, device, collator, optimizers
+        self.transport, self.wire, self.bf16 = transport, wire, bf16
+        self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
         self.transport.agree("train", self._throw_away, wire)
         self.transport.agree("evaluate", self._throw_away_evaluation, torch.float32)
@@ -68,20 +71,19 @@ class Stage:
     def _throw_away(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
         inputs = self._throw_away_inputs(rows, tokens)
         boundary = self._start(inputs["labels"]) if boundary is None else boundary
-        for unit in self.units:
-            boundary, _, _ = self._forward(unit, boundary, inputs, (0, 0, 0, 0))
+        for _, out in self._local_steps(boundary, inputs, (0, 0, 0, 0)):
+            boundary = out.boundary
         return boundary
 
     @torch.no_grad()
     def _throw_away_evaluation(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
         inputs, boundary = self._throw_away_inputs(rows, tokens), boundary or {}
-        with self.accelerator.autocast():
-            for block in self.blocks.values():
-                boundary = block.advance(boundary, inputs)
+        for _, out in walk(self.blocks.values(), boundary, inputs, exits=self.model.config.exits()):
+            boundary = out.boundary
         return boundary
 
     def _throw_away_inputs(self, rows: int, tokens: int) -> dict[str, Tensor]:
-        ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.accelerator.device)
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
         return throw_away_inputs(self.model, ids)
 
     # --- training
@@ -116,15 +118,17 @@ class Stage:
             inputs = self._inputs(data, rows)
             message = Message("train", step, micro_batch, *inputs["attention_mask"].shape)
             boundary = self.transport.receive(message, partial(self._start, inputs["labels"]))
-            for unit in self.units:
-                boundary, loss, named = self._forward(unit, boundary, inputs, (seed, step, micro_batch, 0))
-                if unit is self.units[-1]:
-                    self.transport.send(message, boundary)  # from before this batch's update
-                self.accelerator.backward(loss * weight)
-                mean = losses.setdefault(unit[-1], {})
-                for name, value in named.items():
+            for block, out in self._local_steps(boundary, inputs, (seed, step, micro_batch, 0)):
+                if block.index == max(self.blocks):
+                    self.transport.send(message, out.boundary)  # from before this batch's update
+                if not block.ends_unit:
+                    continue
+                (out.loss * weight).backward()
+                mean = losses.setdefault(block.index, {})
+                for name, value in cut(out.losses).items():
                     mean[name] = mean[name] + value * weight if micro_batch else value * weight
                 if micro_batch == len(parts) - 1:
+                    unit = self.unit_of[block.index]
                     norms[unit] = self.optimizers.update(unit, step)
         return losses, norms
 
@@ -142,25 +146,23 @@ class Stage:
         for message, rows in zip(messages, tqdm(batches, desc="Evaluating", disable=not show_progress), strict=True):
             inputs = self._inputs(data, rows)
             boundary = self.transport.receive(message, dict)
-            with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                for k, block in self.blocks.items():
-                    boundary = block.advance(boundary, inputs)
-                    if k == max(self.blocks):
-                        self.transport.send(message, boundary)
-                    if k in logits:
-                        exit_NC = unstandardise(block.exit(boundary, inputs), self.model.config)
-                        logits[k][rows] = exit_NC.float().cpu().numpy()
+            with torch.compiler.set_stance("force_eager"):
+                for block, out in walk(self.blocks.values(), boundary, inputs, exits=self.model.config.exits()):
+                    if block.index == max(self.blocks):
+                        self.transport.send(message, out.boundary)
+                    if out.logits is not None:
+                        logits[block.index][rows] = out.logits.float().cpu().numpy()
         self.model.train(was_training)
         return logits
 
     def _start(self, labels: Tensor) -> Boundary:
         return self.model.model.initial_boundary(labels)
 
-    def _forward(
-        self, unit: range, boundary: Boundary, inputs: dict[str, Tensor], key: tuple[int, int, int, int]
-    ) -> tuple[Boundary, Tensor, dict[str, Tensor]]:
-        return forward_unit([self.blocks[k] for k in unit], boundary, inputs, self.accelerator, key, self.wire)
+    def _local_steps(
+        self, boundary: Boundary, inputs: dict[str, Tensor], key: tuple[int, int, int, int]
+    ) -> Iterator[tuple[ALBlock, BlockOutput]]:
+        return local_steps(self.blocks.values(), boundary, inputs, key, self.device, self.bf16, self.wire)
 
     def _inputs(self, data: Dataset, rows: np.ndarray) -> dict[str, Tensor]:
-        batch = {name: t.to(self.accelerator.device) for name, t in self.collator(data, rows).items()}
+        batch = {name: t.to(self.device) for name, t in self.collator(data, rows).items()}
         return self.model.model.prepare_inputs(**batch)

@@ -54,10 +54,10 @@ def finish(
         elsewhere = {block.index: block for block in model.model.blocks if block.index not in stage.blocks}
         if elsewhere:  # the weights of the other stages, and not their optimizer state, from the checkpoint
             for block in elsewhere.values():
-                block.to_empty(device=stage.accelerator.device)
+                block.to_empty(device=stage.device)
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), elsewhere, None)
-        device = torch.device(stage.accelerator.device)
-        report = reporting.build_report(plan, progress, model, device, {**results, "code_health": codes}, all_warnings)
+        found = {**results, "code_health": codes}
+        report = reporting.build_report(plan, progress, model, stage.device, found, all_warnings)
         model.eval()
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)

@@ -1,15 +1,15 @@
-"""One unit on one micro-batch: forward and local loss; and the seeding that makes it repeatable anywhere."""
+"""The local steps of training on one micro-batch, and the seeding that makes them repeatable anywhere."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from torch import nn
 
-from ..modeling.blocks import ALBlock, Inputs, run_block
-from ..modeling.objectives import Boundary, Losses, cut
+from ..modeling.blocks import ALBlock, BlockOutput, walk
+from ..modeling.encoders import Inputs
+from ..modeling.objectives import Boundary, cut
 from ..parallel.schema import round_to_wire
 
 
@@ -36,34 +36,37 @@ def block_randomness(
             generator.set_state(state)
 
 
-def forward_unit(
-    blocks: list[ALBlock],
+def local_steps(
+    blocks: Iterable[ALBlock],
     boundary: Boundary,
     inputs: Inputs,
-    accelerator: Accelerator,
     key: tuple[int, int, int, int],
+    device: torch.device,
+    bf16: bool = False,
     wire: torch.dtype = torch.float32,
-) -> tuple[Boundary, Tensor, Losses]:
-    """Forward of one unit on one micro-batch.
+) -> Iterator[tuple[ALBlock, BlockOutput]]:
+    """The walk of training over the blocks of a stage, on one micro-batch: see [`walk`].
 
     Args:
-        blocks: the unit's blocks, in order.
-        boundary: what the unit before it sent, already cut.
+        blocks: in order.
+        boundary: what the block before them sent, already cut.
         inputs: what every block knows of the micro-batch.
-        accelerator: for mixed precision.
         key: (run seed, optimizer step, micro-batch, replica).
+        device: of the blocks.
+        bf16: compute under autocast to bfloat16.
         wire: what float32 tensors are rounded to between units, whether or not the next one is in another process.
-
-    Returns:
-        The boundary for the next unit, cut, with values from before this batch's update; the unit's loss, attached;
-        and the named local losses it is the sum of, detached.
     """
     seed, step, micro_batch, replica = key
-    losses: Losses = {}
-    for block in blocks:
+
+    @contextmanager
+    def around(block: ALBlock) -> Iterator[None]:
         with (
-            block_randomness(accelerator.device, seed, block.index, step, micro_batch, replica),
-            accelerator.autocast(),
+            block_randomness(device, seed, block.index, step, micro_batch, replica),
+            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         ):
-            boundary, losses = run_block(block, boundary, inputs)
-    return round_to_wire(cut(boundary), wire), torch.stack(list(losses.values())).sum(), cut(losses)
+            yield
+
+    def leave(leaving: Boundary, block: nn.Module) -> Boundary:
+        return round_to_wire(cut(leaving, block), wire)
+
+    return walk(blocks, boundary, inputs, learning=True, around=around, leave=leave)

@@ -74,7 +74,8 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
             processes that end because another one raised.
     """
     accelerator = said_once(partial(make_accelerator, args))
-    transport = connect(args.stages, accelerator.device, args.ddp_timeout)
+    device = torch.device(accelerator.device)
+    transport = connect(args.stages, device, args.ddp_timeout)
     if not transport.is_last:
         logging.getLogger("hf_al").setLevel(logging.ERROR)  # the main process speaks for all
     output_dir = Path(args.output_dir)
@@ -85,7 +86,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         model, tokenizer, data = transport.together(partial(load, args, datasets), main_first=True)
         times = None
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
-            times = transport.tell(lambda: unit_seconds(model, args, accelerator, token_lengths(data["train"])))
+            times = transport.tell(lambda: unit_seconds(model, args, device, token_lengths(data["train"])))
         placement = transport.together(partial(place_blocks, args, model.config, times))
         plan = transport.together(partial(make_plan, args, output_dir, model.config, tokenizer, data, placement))
         _check_same(plan, transport)
@@ -134,7 +135,8 @@ class Run:
     ):
         args, number = plan.args, transport.number
         self.plan, self.args, self.model, self.transport = plan, args, model, transport
-        keep_blocks(model, plan.placement.blocks(number), accelerator.device)
+        device = torch.device(accelerator.device)
+        keep_blocks(model, plan.placement.blocks(number), device)
         self.optimizers = BlockOptimizers(
             {k: model.model.blocks[k] for k in plan.placement.blocks(number)},
             plan.placement.units(number),
@@ -143,9 +145,8 @@ class Run:
             plan.metric not in SMALLER_IS_BETTER,
         )
         collator = Collator(tokenizer.pad_token_id, model.config.classes)
-        self.stage = Stage(
-            model, plan.placement, number, accelerator, collator, self.optimizers, transport, WIRES[args.wire_dtype]
-        )
+        wire = WIRES[args.wire_dtype]
+        self.stage = Stage(model, plan.placement, number, device, collator, self.optimizers, transport, wire, args.bf16)
         if args.torch_compile:
             self.stage.compile()
         self.progress = Progress()
@@ -191,8 +192,7 @@ class Run:
     def fit(self) -> None:
         """The optimizer steps that are left, with evaluation, checkpoints and logs at their steps."""
         plan, progress = self.plan, self.progress
-        device = torch.device(self.stage.accelerator.device)
-        devices = self.transport.gather("cpu" if device.type == "cpu" else str(device))
+        devices = self.transport.gather(str(self.stage.device))
         logger.info(
             "Training %d units on %d rows: %d steps, %d an epoch.\n%s",
             len(self.model.config.units), len(plan.data["train"]), plan.total_steps, len(plan.order),

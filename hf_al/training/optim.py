@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import get_scheduler
@@ -99,7 +98,7 @@ class BlockOptimizers:
         self.args = args
         self.schedule = make_schedule(args, total_steps)
         self.names: dict[int, dict[str, nn.Parameter]] = {}
-        self.by_unit: dict[range, list[AcceleratedOptimizer]] = {}
+        self.by_unit: dict[range, list[torch.optim.Optimizer]] = {}
         self.plateaus: dict[int, ReduceLROnPlateau] = {}  # by the last block of a unit
         self.embeddings = [m for k in blocks if k == 0 for m in [_word_embeddings(blocks[k])] if m is not None]
         for table in self.embeddings:
@@ -108,8 +107,7 @@ class BlockOptimizers:
         for unit in units:
             for k in unit:
                 self.names[k] = {n: p for n, p in blocks[k].named_parameters() if p.requires_grad}
-            # not through Accelerator.prepare, which would save it by its order and from the main process only
-            self.by_unit[unit] = [AcceleratedOptimizer(optimizer) for optimizer in self._make(unit)]
+            self.by_unit[unit] = self._make(unit)
             if args.lr_scheduler_type == PLATEAU:
                 self.plateaus[unit[-1]] = ReduceLROnPlateau(
                     _unit_rate(), "max" if larger_is_better else "min", **args.lr_scheduler_kwargs
@@ -192,7 +190,7 @@ class BlockOptimizers:
     # --- state of one block, by parameter name
 
     def _states_of(self, k: int) -> list[dict[Tensor, dict[str, Any]]]:
-        return [o.optimizer.state for unit, optimizers in self.by_unit.items() if k in unit for o in optimizers]
+        return [o.state for unit, optimizers in self.by_unit.items() if k in unit for o in optimizers]
 
     def state(self, k: int) -> dict[str, Tensor]:
         """State of block k: "<parameter>/<exp_avg | exp_avg_sq | step | ...>" and "schedule/<name>", all tensors."""

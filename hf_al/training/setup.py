@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
@@ -38,8 +37,8 @@ NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check 
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "config.json", "checkpoints", "export.tmp", "report.json", "report.md", "plots", "training_config.yaml", "logs",
-    "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py", "lstm.py",
-    "objectives.py",
+    "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py",
+    "encoders.py", "lstm.py", "objectives.py",
 )  # fmt: skip
 
 
@@ -119,20 +118,21 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     """
     _check_world(args, int(os.environ.get("WORLD_SIZE", 1)))
     log_with = trackers.chosen(args.report_to)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != ("bf16" if args.bf16 else "no"):
-        AcceleratorState._reset_state()  # an earlier run in this process chose another precision
     try:
-        accelerator = Accelerator(
+        accelerator = Accelerator(  # it places and tracks; precision is stage.py's own, whatever an earlier one chose
             cpu=args.use_cpu,
-            mixed_precision="bf16" if args.bf16 else "no",
             log_with=log_with or None,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"Could not start accelerate: {error}") from error
-    accelerator.gradient_accumulation_steps = 1  # micro-batches are weighted by their examples here, in stage.py
     _check_world(args, accelerator.num_processes)
+    if accelerator.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"Expected a CPU or a CUDA device, got {accelerator.device}: its random numbers cannot be seeded block by "
+            "block, and a run could not be repeated. Pass --use_cpu."
+        )
     return accelerator
 
 
@@ -212,7 +212,7 @@ def build_model(
         values["label_smoothing"] = 0.0
     if problem_type == "regression":
         labels = np.asarray(train["label"], np.float64)
-        values |= {"label_mean": [float(labels.mean())], "label_std": [float(labels.std())]}
+        values |= {"label_mean": [float(labels.mean())], "label_deviation": [float(labels.std())]}
     rows = None
     if args.word_vectors:
         rows = tokenization.embedding_rows(tokenizer, args.word_vectors, args.seed)

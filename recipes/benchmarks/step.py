@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from common import interleaved, paired_ratio, peak_bytes, write_results
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,11 +53,11 @@ def make_step(
     sizes = {"vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": TOKENS, "target_size": 128}
     torch.manual_seed(0)
     config = config_class(**values, **sizes, embedding_block=False, objective=objective)
-    accelerator = Accelerator()
-    model = model_class(config).to(accelerator.device).train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model_class(config).to(device).train()
     args = TrainingArguments(output_dir="unused", embedding_optimizer=embedding_optimizer)
     optimizers = BlockOptimizers(dict(enumerate(model.model.blocks)), config.units, args, total_steps=1_000_000)
-    stage = Stage(model, place(config.units), 0, accelerator, Collator(0, CLASSES), optimizers)
+    stage = Stage(model, place(config.units), 0, device, Collator(0, CLASSES), optimizers)
     if torch_compile:
         stage.compile()
     rows = [np.arange(BATCH) + BATCH * n for n in range(len(data) // BATCH)]

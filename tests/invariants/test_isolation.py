@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import ARCHITECTURES, OBJECTIVES
 
-from hf_al.modeling import modeling_al, objectives
-from hf_al.modeling.blocks import run_block
-from hf_al.modeling.objectives import cut
+from hf_al.modeling import blocks, objectives
+from hf_al.modeling.blocks import walk
 from hf_al.training import local_step
 
 CUTTING = [name for name in OBJECTIVES if name != "backprop"]
@@ -38,15 +36,10 @@ def losses_of_forward(model, batch: dict) -> list[torch.Tensor]:
 
 def losses_of_loop(model, batch: dict) -> list[torch.Tensor]:
     """The same losses as hf_al's own loop computes them, nothing updated in between."""
-    accelerator = Accelerator(cpu=True)
     inputs = model.model.prepare_inputs(**batch)
     boundary = model.model.initial_boundary(inputs["labels"])
-    losses = []
-    for unit in model.config.units:
-        blocks = [model.model.blocks[k] for k in unit]
-        boundary, loss, _ = local_step.forward_unit(blocks, boundary, inputs, accelerator, (0, 0, 0, 0))
-        losses.append(loss)
-    return losses
+    steps = local_step.local_steps(model.model.blocks, boundary, inputs, (0, 0, 0, 0), torch.device("cpu"))
+    return [out.loss for _, out in steps]
 
 
 def reached(loss: torch.Tensor, model) -> set[str]:
@@ -67,12 +60,7 @@ def named_losses(model, batch: dict) -> list[dict[str, torch.Tensor]]:
     """The losses of each block by name, attached to their graph."""
     inputs = model.model.prepare_inputs(**batch)
     boundary = model.model.initial_boundary(inputs["labels"])
-    named = []
-    for block in model.model.blocks:
-        boundary, losses = run_block(block, boundary, inputs)
-        boundary = cut(boundary)
-        named.append(losses)
-    return named
+    return [out.losses for _, out in walk(model.model.blocks, boundary, inputs, learning=True)]
 
 
 @pytest.mark.parametrize("losses_of", [losses_of_forward, losses_of_loop])
@@ -110,12 +98,12 @@ def test_each_loss_reaches_its_own_side_of_the_block(model_type, objective, make
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("owner", [modeling_al, local_step])
+@pytest.mark.parametrize("owner", [blocks, local_step])
 @pytest.mark.parametrize("objective", CUTTING)
 def test_a_missing_cut_between_blocks_is_noticed(objective, owner, model_type, make_model, make_batch, monkeypatch):
-    monkeypatch.setattr(owner, "cut", lambda boundary: boundary)
+    monkeypatch.setattr(owner, "cut", lambda boundary, block: boundary)
     model = make_model(model_type, objective=objective).train()
-    losses = (losses_of_forward if owner is modeling_al else losses_of_loop)(model, make_batch())
+    losses = (losses_of_forward if owner is blocks else losses_of_loop)(model, make_batch())
     for k in range(1, model.config.num_blocks):
         assert reached(losses[k], model) & parameters_of(model, k - 1)
 

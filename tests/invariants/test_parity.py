@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import ARCHITECTURES, OBJECTIVES
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoModelForSequenceClassification
@@ -17,7 +16,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "embedding_dropout_prob": 0.0, "bridge
 PROBLEMS = {
     "single_label": {},
     "multi_label": {"problem_type": "multi_label_classification"},
-    "regression": {"num_labels": 1, "problem_type": "regression", "label_mean": [2.5], "label_std": [3.0]},
+    "regression": {"num_labels": 1, "problem_type": "regression", "label_mean": [2.5], "label_deviation": [3.0]},
 }
 
 
@@ -52,7 +51,7 @@ def rows_of_tokens(config, count: int = 23) -> Dataset:
 
 def evaluate(model, data: Dataset, batch_size: int) -> dict[int, np.ndarray]:
     collator = Collator(model.config.pad_token_id, model.config.classes)
-    stage = Stage(model, place(model.config.units), 0, Accelerator(cpu=True), collator)
+    stage = Stage(model, place(model.config.units), 0, torch.device("cpu"), collator)
     return stage.evaluate(data, batch_size)
 
 

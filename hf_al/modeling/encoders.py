@@ -1,0 +1,263 @@
+"""The encoders: what a block does with the text, one class an architecture.
+
+Legend: N batch, T tokens, D hidden size, E embedding size, H heads.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .lstm import BidirectionalLSTM
+from .objectives import Boundary
+
+Inputs = dict[str, Any]  # tensors: what every block knows of a batch: see `prepare_inputs` of an encoder
+
+
+class Embeddings(nn.Module):
+    """Token ids (N, T) -> embedding rows (N, T, E), padding rows zero.
+
+    Args:
+        config: `vocab_size`, `pad_token_id` and E, `embedding_size`, or `hidden_size` where that is None.
+        output_size (`int`, *optional*): width to project to where E differs; None returns rows of width E.
+        learned_positions (`bool`, defaults to False): add a learned row for each of the `position_ids`.
+    """
+
+    def __init__(self, config, output_size: int | None = None, learned_positions: bool = False):
+        super().__init__()
+        size = config.embedding_size or config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size) if learned_positions else None
+        self.output_size = output_size or size
+        self.projection = nn.Linear(size, self.output_size) if size != self.output_size else None
+
+    @torch.compiler.disable  # the sparse gradient of the rows cannot be compiled
+    def forward(self, inputs: Inputs) -> Tensor:
+        words = inputs["inputs_embeds"] if "inputs_embeds" in inputs else self.word_embeddings(inputs["input_ids"])
+        if self.position_embeddings is not None:
+            words = words + self.position_embeddings(inputs["position_ids"])
+        return words if self.projection is None else self.projection(words)
+
+
+class Encoder(nn.Module):
+    """What the encoder of block `index` provides: inherit, and add a row to `ENCODERS`.
+
+    Args:
+        config: the model's config.
+        index (`int`): the block, counted from 0. Block 0 reads token ids, all others hidden states (N, T, D). With
+            `config.embedding_block` block 0 is the embedding alone.
+
+    Attributes:
+        embeddings ([`Embeddings`], in block 0, else None): where token ids become rows.
+        output_size (`int`): width of the hidden states that leave, `hidden_size` in all blocks but an embedding block.
+    """
+
+    normalize_pooled: ClassVar[bool] = False  # whether the bridge starts with a layer norm: for pre-norm encoders
+    has_attention: ClassVar[bool] = False  # whether `forward` takes `attentions`, a list that it adds weights to
+    embeddings: Embeddings | None
+    output_size: int
+
+    @staticmethod
+    def prepare_inputs(config, inputs: Inputs) -> Inputs:
+        """Adds what every block needs, once a batch, to `inputs`: `input_ids` or `inputs_embeds`, `attention_mask`
+        (N, T), and `labels` in training. Nothing, if not overridden."""
+        return inputs
+
+    def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
+        """The boundary of the block before -> `{"hidden": s_k (N, T, D)}`, with further tensors where the next block
+        wants them. Padding may not change what leaves at the positions of the text."""
+        raise NotImplementedError
+
+
+class LstmEncoder(Encoder):
+    """Embeddings (block 0), then `layers_per_block` bidirectional LSTM layers; padding never enters the recurrence.
+
+    With `carry_state` the boundary also holds `h` and `c`, each (2 * layers, N, D / 2). Arguments: see [`Encoder`].
+    """
+
+    def __init__(self, config, index: int):
+        super().__init__()
+        self.embeddings = Embeddings(config) if index == 0 else None
+        width = self.embeddings.output_size if self.embeddings else _encoder_input_size(config, index)
+        self.is_first = index == (1 if config.embedding_block else 0)
+        self.carry_state = config.carry_state
+        layers = config.layers_per_block if index > 0 or not config.embedding_block else 0
+        self.output_size = config.hidden_size if layers else width
+        sizes = [width] + [config.hidden_size] * layers
+        self.layers = nn.ModuleList(BidirectionalLSTM(size, config.hidden_size // 2) for size in sizes[:layers])
+        dropouts = [config.embedding_dropout_prob if self.is_first else config.hidden_dropout_prob]
+        dropouts += [config.hidden_dropout_prob] * (layers - 1)
+        # ours and not the library's: cuDNN keeps a generator of its own for dropout, which nobody can seed twice
+        self.dropouts = nn.ModuleList(nn.Dropout(p) for p in dropouts)
+
+    @staticmethod
+    def prepare_inputs(config, inputs: Inputs) -> Inputs:
+        """Adds `lengths` (N,) on the CPU, and where padding is not all on the right, `order` (N, T) to put it there."""
+        mask_NT = inputs["attention_mask"]
+        traced = torch.compiler.is_compiling()  # a graph cannot branch on what is in the mask
+        inputs["lengths"] = mask_NT.sum(1) if traced else mask_NT.sum(1).cpu()
+        if traced or bool((mask_NT[:, 1:] > mask_NT[:, :-1]).any()):
+            inputs["order"] = mask_NT.argsort(dim=1, descending=True, stable=True)
+        return inputs
+
+    def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
+        x_NTE = boundary["hidden"] if self.embeddings is None else self.embeddings(inputs)
+        if not self.layers:
+            return {"hidden": x_NTE}
+        states = self._states(boundary)
+        finals = []
+        if "order" in inputs:
+            x_NTE = x_NTE.gather(1, inputs["order"][..., None].expand_as(x_NTE))
+        for layer, dropout, state in zip(self.layers, self.dropouts, states, strict=True):
+            x_NTE, final = layer(dropout(x_NTE), inputs["lengths"], state)
+            finals.append(final)
+        if "order" in inputs:
+            index = inputs["order"][..., None].expand_as(x_NTE)
+            x_NTE = torch.zeros_like(x_NTE).scatter(1, index, x_NTE)
+        out = {"hidden": x_NTE}
+        if self.carry_state:
+            out["h"], out["c"] = (torch.cat(parts) for parts in zip(*finals, strict=True))
+        return {n: t.contiguous() for n, t in out.items()}  # dropout follows memory, and a wire keeps no strides
+
+    def _states(self, boundary: Boundary) -> list[tuple[Tensor, Tensor] | None]:
+        """The initial (h, c) of each layer, each (2, N, D / 2)."""
+        if not self.carry_state or self.is_first:
+            return [None] * len(self.layers)
+        count = len(self.layers)
+        return list(zip(boundary["h"].chunk(count), boundary["c"].chunk(count), strict=True))
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The attention written out, for `attn_implementation="eager"`: the one that also returns its weights."""
+    weights_NHTT = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights_NHTT = weights_NHTT + attention_mask
+    weights_NHTT = F.softmax(weights_NHTT, dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = F.dropout(weights_NHTT, dropout, module.training)
+    return (dropped @ value).transpose(1, 2).contiguous(), weights_NHTT
+
+
+def rotate(x_NHTd: Tensor, cos_NTd: Tensor, sin_NTd: Tensor) -> Tensor:
+    """Rotary positions (Su et al., 2021, arXiv 2104.09864), halves paired."""
+    left, right = x_NHTd.chunk(2, -1)
+    cos, sin = cos_NTd[:, None].to(x_NHTd.dtype), sin_NTd[:, None].to(x_NHTd.dtype)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config, layer_index: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_index
+        self.is_causal = False
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_NTD: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        N, T, _ = x_NTD.shape
+        query, key, value = (t.view(N, T, -1, self.head_size).transpose(1, 2) for t in self.qkv(x_NTD).chunk(3, -1))
+        if "cos" in inputs:
+            query, key = (rotate(t, inputs["cos"], inputs["sin"]) for t in (query, key))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, weights_NHTT = attention(
+            self,
+            query,
+            key,
+            value,
+            inputs.get("bias"),
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.head_size**-0.5,
+        )
+        return self.output(out.reshape(N, T, -1).contiguous()), weights_NHTT
+
+
+class TransformerLayer(GradientCheckpointingLayer):
+    """Pre-norm: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config, layer_index: int):
+        super().__init__()
+        inner = config.intermediate_size or 4 * config.hidden_size
+        # no scale of its own: the matrix that follows has one, and the scale's gradient would cost a block of AL the
+        # gradient of what that matrix reads, which nothing else needs
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
+        self.attention = SelfAttention(config, layer_index)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
+        self.up = nn.Linear(config.hidden_size, inner)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down = nn.Linear(inner, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x_NTD: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        attended, weights_NHTT = self.attention(self.attention_norm(x_NTD), inputs)
+        x_NTD = x_NTD + self.dropout(attended)
+        x_NTD = x_NTD + self.dropout(self.down(self.activation(self.up(self.feed_forward_norm(x_NTD)))))
+        return x_NTD, weights_NHTT
+
+
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+    """Whether the layer is checkpointed in the way that gives its weights no gradient unless its input has one."""
+    checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
+    on = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+    return bool(on and getattr(checkpoint, "keywords", {}).get("use_reentrant"))
+
+
+class TransformerEncoder(Encoder):
+    """Embeddings (block 0), then `layers_per_block` pre-norm transformer layers. For the arguments see [`Encoder`]."""
+
+    normalize_pooled = True
+    has_attention = True
+
+    def __init__(self, config, index: int):
+        super().__init__()
+        learned = config.position_embedding_type == "learned"
+        self.embeddings = Embeddings(config, config.hidden_size, learned) if index == 0 else None
+        layers = config.layers_per_block if index > 0 or not config.embedding_block else 0
+        first = max(0, index - config.embedding_block) * config.layers_per_block
+        self.layers = nn.ModuleList(TransformerLayer(config, first + i) for i in range(layers))
+        is_first = index == (1 if config.embedding_block else 0)
+        self.dropout = nn.Dropout(config.embedding_dropout_prob if is_first else 0.0)
+        self.output_size = config.hidden_size
+
+    @staticmethod
+    def prepare_inputs(config, inputs: Inputs) -> Inputs:
+        """Adds `position_ids` (N, T), the attention's `bias`, and `cos`, `sin` (N, T, d / 2) for rotary positions."""
+        mask_NT = inputs["attention_mask"]
+        inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0)  # padding on the left comes before 0
+        like = inputs["inputs_embeds"] if "inputs_embeds" in inputs else mask_NT[..., None].float()
+        bias = create_bidirectional_mask(config=config, inputs_embeds=like, attention_mask=mask_NT)
+        if bias is not None:
+            inputs["bias"] = bias
+        if config.position_embedding_type == "rotary":
+            half = config.hidden_size // config.num_attention_heads // 2
+            exponents = torch.arange(half, device=mask_NT.device, dtype=torch.float32) / half
+            angles_NTd = inputs["position_ids"][..., None].float() * config.rotary_base**-exponents
+            inputs["cos"], inputs["sin"] = angles_NTd.cos(), angles_NTd.sin()
+        return inputs
+
+    def forward(self, boundary: Boundary, inputs: Inputs, attentions: list[Tensor] | None = None) -> Boundary:
+        x_NTD = boundary["hidden"] if self.embeddings is None else self.embeddings(inputs)
+        if self.layers:
+            x_NTD = self.dropout(x_NTD)
+        for layer in self.layers:
+            if _checkpoints_reentrantly(layer) and not x_NTD.requires_grad:
+                x_NTD = x_NTD.detach().requires_grad_()
+            x_NTD, weights_NHTT = layer(x_NTD, inputs)
+            if attentions is not None and weights_NHTT is not None:
+                attentions.append(weights_NHTT)
+        return {"hidden": x_NTD}
+
+
+ENCODERS: dict[str, type[Encoder]] = {"al_lstm": LstmEncoder, "al_transformer": TransformerEncoder}
+
+
+def _encoder_input_size(config, index: int) -> int:
+    """Width of what block `index` > 0 of an LSTM model reads: embedding rows right after the embedding block."""
+    return (
+        (config.embedding_size or config.hidden_size) if index == 1 and config.embedding_block else config.hidden_size
+    )

@@ -1,0 +1,200 @@
+"""One walk over the blocks: what enters and leaves a block, wherever the block is and whoever drives."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, OBJECTIVES
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import hf_al
+from hf_al.modeling.blocks import ALBlock, walk
+from hf_al.modeling.objectives import OBJECTIVES as ROWS
+from hf_al.modeling.objectives import Objective, local_ce
+from hf_al.training.local_step import local_steps
+
+CPU = torch.device("cpu")
+
+
+def without_labels(batch: dict) -> dict:
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+@pytest.fixture
+def entered(monkeypatch) -> list[int]:
+    """The blocks whose forward was called, in order."""
+    calls: list[int] = []
+    forward = ALBlock.forward
+
+    def count(self, *args, **kwargs):
+        calls.append(self.index)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ALBlock, "forward", count)
+    return calls
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_driver_enters_every_block_once_through_its_forward(
+    model_type, objective, entered, make_model, make_batch
+):
+    model, batch = make_model(model_type, objective=objective), make_batch()
+    drivers = {
+        "training": lambda: model.train()(**batch),
+        "evaluation": lambda: model.eval()(**batch, output_exit_logits=True),
+        "encoder": lambda: model.model(**without_labels(batch)),
+        "loop": lambda: list(
+            local_steps(
+                model.train().model.blocks, model.model.initial_boundary(batch["labels"]),
+                model.model.prepare_inputs(**batch), (0, 0, 0, 0), CPU,
+            )
+        ),
+    }  # fmt: skip
+    for name, drive in drivers.items():
+        entered.clear()
+        drive()
+        assert entered == [0, 1, 2], name
+
+
+# --- blocks elsewhere (device_map)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_blocks_offloaded_to_cpu_and_disk_give_the_same_logits(model_type, objective, make_model, make_batch, tmp_path):
+    model = make_model(model_type, objective=objective, layers_per_block=2).eval()
+    batch = make_batch()
+    wanted = {"output_exit_logits": True, "output_hidden_states": True}
+    expected = model(**batch, **wanted)
+    model.save_pretrained(tmp_path)
+    where = {"model.blocks.0": "cpu", "model.blocks.1": "disk", "model.blocks.2": "disk"}
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, device_map=where, offload_folder=tmp_path / "offload"
+    ).eval()
+    assert {p.device.type for p in loaded.model.blocks[1].parameters()} == {"meta"}
+    got = loaded(**batch, **wanted)
+    assert torch.equal(got.loss, expected.loss)
+    for name in ("exit_logits", "hidden_states"):
+        assert all(torch.equal(a, b) for a, b in zip(got[name], expected[name], strict=True)), name
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_an_offloaded_encoder_gives_the_same_hidden_states(model_type, make_model, make_batch, tmp_path):
+    model = make_model(model_type).model.eval()
+    model.save_pretrained(tmp_path)
+    where = {"blocks.0": "disk", "blocks.1": "cpu", "blocks.2": "disk"}
+    loaded = AutoModel.from_pretrained(tmp_path, device_map=where, offload_folder=tmp_path / "offload").eval()
+    batch = without_labels(make_batch())
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_device_map_never_splits_a_block(model_type, make_model):
+    from accelerate import infer_auto_device_map
+
+    model = make_model(model_type)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in model.model.blocks]
+    room = {"cpu": sizes[0] + sizes[1] + 64, "disk": 10**9}
+    where = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    assert set(where) == {f"model.blocks.{k}" for k in range(3)}
+    assert set(where.values()) == {"cpu", "disk"}
+
+
+# --- what leaves a block
+
+
+def sends_views(block, pooled_ND, received, labels):
+    """What an objective of one's own may send: views of weights and buffers, as they are before the update."""
+    losses, sent = local_ce(block, pooled_ND, received, labels)
+    weight = block.bridge.layers[0].weight
+    return losses, {**sent, "turned": weight.t(), "slice": weight[:2], "whole": weight, "detached": weight.detach()}
+
+
+def test_views_of_a_weight_leave_as_copies_from_before_the_update(make_model, make_batch, monkeypatch):
+    monkeypatch.setitem(ROWS, "sends_views", Objective(sends_views, target_codes=False))
+    model, batch = make_model(objective="sends_views").train(), make_batch()
+    inputs = model.model.prepare_inputs(**batch)
+    for block, out in walk(model.model.blocks, model.model.initial_boundary(batch["labels"]), inputs, learning=True):
+        weight = block.bridge.layers[0].weight.detach().clone()
+        out.loss.backward()
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(1.0)
+        expected = {"turned": weight.t(), "slice": weight[:2], "whole": weight, "detached": weight}
+        assert all(torch.equal(out.boundary[name], tensor) for name, tensor in expected.items())
+        assert not any(tensor.requires_grad for tensor in out.boundary.values())
+
+
+# --- gradients that would cross the blocks
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_training_without_labels_is_refused_unless_the_objective_is_end_to_end(
+    model_type, objective, make_model, make_batch
+):
+    model, batch = make_model(model_type, objective=objective).train(), without_labels(make_batch())
+    logits = model(**batch, output_exit_logits=True).exit_logits
+    if objective == "backprop":
+        logits[0].sum().backward()
+    else:
+        for logits_NC in logits:
+            with pytest.raises(ValueError, match=r"Expected labels in training mode .* label_smoothing in the model's"):
+                logits_NC.sum().backward(retain_graph=True)
+        assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        assert model(**batch).logits.shape == (4, 3)
+    model.eval()(**batch).logits.sum().backward()  # an explanation of an answer may want gradients
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_get_the_gradients_of_plain_ones(reentrant, objective, make_model, make_batch):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model("al_transformer", objective=objective, layers_per_block=2, embedding_block=False).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        model(**make_batch()).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
+
+
+# --- other callers
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_may_be_of_any_whole_type(dtype, make_model, make_batch):
+    batch = make_batch()
+    model = make_model(hidden_dropout_prob=0.0, embedding_dropout_prob=0.0, bridge_dropout_prob=0.0)
+    for mode in (True, False):
+        expected = model.train(mode)(**batch).loss
+        assert torch.equal(model(**{**batch, "labels": batch["labels"].to(dtype)}).loss, expected)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_torch_export_gives_the_same_logits(model_type, make_model, make_batch):
+    model, batch = make_model(model_type, layers_per_block=2).eval(), without_labels(make_batch())
+    exported = torch.export.export(model, (), kwargs=batch)
+    for seed in (0, 5):
+        other = without_labels(make_batch(seed=seed))
+        left = {name: tensor.flip(1) for name, tensor in other.items()}
+        for given in (other, left):
+            torch.testing.assert_close(exported.module()(**given).logits, model(**given).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_layers_that_a_checkpoint_lacks_are_new_and_those_that_it_has_are_loaded(model_type, make_model, tmp_path):
+    small = make_model(model_type, layers_per_block=1)
+    small.save_pretrained(tmp_path)
+    large = type(small).from_pretrained(tmp_path, layers_per_block=2)
+    found = dict(large.named_parameters())
+    for name, parameter in small.named_parameters():
+        assert torch.equal(found[name], parameter), name
+    assert len(found) > len(dict(small.named_parameters()))
+
+
+def test_dir_names_what_is_public():
+    assert set(hf_al.__all__) <= set(dir(hf_al))
