@@ -221,6 +221,7 @@ def test_the_launcher_does_not_decide_the_gradient(few_tweets, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about parts of torch that it uses
 def test_compiled_steps_train_and_the_reloaded_model_answers_the_same(few_tweets, tmp_path):
     args = arguments(tmp_path, model_type="al_transformer", max_steps=6, torch_compile=True)

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, OBJECTIVES
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import hf_al
+from hf_al.modeling.blocks import truncate
 from hf_al.modeling.lstm import packed
 
 PROBLEMS = {
@@ -214,6 +216,30 @@ def test_without_a_mask_padding_is_where_the_pad_token_is(model_type, pad, make_
     assert torch.equal(model(batch["input_ids"]).logits, model(**batch).logits)
     everything = torch.ones_like(batch["attention_mask"])
     assert not torch.allclose(model(batch["input_ids"]).logits, model(batch["input_ids"], everything).logits)
+
+
+def test_a_long_pair_is_cut_as_its_tokenizer_cuts_it():
+    """Every length of both texts, padding on either side."""
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "b": 4}, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    pairs = [("a " * n, "b " * m) for n in range(1, 12) for m in range(12)]
+    pairs = [pair if pair[1] else pair[:1] for pair in pairs]
+    for limit in (5, 6, 8, 9, 12):
+        tokenizer.no_truncation()
+        whole = [tokenizer.encode(*pair).ids for pair in pairs]
+        tokenizer.enable_truncation(limit)
+        expected = [tokenizer.encode(*pair).ids for pair in pairs]
+        for side in ("right", "left"):
+            width = max(map(len, whole))
+            ids = torch.tensor(
+                [row + [0] * (width - len(row)) if side == "right" else [0] * (width - len(row)) + row for row in whole]
+            )
+            cut = truncate({"input_ids": ids, "attention_mask": (ids > 0).long()}, limit, separator=2)
+            got = [row[mask.bool()].tolist() for row, mask in zip(cut["input_ids"], cut["attention_mask"], strict=True)]
+            assert got == expected
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

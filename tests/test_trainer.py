@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import hf_al
-from hf_al.data.tokenization import build_tokenizer
+from hf_al.data.tokenization import build_tokenizer, pair_separator
 
 LONGEST = 24
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}
@@ -215,6 +215,16 @@ def test_a_pipeline_takes_text_pairs(model_type, make_tweet_model, tokenizer, tm
         expected = AutoModelForSequenceClassification.from_pretrained(folder)(**batch).logits.softmax(-1)[0]
     scores = {row["label"]: row["score"] for row in rows}
     assert [scores[LABELS[i]] for i in range(3)] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_pipeline_cuts_a_long_pair_as_in_training(model_type, make_tweet_model, tokenizer, tmp_path):
+    folder = saved(make_tweet_model(model_type, sep_token_id=pair_separator(tokenizer)), tokenizer, tmp_path)
+    pair = {"text": LONG_TEXT, "text_pair": "not at all, " * 20}
+    default, told = (classifier(folder)(pair, top_k=None, **options) for options in ({}, {"truncation": True}))
+    assert default == told
+    other = classifier(folder)({**pair, "text_pair": "a lovely flight " * 20}, top_k=None)
+    assert [row["score"] for row in other] != pytest.approx([row["score"] for row in default], abs=1e-3)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

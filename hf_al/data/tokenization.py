@@ -60,6 +60,12 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
     return tokenizer
 
 
+def pair_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token id behind each text of a pair; None where pairs are not `[CLS] a [SEP] b [SEP]`."""
+    ids, sep = tokenizer("a", "b", add_special_tokens=True)["input_ids"], tokenizer.sep_token_id
+    return sep if sep is not None and ids.count(sep) == 2 and ids[-1] == sep and ids[0] != sep else None
+
+
 def train_backend(args: TrainingArguments, train: Dataset) -> Tokenizer:
     """Trains one of the four models of the `tokenizers` library; [CLS] text ([SEP] pair) [SEP] around the tokens.
 
@@ -185,9 +191,12 @@ def _texts(train: Dataset, rows: int = 1000) -> Iterator[list[str]]:
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> DatasetDict:
-    """`input_ids` and `label` of every split, truncated to `max_seq_length`, cached by `datasets` as Arrow on disk."""
+    """`input_ids` and `label` of every split, truncated to the tokenizer's limit; cached by `datasets` as Arrow.
 
-    limit = args.max_seq_length  # the cache's key is what `encode` refers to: not all of the arguments
+    A fast tokenizer carries limit and strategy in its tokenizer.json from then on.
+    """
+
+    limit = min(tokenizer.model_max_length, args.max_seq_length)  # the cache's key is what `encode` refers to
 
     def encode(rows: dict) -> dict:
         encoded = tokenizer(
@@ -200,8 +209,8 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
         tokens = data.map(
             encode, batched=True, remove_columns=extra, num_proc=args.preprocessing_num_workers, desc="Tokenizing"
         )
-    if tokenizer.is_fast:  # `encode` leaves its limit there, but only where the cache had nothing
-        tokenizer.backend_tokenizer.no_truncation()
+    if tokenizer.is_fast:  # `encode` leaves it there, but only where the cache had nothing
+        tokenizer.backend_tokenizer.enable_truncation(limit)
     return tokens
 
 

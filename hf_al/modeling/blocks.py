@@ -43,19 +43,37 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     return torch.cat([hidden_NTD[rows_N, last_N, :half], hidden_NTD[rows_N, first_N, half:]], -1)
 
 
-def truncate(inputs: Inputs, longest: int) -> Inputs:
-    """Texts of more than `longest` tokens, cut as a tokenizer cuts them: the first ones and the closing token stay.
+def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inputs:
+    """Texts of more than `longest` tokens, cut as a tokenizer cuts them.
 
-    Padding, on either side, does not count; where something is cut, it ends up on the right.
+    Of one text the first tokens and the closing one stay. Of a pair, `[CLS] a [SEP] b [SEP]`, the longer text loses
+    tokens first, as with `longest_first` of transformers. Padding, on either side, does not count; where something is
+    cut, it ends up on the right.
+
+    Args:
+        inputs: `attention_mask` (N, T) and `input_ids` (N, T) or `inputs_embeds` (N, T, E).
+        longest: tokens that stay.
+        separator: the token id behind each text of a pair; None: there are no pairs.
     """
     mask_NT = inputs["attention_mask"]
     if mask_NT.shape[1] <= longest:
         return inputs
     order_NT = mask_NT.argsort(dim=1, descending=True, stable=True)  # text first, padding last
+    place_1T = torch.arange(mask_NT.shape[1], device=mask_NT.device)[None]
     lengths_N1 = mask_NT.sum(1, keepdim=True)
-    last_N1 = order_NT.gather(1, lengths_N1 - 1)
-    kept_NT = order_NT[:, :longest].clone()
-    kept_NT[:, -1:] = torch.where(lengths_N1 > longest, last_N1, kept_NT[:, -1:])
+    stays_NT = (place_1T < longest - 1) | (place_1T == lengths_N1 - 1)
+    if separator is not None and "input_ids" in inputs:
+        ends_NT = (inputs["input_ids"].gather(1, order_NT) == separator) & (place_1T < lengths_N1)
+        middle_N1 = ends_NT.long().argmax(1, keepdim=True)
+        first_N1, second_N1 = middle_N1 - 1, lengths_N1 - 2 - middle_N1
+        room, half = longest - 3, (longest - 3) // 2  # the shorter text stays whole up to a half
+        kept_N1 = torch.where(first_N1 <= second_N1, first_N1.clamp(max=half), room - second_N1.clamp(max=half))
+        in_first_NT = place_1T <= kept_N1
+        in_second_NT = (place_1T >= middle_N1) & (place_1T <= middle_N1 + room - kept_N1)
+        is_pair_N1 = (ends_NT.sum(1, keepdim=True) == 2) & ends_NT.gather(1, lengths_N1 - 1)
+        stays_NT = torch.where(is_pair_N1, in_first_NT | in_second_NT | (place_1T == lengths_N1 - 1), stays_NT)
+    stays_NT = torch.where(lengths_N1 > longest, stays_NT, place_1T < lengths_N1)
+    kept_NT = order_NT.gather(1, stays_NT.long().argsort(dim=1, descending=True, stable=True))[:, :longest]
     cut: Inputs = {n: inputs[n].gather(1, kept_NT) for n in ("input_ids", "attention_mask") if n in inputs}
     if "inputs_embeds" in inputs:
         embeds_NTE = inputs["inputs_embeds"]

@@ -87,8 +87,10 @@ class ALConfig(PreTrainedConfig):
         label_mean, label_deviation (`list[float]`, *optional*): regression, per output: the values are standardised for
             training; `logits` are in the original units.
         max_position_embeddings (`int`, defaults to 512): longest text in tokens. The model itself cuts a longer one
-            (its last token, usually the closing [SEP], stays), so that a `pipeline`, which does not truncate, works.
+            (see [`truncate`]), so that a `pipeline`, which does not truncate, works.
         pad_token_id (`int`, defaults to 0): token id of padding.
+        sep_token_id (`int`, *optional*): token id behind each text of a pair, `[CLS] a [SEP] b [SEP]`, so that a long
+            pair is cut as its tokenizer cuts it.
         inference_only (`bool`, defaults to False): set by `save_pretrained(..., inference_only=True)`: the model has
             no training-only parameters (encode_target of every block, bridges of all blocks but the last).
     """
@@ -121,6 +123,7 @@ class ALConfig(PreTrainedConfig):
     label_deviation: list[float] | None = None
     max_position_embeddings: int = 512
     pad_token_id: int = 0
+    sep_token_id: int | None = None
     inference_only: bool = False
     tie_word_embeddings: bool = False
 
@@ -199,8 +202,8 @@ class ALConfig(PreTrainedConfig):
                 )
             if not all(math.isfinite(value) and (value > 0 or name == "label_mean") for value in values):
                 raise ValueError(
-                    f"Expected finite values in {name}, above 0 for label_deviation, got {values}. Pass the labels' mean "
-                    "and standard deviation; a constant target cannot be learned."
+                    f"Expected finite values in {name}, above 0 for label_deviation, got {values}. Pass the "
+                    "labels' mean and standard deviation; a constant target cannot be learned."
                 )
 
     @property

@@ -211,7 +211,7 @@ class ALModel(ALPreTrainedModel):
         inputs["attention_mask"] = torch.cat([mask_NT[:, :1] | empty_N1, mask_NT[:, 1:]], 1)
         if labels is not None:
             inputs["labels"] = labels
-        inputs = truncate(inputs, self.config.max_position_embeddings)
+        inputs = truncate(inputs, self.config.max_position_embeddings, self.config.sep_token_id)
         return ENCODERS[self.config.model_type].prepare_inputs(self.config, inputs)
 
     def initial_boundary(self, labels: Tensor | None = None) -> Boundary:

@@ -25,8 +25,8 @@ CONFIG_SOURCE = Path(__file__).parents[1] / "modeling" / "configuration_al.py"
 CONFIG_CLASSES = {"al_lstm": "ALLstmConfig", "al_transformer": "ALTransformerConfig"}
 # What the data and the tokenizer decide, or the way a model is saved
 DECIDED = {
-    "vocab_size", "pad_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings", "label_mean",
-    "label_deviation",
+    "vocab_size", "pad_token_id", "sep_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
+    "label_mean", "label_deviation",
 }  # fmt: skip
 FILE_FLAGS = {"config", "train_file", "validation_file", "test_file"}  # completed with file names in a shell
 FOLDER_FLAGS = {"output_dir", "resume_from_checkpoint"}

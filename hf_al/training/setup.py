@@ -201,7 +201,8 @@ def build_model(
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
-        "max_position_embeddings": args.max_seq_length,
+        "sep_token_id": tokenization.pair_separator(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
         "problem_type": problem_type,
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},

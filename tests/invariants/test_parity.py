@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ARCHITECTURES, OBJECTIVES
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoModelForSequenceClassification
 
+import hf_al
 from hf_al.data.batching import Collator, evaluation_batches, token_lengths
+from hf_al.data.tokenization import build_tokenizer
 from hf_al.parallel.placement import place
 from hf_al.parallel.stage import Stage
 
@@ -128,3 +132,44 @@ def test_every_exit_of_one_pass_is_the_exit_that_is_asked_for(model_type, make_m
         exits = model(**batch, output_exit_logits=True).exit_logits
         for k, logits in enumerate(exits):
             assert torch.equal(model(**batch, exit_block=k).logits, logits)
+
+
+# --- a whole run
+
+
+def short_tokenizer(few_tweets, folder) -> dict:
+    """A loaded tokenizer whose limit is below `max_seq_length`."""
+    args = hf_al.TrainingArguments(output_dir="unused", max_seq_length=9)
+    build_tokenizer(args, few_tweets["train"]).save_pretrained(folder / "tokenizer")
+    return {"tokenizer_name": str(folder / "tokenizer"), "max_seq_length": 24}
+
+
+def bf16_elsewhere(few_tweets, folder) -> dict:
+    """An Accelerator that something else in this process made."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    Accelerator(cpu=True, mixed_precision="bf16")
+    return {}
+
+
+RUNS = {"bf16": lambda *_: {"bf16": True}, "short_tokenizer": short_tokenizer, "bf16_elsewhere": bf16_elsewhere}
+
+
+@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_evaluate_gives_the_numbers_of_the_report(model_type, how, few_tweets, tmp_path):
+    try:
+        values = {
+            "max_steps": 20,
+            "eval_strategy": "no",
+            "use_cpu": True,
+            "threads": 1,
+            **RUNS[how](few_tweets, tmp_path),
+        }
+        sizes = {"num_blocks": 3, "hidden_size": 16, "target_size": 12, "embedding_std": 1.0}
+        args = hf_al.TrainingArguments(
+            output_dir=str(tmp_path / "run"), model_type=model_type, model=sizes, disable_tqdm=True, **values
+        )
+        report = hf_al.train(args, few_tweets).report
+        assert hf_al.evaluate(args.output_dir, few_tweets["test"])["exits"] == report["test"]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
