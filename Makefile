@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-fast test-slow check format docs clean
+.PHONY: quickstart test test-fast test-slow test-lowest check format docs clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,18 @@ test-fast: .venv/all
 test-slow: .venv/all
 	$(BIN)/python -m pytest -m slow
 
+# The lowest versions that pyproject.toml allows, found by uv; all have wheels for Python 3.11. uv keeps what it finds
+# installed: torch is to stay, but not to bring a new fsspec, which would keep out old versions of datasets.
+.venv-lowest/all: $(SOURCES)
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torch uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[quickstart,test]'
+	@touch $@
+
+# Warnings are no errors here: those of old versions are not ours to mend.
+test-lowest: .venv-lowest/all
+	.venv-lowest/bin/python -m pytest -W default -m "not slow and not medium" -n 2 --dist worksteal
+
 check: .venv/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +61,4 @@ docs: .venv/all
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-lowest out build dist *.egg-info
