@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-fast test-slow conformance check format docs clean
+.PHONY: quickstart test test-fast test-slow test-lowest conformance check format docs clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,18 @@ test-slow: .venv/all
 conformance: .venv/conformance
 	$(BIN)/python tests/conformance/run.py
 
+# The lowest versions that pyproject.toml allows, found by uv; all have wheels for Python 3.11. uv keeps what it finds
+# installed: torch is to stay, but not to bring a new fsspec, which would keep out old versions of datasets.
+.venv-lowest/all: $(SOURCES)
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torch uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[quickstart,test]'
+	@touch $@
+
+# Warnings are no errors here: those of old versions are not ours to mend.
+test-lowest: .venv-lowest/all
+	.venv-lowest/bin/python -m pytest -W default -m "not slow and not medium" -n 2 --dist worksteal
+
 check: .venv/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +68,4 @@ docs: .venv/all
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-lowest out build dist *.egg-info
