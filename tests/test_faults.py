@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for_a_checkpoint
+from hooks import hook
 from transformers import AutoModelForSequenceClassification
 
 import hf_al
@@ -82,14 +83,12 @@ def steps_of(folder: Path) -> list[int]:
 
 def before_step(monkeypatch, step: int, act) -> None:
     """Calls `act()` in the middle of optimizer step `step`, counted from 1."""
-    train_batch = Stage.train_batch
 
-    def train(self, data, parts, now, seed):
-        if now + 1 == step:
+    def at_step(call):
+        if call.step + 1 == step:
             act()
-        return train_batch(self, data, parts, now, seed)
 
-    monkeypatch.setattr(Stage, "train_batch", train)
+    hook(monkeypatch, Stage, "train_batch", before=at_step)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_program, wait_for_a_checkpoint
+from conftest import assert_mistake, run_program, wait_for_a_checkpoint
 
 from hf_al.training import checkpoint
 
@@ -112,6 +112,13 @@ def test_a_mistake_of_several_processes_is_one_line_and_status_2(data, tmp_path)
         "hf-al train: error: Expected 1 to 2 stages, one or more blocks each, got 3. Pass fewer --stages, or more "
         "--num_blocks."
     ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stages", [0, -1])
+def test_a_run_of_no_stages_is_refused(stages, data, shell, tmp_path):
+    flags = [*data, *SMALL, f"--output_dir={tmp_path / 'run'}", f"--stages={stages}"]
+    assert_mistake(shell("train", *flags), "stages", str(stages))
     assert not (tmp_path / "run").exists()
 
 

@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "datasets", "evaluate", "hf_al.training.loop",
-           "hf_al.training.parsing"]  # fmt: skip
+PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "datasets", "evaluate", "pytest",
+           "hf_al.training.loop", "hf_al.training.parsing"]  # fmt: skip
 
 
 class Failed(AssertionError):
