@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_program
 from transformers import pipeline
 
 from hf_al import prediction
@@ -194,14 +193,14 @@ def test_every_format_gives_the_same_answers(trained, inputs, shell, tmp_path):
 
 
 @pytest.mark.medium
-def test_standard_input_is_text_lines_unless_said(trained, inputs):
-    lines = run_program("predict", str(trained[0]), "--threads=1", input="\n".join(TEXTS))
-    flags = ["--threads=1", "--input_format=csv", "--text_column_names=text"]
-    table = run_program("predict", str(trained[0]), *flags, input=inputs["rows.csv"].read_text())
-    assert lines.returncode == table.returncode == 0
-    assert lines.stdout == table.stdout
-    assert len(lines.stdout.splitlines()) == 3
-    assert lines.stderr == "3 rows, 0 of them with an error.\n"
+def test_standard_input_is_text_lines_unless_said(trained, inputs, start):
+    lines = start("predict", str(trained[0]), "--threads=1")
+    table = start("predict", str(trained[0]), "--threads=1", "--input_format=csv", "--text_column_names=text")
+    out, err = lines.communicate("\n".join(TEXTS))
+    assert table.communicate(inputs["rows.csv"].read_text())[0] == out
+    assert lines.wait(60) == table.wait(60) == 0
+    assert len(out.splitlines()) == 3
+    assert err == "3 rows, 0 of them with an error.\n"
 
 
 @pytest.mark.medium

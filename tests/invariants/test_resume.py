@@ -5,8 +5,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -176,16 +174,15 @@ def test_a_run_that_signals_stopped_at_odd_steps_ends_with_the_same_bits(number,
 
 @pytest.mark.medium
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_a_killed_process_and_its_resumption_end_with_the_same_bits(model_type, run_flags, never_stopped, tmp_path):
+def test_a_killed_process_and_its_resumption_end_with_the_same_bits(
+    model_type, run_flags, never_stopped, start, tmp_path
+):
     expected = weights_of(never_stopped(model_type, "associated"))
     flags = run_flags(model_type, "associated", tmp_path / "run", "--resume_from_checkpoint=last")
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log)
-        try:
-            wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
-        finally:
-            process.send_signal(signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL, "the run was over before it could be killed"
+    process = start("train", *flags, log=tmp_path / "log")
+    wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL, "the run was over before it could be killed"
     newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
     step = checkpoint.read_manifest(newest)["progress"]["step"]
     assert 0 < step < STEPS
