@@ -23,6 +23,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what 
 import pytest
 import torch
 from datasets import DatasetDict
+from program import Program
 
 import hf_al
 from hf_al import plots
@@ -123,7 +124,21 @@ def run_program(*argv: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(program, capture_output=True, text=True, timeout=120, **options)
 
 
-def wait_for_a_checkpoint(process: subprocess.Popen, output_dir: Path, log: Path, seconds: float = 120) -> None:
+@pytest.fixture
+def start():
+    """Starts `hf-al ARGV` and ends it after the test: start("train", ..., log=None) -> Program."""
+    started = []
+
+    def run(*argv: str, log: Path | None = None) -> Program:
+        started.append(Program(*argv, log=log))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.end()
+
+
+def wait_for_a_checkpoint(process, output_dir: Path, log: Path, seconds: float = 120) -> None:
     """Until the run in `process`, whose messages go to `log`, has written one; it must not end before."""
     deadline = time.monotonic() + seconds
     while not checkpoint.complete_checkpoints(output_dir):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hooks import hook
 from safetensors.torch import load_file, save_file
 
 from hf_al.cli import main
@@ -420,15 +421,13 @@ def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_c
     value, place, shell, monkeypatch
 ):
     """The step is named to the number, although losses are read at steps 4, 8, ... only."""
-    train_batch = Stage.train_batch
 
-    def poisoned(self, data, parts, step, seed):
-        if step + 1 == 7:
+    def poison(call):
+        if call.step + 1 == 7:
             with torch.no_grad():
-                self.blocks[1].bridge.layers[0].bias[0] = float(value)
-        return train_batch(self, data, parts, step, seed)
+                call.self.blocks[1].bridge.layers[0].bias[0] = float(value)
 
-    monkeypatch.setattr(Stage, "train_batch", poisoned)
+    hook(monkeypatch, Stage, "train_batch", before=poison)
     line = f"{TRAIN} --train_file=train.csv --max_steps=10 --save_steps=6 --bridge_activation=identity"
     status, out, err = shell(line)
     assert err.splitlines()[-1] == (
@@ -444,16 +443,14 @@ def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_c
 @pytest.mark.parametrize("save_steps", [1, 3])
 def test_no_checkpoint_holds_weights_from_after_a_loss_that_was_not_finite(save_steps, place, shell, monkeypatch):
     """Not even one that is written before the next log, nor the extra one of a signal that comes just then."""
-    train_batch = Stage.train_batch
 
-    def poisoned(self, data, parts, step, seed):
-        if step + 1 == 5:
+    def signal_and_poison(call):
+        if call.step + 1 == 5:
             os.kill(os.getpid(), signal.SIGTERM)
             with torch.no_grad():
-                self.blocks[0].bridge.layers[0].weight[0, 0] = float("nan")
-        return train_batch(self, data, parts, step, seed)
+                call.self.blocks[0].bridge.layers[0].weight[0, 0] = float("nan")
 
-    monkeypatch.setattr(Stage, "train_batch", poisoned)
+    hook(monkeypatch, Stage, "train_batch", before=signal_and_poison)
     line = f"{TRAIN} --train_file=train.csv --max_steps=20 --save_steps={save_steps} --logging_steps=100"
     status, _, err = shell(line)
     assert status == 2

@@ -172,11 +172,12 @@ def test_train_leaves_a_model_with_its_report_and_arguments(trained):
 
 
 @pytest.mark.medium
-def test_evaluate_prints_one_json_object_and_nothing_else(trained, files):
+def test_evaluate_prints_one_json_object_and_nothing_else(trained, files, start):
     folder, _ = trained
-    done = run_program("evaluate", str(folder), "--test_file", str(files / "test.csv"))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    process = start("evaluate", str(folder), "--test_file", str(files / "test.csv"))
+    out, err = process.communicate()
+    assert process.wait(60) == 0, err
+    result = json.loads(out)
     assert result.keys() == {"accuracy", "macro_f1", "log_loss", "ece", "examples", "exits"}
     assert result["examples"] == 80
     assert [row["block"] for row in result["exits"]] == [0, 1]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for_a_checkpoint
+from hooks import hook
 from transformers import AutoModelForSequenceClassification
 
 import hf_al
@@ -82,14 +83,12 @@ def steps_of(folder: Path) -> list[int]:
 
 def before_step(monkeypatch, step: int, act) -> None:
     """Calls `act()` in the middle of optimizer step `step`, counted from 1."""
-    train_batch = Stage.train_batch
 
-    def train(self, data, parts, now, seed):
-        if now + 1 == step:
+    def at_step(call):
+        if call.step + 1 == step:
             act()
-        return train_batch(self, data, parts, now, seed)
 
-    monkeypatch.setattr(Stage, "train_batch", train)
+    hook(monkeypatch, Stage, "train_batch", before=at_step)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -460,16 +459,12 @@ def test_a_run_in_another_thread_leaves_signals_alone(few_tweets, tmp_path):
 
 @pytest.mark.medium
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_stopped_process_ends_with_the_status_of_its_signal_and_a_checkpoint(number, status, files, tmp_path):
+def test_a_stopped_process_ends_with_the_status_of_its_signal_and_a_checkpoint(number, status, files, start, tmp_path):
     flags = [*files, *FLAGS, f"--output_dir={tmp_path / 'run'}", "--max_steps=100000", "--save_steps=200"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log)
-        try:
-            wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
-            process.send_signal(number)
-            assert process.wait(60) == status
-        finally:
-            process.kill()
+    process = start("train", *flags, log=tmp_path / "log")
+    wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
+    process.send_signal(number)
+    assert process.wait(60) == status
     said = (tmp_path / "log").read_text()
     step = steps_of(tmp_path / "run")[-1]
     assert f"Stopped by {number.name} after step {step} of 100000" in said

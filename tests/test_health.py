@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from hooks import hook
 
 import hf_al
 from hf_al.parallel.stage import Stage
@@ -273,14 +274,10 @@ def test_a_healthy_run_warns_of_nothing(few_tweets, tmp_path, caplog):
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_run_whose_target_code_collapses_says_so(block, few_tweets, tmp_path, monkeypatch, caplog):
-    train_batch = Stage.train_batch
+    def collapse(call):
+        torch.nn.init.zeros_(call.self.blocks[block].encode_target.weight)
 
-    def collapse(self, *args):
-        result = train_batch(self, *args)
-        torch.nn.init.zeros_(self.blocks[block].encode_target.weight)
-        return result
-
-    monkeypatch.setattr(Stage, "train_batch", collapse)
+    hook(monkeypatch, Stage, "train_batch", after=collapse)
     report = hf_al.train(arguments(tmp_path), few_tweets).report
     assert f"The target code of block {block} has collapsed" in report["warnings"][0]
     assert report["code_health"][block]["collapsed"]
@@ -297,14 +294,10 @@ def test_a_run_whose_label_side_never_moves_says_so(few_tweets, tmp_path):
 
 
 def test_a_run_with_a_frozen_part_says_so(few_tweets, tmp_path, monkeypatch):
-    build = hf_al.training.setup.build_model
+    def freeze(call):
+        call.result.model.blocks[1].bridge.requires_grad_(False)
 
-    def build_frozen(*args):
-        model = build(*args)
-        model.model.blocks[1].bridge.requires_grad_(False)
-        return model
-
-    monkeypatch.setattr(hf_al.training.setup, "build_model", build_frozen)
+    hook(monkeypatch, hf_al.training.setup, "build_model", after=freeze)
     report = hf_al.train(arguments(tmp_path), few_tweets).report
     assert [message.split(":")[0] for message in report["warnings"]] == ["Nothing updated bridge of block 1"]
 

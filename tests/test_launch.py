@@ -126,6 +126,13 @@ def test_a_launch_of_one_process_for_two_stages_is_refused_with_the_command(data
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stages", [0, -1])
+def test_a_run_of_no_stages_is_refused(stages, data, shell, tmp_path):
+    flags = [*data, *SMALL, f"--output_dir={tmp_path / 'run'}", f"--stages={stages}"]
+    assert_mistake(shell("train", *flags), "stages", str(stages))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, data, tmp_path):

@@ -11,6 +11,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from datasets import Dataset, DatasetDict
+from hooks import hook
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -116,18 +117,15 @@ def test_the_exported_weights_are_those_of_the_best_evaluation(trained):
 
 def spoil_after(monkeypatch, step):
     """From optimizer step `step` on, weights are useless: the best evaluation lies before it."""
-    train_batch = Stage.train_batch
 
-    def train_and_spoil(self, data, parts, now, seed):
-        result = train_batch(self, data, parts, now, seed)
-        if now >= step:
+    def spoil(call):
+        if call.step >= step:
             with torch.no_grad():
-                for block in self.blocks.values():
+                for block in call.self.blocks.values():
                     block.decode_target.weight.zero_()
                     block.decode_target.bias.copy_(torch.arange(len(block.decode_target.bias)).float())
-        return result
 
-    monkeypatch.setattr(Stage, "train_batch", train_and_spoil)
+    hook(monkeypatch, Stage, "train_batch", after=spoil)
 
 
 def test_the_best_checkpoint_is_chosen_on_validation(topics, tmp_path, monkeypatch):
@@ -247,15 +245,13 @@ def test_blocks_may_have_rates_of_their_own(few_tweets, tmp_path):
 
 def poison(monkeypatch, block, step, value):
     """Puts `value` into a weight of `block` just before optimizer step `step` (from 0)."""
-    train_batch = Stage.train_batch
 
-    def train(self, data, parts, now, seed):
-        if now == step:
+    def put(call):
+        if call.step == step:
             with torch.no_grad():
-                self.blocks[block].bridge.layers[0].weight[0, 0] = value
-        return train_batch(self, data, parts, now, seed)
+                call.self.blocks[block].bridge.layers[0].weight[0, 0] = value
 
-    monkeypatch.setattr(Stage, "train_batch", train)
+    hook(monkeypatch, Stage, "train_batch", before=put)
 
 
 def all_finite(path) -> bool:
@@ -279,14 +275,12 @@ def test_a_loss_that_is_not_finite_names_block_and_step_and_keeps_the_checkpoint
 
 def test_an_update_that_breaks_the_weights_is_not_saved(few_tweets, tmp_path, monkeypatch):
     """The loss of step 6 is finite, its gradient is not: the broken weights must not become the last checkpoint."""
-    update = BlockOptimizers.update
 
-    def update_with_nan(self, unit, step):
-        if step == 5 and 1 in unit:
-            next(iter(self.names[1].values())).grad[0, 0] = math.nan
-        return update(self, unit, step)
+    def break_gradient(call):
+        if call.step == 5 and 1 in call.unit:
+            next(iter(call.self.names[1].values())).grad[0, 0] = math.nan
 
-    monkeypatch.setattr(BlockOptimizers, "update", update_with_nan)
+    hook(monkeypatch, BlockOptimizers, "update", before=break_gradient)
     with pytest.raises(ValueError, match=r"Expected finite"):
         hf_al.train(arguments(tmp_path, save_steps=3, max_steps=9), few_tweets)
     kept = checkpoint.complete_checkpoints(tmp_path)

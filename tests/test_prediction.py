@@ -4,13 +4,10 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_program
 from transformers import pipeline
 
 from hf_al import prediction
@@ -19,7 +16,6 @@ from hf_al.data.rows import Unusable
 from hf_al.prediction import CHUNK_BATCHES, predict
 from hf_al.training.arguments import TrainingArguments
 
-SCRIPT = str(Path(sys.executable).with_name("hf-al"))
 KINDS = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -194,14 +190,14 @@ def test_every_format_gives_the_same_answers(trained, inputs, shell, tmp_path):
 
 
 @pytest.mark.medium
-def test_standard_input_is_text_lines_unless_said(trained, inputs):
-    lines = run_program("predict", str(trained[0]), "--threads=1", input="\n".join(TEXTS))
-    flags = ["--threads=1", "--input_format=csv", "--text_column_names=text"]
-    table = run_program("predict", str(trained[0]), *flags, input=inputs["rows.csv"].read_text())
-    assert lines.returncode == table.returncode == 0
-    assert lines.stdout == table.stdout
-    assert len(lines.stdout.splitlines()) == 3
-    assert lines.stderr == "3 rows, 0 of them with an error.\n"
+def test_standard_input_is_text_lines_unless_said(trained, inputs, start):
+    lines = start("predict", str(trained[0]), "--threads=1")
+    table = start("predict", str(trained[0]), "--threads=1", "--input_format=csv", "--text_column_names=text")
+    out, err = lines.communicate("\n".join(TEXTS))
+    assert table.communicate(inputs["rows.csv"].read_text())[0] == out
+    assert lines.wait(60) == table.wait(60) == 0
+    assert len(out.splitlines()) == 3
+    assert err == "3 rows, 0 of them with an error.\n"
 
 
 @pytest.mark.medium
@@ -241,27 +237,26 @@ def test_an_input_that_cannot_be_read_is_one_message_and_status_2(name, content,
 
 @pytest.mark.medium
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory from /proc")
-def test_memory_does_not_grow_with_the_input(trained):
+def test_memory_does_not_grow_with_the_input(trained, start):
     """Rows are sent through a pipe without end, each chunk only after the answers to the one before."""
-    argv = [SCRIPT, "predict", str(trained[0]), "--batch_size=16", "--threads=1"]
+    process = start("predict", str(trained[0]), "--batch_size=16", "--threads=1")
     chunk = b"".join(b"row %d is a text of some length, and then some\n" % i for i in range(16 * CHUNK_BATCHES))
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
 
-        def answer(chunks: int) -> int:
-            """Sends so many chunks, and returns the memory of the process in KiB afterwards."""
-            for _ in range(chunks):
-                process.stdin.write(chunk)
-                process.stdin.flush()
-                for _ in range(16 * CHUNK_BATCHES):
-                    assert b"label" in process.stdout.readline()
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+    def answer(chunks: int) -> int:
+        """Sends so many chunks, and returns the memory of the process in KiB afterwards."""
+        for _ in range(chunks):
+            process.stdin.write(chunk)
+            process.stdin.flush()
+            for _ in range(16 * CHUNK_BATCHES):
+                assert b"label" in process.stdout.readline()
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
 
-        before = answer(20)
-        after = answer(100)
-        process.stdin.close()
-        assert process.wait(timeout=60) == 0
-        assert process.stderr.read() == b"30720 rows, 0 of them with an error.\n"
+    before = answer(20)
+    after = answer(100)
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b"30720 rows, 0 of them with an error.\n"
     sent = 100 * len(chunk) // 1024
     assert sent > 1000
     assert after - before < 12 * 1024, f"grew by {after - before} KiB while {sent} KiB were sent"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import List as ListFeature
+from hooks import hook
 
 from hf_al import TrainingArguments
 from hf_al.data import sources, tokenization
@@ -523,13 +524,8 @@ def test_missing_tweets_say_how_to_get_them(monkeypatch):
 def counted(monkeypatch):
     """How many texts were tokenized."""
     seen = []
-    call = tokenization.PreTrainedTokenizerFast.__call__
-
-    def count(self, text, *args, **kwargs):
-        seen.append(len(text))
-        return call(self, text, *args, **kwargs)
-
-    monkeypatch.setattr(tokenization.PreTrainedTokenizerFast, "__call__", count)
+    tokenizer = tokenization.PreTrainedTokenizerFast
+    hook(monkeypatch, tokenizer, "__call__", before=lambda call: seen.append(len(call.text)))
     return seen
 
 

@@ -1,29 +1,32 @@
 """What the processes of a world do: a whole run, and runs that are disturbed. Imported in every process."""
 
 import importlib.util
+import itertools
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+import pytest
+from hooks import hook, named
+
+from hf_al import plots
+from hf_al.parallel import transport
+from hf_al.parallel.stage import Stage
+from hf_al.parallel.transport import Neighbours
+from hf_al.training import checkpoint, loop
+from hf_al.training.optim import BlockOptimizers
+from hf_al.training.parsing import parse_arguments
+
+PATCH = pytest.MonkeyPatch()  # never undone: the process ends with its job
+
 
 def train(stage: int, flags: list[str]) -> dict:
     """A run; what this stage's transport counted, and how long it took."""
-    from hf_al import plots
-    from hf_al.parallel import transport
-    from hf_al.training import loop
-    from hf_al.training.parsing import parse_arguments
-
     made = []
-    connect = transport.connect
-
-    def remember(*args):
-        made.append(connect(*args))
-        return made[-1]
-
-    loop.connect = remember
-    plots.PLOTS = {}  # half of the time of so short a run
+    hook(PATCH, loop, "connect", after=lambda call: made.append(call.result))
+    PATCH.setattr(plots, "PLOTS", {})  # half of the time of so short a run
     start = time.perf_counter()
     result = loop.train(parse_arguments(flags))
     return {"seconds": time.perf_counter() - start, "report": result.report, **made[0].statistics()}
@@ -39,66 +42,66 @@ def train_own(stage: int, flags: list[str]) -> dict:
     return train(stage, flags)
 
 
-def dies_in_step(stage: int, step: int, how: str, flags: list[str]) -> dict:
-    """The first stage ends before its update `step`, with an error or without a word."""
-    from hf_al.training.optim import BlockOptimizers
+DEATHS = {  # what the first stage is at, and which call of that is its last
+    "in a step": (BlockOptimizers, "update", lambda call, number: call.step == 31),
+    "while saving": (checkpoint, "save_file", lambda call, number: "00000026" in str(call.filename)),
+    "in an evaluation": (Stage, "evaluate", lambda call, number: number == 2),
+}
 
-    update = BlockOptimizers.update
 
-    def update_or_die(self, unit, now):
-        if now == step and stage == 0:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("Killed on purpose")
-        return update(self, unit, now)
+def dies(stage: int, when: str, how: str, flags: list[str]) -> dict:
+    """The first stage ends, with an error or without a word; while saving, with half of a file written."""
+    owner, name, is_last = DEATHS[when]
+    number = itertools.count(1)
 
-    BlockOptimizers.update = update_or_die
+    def die(call):
+        if not is_last(call, next(number)):
+            return
+        if when == "while saving":
+            Path(call.filename).write_bytes(b"half of")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("Died on purpose")
+
+    if stage == 0:
+        hook(PATCH, owner, name, before=die)
     return train(stage, flags)
 
 
 def sends_after_the_update(stage: int, flags: list[str]) -> dict:
     """What leaves is read from the weights after the update: the decoders that travel have changed by then."""
-    from hf_al.parallel.stage import Stage
-    from hf_al.parallel.transport import Neighbours
+    send, late = Neighbours.send, []
 
-    send, train_batch = Neighbours.send, Stage.train_batch
-    late = []
-
-    def keep(self, message, boundary):
-        if message.kind == "train":
-            late.append((self, message, boundary))
+    def keep(*args, **kwargs):
+        call = named(send, args, kwargs)
+        if call.message.kind == "train":
+            late.append(call)
         else:
-            send(self, message, boundary)
+            send(*args, **kwargs)
 
-    def then_send(self, *args):
-        result = train_batch(self, *args)
-        for transport, message, boundary in late:
-            now = {n: t for b in self.blocks.values() for n, t in b.decoders({}).items()}
-            send(transport, message, {n: now.get(n, t).detach() for n, t in boundary.items()})
+    def send_kept(call):
+        now = {n: t for b in call.self.blocks.values() for n, t in b.decoders({}).items()}
+        for kept in late:
+            kept.boundary = {n: now.get(n, t).detach() for n, t in kept.boundary.items()}
+            send(**vars(kept))
         late.clear()
-        return result
 
-    Neighbours.send, Stage.train_batch = keep, then_send
+    PATCH.setattr(Neighbours, "send", keep)
+    hook(PATCH, Stage, "train_batch", after=send_kept)
     return train(stage, flags)
 
 
 def signalled_in_step(stage: int, step: int, where: int, flags: list[str]) -> tuple[int, int]:
     """SIGTERM at stage `where`, before its update `step` (from 1); (status, step of the last checkpoint)."""
-    from hf_al.parallel import transport
-    from hf_al.training import checkpoint
-    from hf_al.training.optim import BlockOptimizers
-    from hf_al.training.parsing import parse_arguments
+    sent = []
 
-    update, sent = BlockOptimizers.update, []
-    transport.ASK_EVERY = 0.0
-
-    def signal_and_update(self, unit, now):
-        if now + 1 == step and stage == where and not sent:
+    def send(call):
+        if call.step + 1 == step and stage == where and not sent:
             sent.append(step)
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, unit, now)
 
-    BlockOptimizers.update = signal_and_update
+    PATCH.setattr(transport, "ASK_EVERY", 0.0)
+    hook(PATCH, BlockOptimizers, "update", before=send)
     try:
         train(stage, flags)
     except SystemExit as stop:
@@ -110,9 +113,7 @@ def signalled_in_step(stage: int, step: int, where: int, flags: list[str]) -> tu
 
 def another_order_at_the_first_stage(stage: int, flags: list[str]) -> dict:
     """Which the handshake would notice first, if it were asked."""
-    from hf_al.training import loop
-
-    loop._check_same = lambda plan, transport: None
+    PATCH.setattr(loop, "_check_same", lambda *args, **kwargs: None)
     return other_flags_at_the_first_stage(stage, ["--seed=43"], flags)
 
 

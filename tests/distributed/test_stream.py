@@ -8,6 +8,8 @@ import jobs
 import pytest
 from world import run_world
 
+from hf_al.training import checkpoint
+
 STEPS = 60
 FLAGS = [
     f"--max_steps={STEPS}", "--max_train_samples=397", "--per_device_train_batch_size=8",
@@ -151,12 +153,22 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
     assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize(("first", "then"), [(3, 2), (1, 4), (4, 1)])
-def test_a_resumed_run_may_have_another_number_of_stages(first, then, run_flags, alone, tmp_path):
+@pytest.mark.parametrize(
+    ("killed", "first", "then"),
+    [
+        ("in a step", 3, 2), ("in a step", 1, 4), ("while saving", 4, 1), ("while saving", 2, 3),
+        ("in an evaluation", 3, 4),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_may_have_another_number_of_stages(killed, first, then, run_flags, alone, tmp_path):
     case = "lstm_associated_state"
-    said = run_world(first, jobs.dies_in_step, 31, "killed", run_flags(case, first, tmp_path / "run"), check=False)
-    assert all(isinstance(words, str) for words in said)
+    flags = run_flags(case, first, tmp_path / "run", "--ddp_timeout=8")  # no launcher ends those that wait for a word
+    said = run_world(first, jobs.dies, killed, "killed", flags, check=False)
+    assert said[0] == "ended with status -9"
+    assert all("Error: Stage" in words or "SystemExit" in words for words in said[1:])
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    last = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
+    assert 13 <= int(last.name[-8:]) < {"in a step": 31, "while saving": 26, "in an evaluation": 44}[killed]
     more = run_flags(case, then, tmp_path / "run", "--resume_from_checkpoint=last")
     run_world(then, jobs.train, more)
     assert sha256(tmp_path / "run") == alone(case)
@@ -168,16 +180,16 @@ def test_a_boundary_sent_after_the_update_is_noticed(run_flags, alone, tmp_path)
 
 
 def test_a_killed_stage_ends_the_others_with_its_name(run_flags, tmp_path):
-    said = run_world(3, jobs.dies_in_step, 20, "killed", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
+    said = run_world(3, jobs.dies, "in a step", "killed", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
     assert said[0] == "ended with status -9"
-    assert "ConnectionError: Stage 1 lost stage 0 at step 2" in said[1]
+    assert "ConnectionError: Stage 1 lost stage 0 at step 3" in said[1]
     assert "--resume_from_checkpoint last goes on from the last checkpoint." in said[1]
     assert "lost stage 1 at step" in said[2] or "SystemExit" in said[2]
 
 
 def test_an_error_is_said_once_and_ends_all(run_flags, tmp_path):
-    said = run_world(3, jobs.dies_in_step, 20, "error", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
-    assert "ValueError: Killed on purpose" in said[0]
+    said = run_world(3, jobs.dies, "in a step", "error", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
+    assert "ValueError: Died on purpose" in said[0]
     assert [words.splitlines()[-1] for words in said[1:]] == ["SystemExit: 2"] * 2
 
 
@@ -217,11 +229,16 @@ def test_a_process_that_was_started_otherwise_is_refused_by_name(flags, message,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_in_all_processes_is_said_by_one(run_flags, tmp_path):
-    given = run_flags("lstm_al_ce", 2, tmp_path / "run", "--train_file=no.csv")
-    said = run_world(2, jobs.train, given, check=False)
-    assert "no.csv" in said[1].splitlines()[-1]
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--train_file=no.csv", "no.csv"),
+        ("--objective=backprop", "Expected a local objective with --stages 2, got backprop"),
+        ("--placement=0-1", "the blocks 0 to 3 of 2 stages, each block once and in order, got '0-1'"),
+    ],
+)
+def test_a_mistake_in_all_processes_is_said_by_one(flag, message, run_flags, tmp_path):
+    said = run_world(2, jobs.train, run_flags("lstm_al_ce", 2, tmp_path / "run", flag), check=False)
+    assert message in said[1].splitlines()[-1]
     assert said[0].splitlines()[-1] == "SystemExit: 2"
-    said = run_world(2, jobs.train, run_flags("lstm_al_ce", 2, tmp_path / "run", "--objective=backprop"), check=False)
-    assert "Expected a local objective with --stages 2, got backprop" in said[1]
-    assert said[0].splitlines()[-1] == "SystemExit: 2"
+    assert not (tmp_path / "run").exists()

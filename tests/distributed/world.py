@@ -1,6 +1,5 @@
 """A world of processes that are one run, started in a fraction of a second: forked from one that has imported all."""
 
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -11,8 +10,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "datasets", "evaluate", "hf_al.training.loop",
-           "hf_al.training.parsing"]  # fmt: skip
+from program import forkserver
 
 
 class Failed(AssertionError):
@@ -32,8 +30,7 @@ def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, che
     Raises:
         Failed: the traceback of each child, or that it was killed or still busy after `timeout`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forkserver()
     with tempfile.TemporaryDirectory() as folder:
         ends, children = [], []
         for stage in range(stages):

@@ -1,15 +1,15 @@
 """Resume: stopped at any step and resumed, a run ends with the weights of one that was never stopped, bit for bit."""
 
+import itertools
 import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import wait_for_a_checkpoint
+from hooks import hook
 
 import hf_al
 from hf_al.parallel.stage import Stage
@@ -67,68 +67,48 @@ def weights_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def stop_after_save(monkeypatch, which: int) -> None:
-    save = checkpoint.save_checkpoint
-    calls = []
+def stop_at(which: int):
+    """Throws at the call with this number, counted from 1."""
+    calls = itertools.count(1)
 
-    def save_and_stop(*args):
-        save(*args)
-        calls.append(args)
-        if len(calls) == which:
+    def stop(call):
+        if next(calls) == which:
             raise Stopped
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_stop)
+    return stop
 
 
-def stop_while_saving(monkeypatch, which: int) -> None:
+def stop_after_save(patch, which: int) -> None:
+    hook(patch, checkpoint, "save_checkpoint", after=stop_at(which))
+
+
+def stop_while_saving(patch, which: int) -> None:
     """One block's file of checkpoint `which` is written, the next one is not."""
-    save_file = checkpoint.save_file
-    calls = []
-
-    def save_file_or_stop(*args):
-        calls.append(args)
-        if len(calls) == 3 * (which - 1) + 2:
-            raise Stopped
-        save_file(*args)
-
-    monkeypatch.setattr(checkpoint, "save_file", save_file_or_stop)
+    hook(patch, checkpoint, "save_file", before=stop_at(3 * (which - 1) + 2))
 
 
-def stop_between_updates(monkeypatch, step: int) -> None:
+def stop_before_evaluation(patch, which: int) -> None:
+    hook(patch, Stage, "evaluate", before=stop_at(which))
+
+
+def stop_between_updates(patch, step: int) -> None:
     """Block 0 has taken step `step`, the last block has not."""
-    update = BlockOptimizers.update
 
-    def update_or_stop(self, unit, now):
-        if now == step and unit[-1] == 2:
+    def stop(call):
+        if call.step == step and call.unit[-1] == 2:
             raise Stopped
-        return update(self, unit, now)
 
-    monkeypatch.setattr(BlockOptimizers, "update", update_or_stop)
-
-
-def stop_before_evaluation(monkeypatch, which: int) -> None:
-    evaluate = Stage.evaluate
-    calls = []
-
-    def evaluate_or_stop(self, *args):
-        calls.append(args)
-        if len(calls) == which:
-            raise Stopped
-        return evaluate(self, *args)
-
-    monkeypatch.setattr(Stage, "evaluate", evaluate_or_stop)
+    hook(patch, BlockOptimizers, "update", before=stop)
 
 
-def signal_in_step(monkeypatch, step: int, number: signal.Signals) -> None:
+def signal_in_step(patch, step: int, number: signal.Signals) -> None:
     """Between the updates of two blocks in optimizer step `step`, counted from 1."""
-    update = BlockOptimizers.update
 
-    def update_and_signal(self, unit, now):
-        if now + 1 == step and unit[-1] == 1:
+    def send(call):
+        if call.step + 1 == step and call.unit[-1] == 1:
             os.kill(os.getpid(), number)
-        return update(self, unit, now)
 
-    monkeypatch.setattr(BlockOptimizers, "update", update_and_signal)
+    hook(patch, BlockOptimizers, "update", before=send)
 
 
 STOPS = {
@@ -194,16 +174,15 @@ def test_a_run_that_signals_stopped_at_odd_steps_ends_with_the_same_bits(number,
 
 @pytest.mark.medium
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_a_killed_process_and_its_resumption_end_with_the_same_bits(model_type, run_flags, never_stopped, tmp_path):
+def test_a_killed_process_and_its_resumption_end_with_the_same_bits(
+    model_type, run_flags, never_stopped, start, tmp_path
+):
     expected = weights_of(never_stopped(model_type, "associated"))
     flags = run_flags(model_type, "associated", tmp_path / "run", "--resume_from_checkpoint=last")
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "hf_al.cli", "train", *flags], stdout=log, stderr=log)
-        try:
-            wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
-        finally:
-            process.send_signal(signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL, "the run was over before it could be killed"
+    process = start("train", *flags, log=tmp_path / "log")
+    wait_for_a_checkpoint(process, tmp_path / "run", tmp_path / "log")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL, "the run was over before it could be killed"
     newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
     step = checkpoint.read_manifest(newest)["progress"]["step"]
     assert 0 < step < STEPS
@@ -221,17 +200,14 @@ def test_a_resume_that_forgets_something_is_seen(what, run_flags, never_stopped,
         with pytest.raises(Stopped):
             hf_al.train(parse_arguments(flags))
     if what == "optimizer_state":
-        monkeypatch.setattr(BlockOptimizers, "load_state", lambda self, k, tensors: None)
+        monkeypatch.setattr(BlockOptimizers, "load_state", lambda *args, **kwargs: None)
     else:
-        read = checkpoint.read_manifest
 
-        def earlier(path):
-            manifest = read(path)
-            if manifest is not None:
-                manifest["progress"]["step"] -= 1
-            return manifest
+        def earlier(call):
+            if call.result is not None:
+                call.result["progress"]["step"] -= 1
 
-        monkeypatch.setattr(checkpoint, "read_manifest", earlier)
+        hook(monkeypatch, checkpoint, "read_manifest", after=earlier)
     hf_al.train(parse_arguments(flags))
     spoiled, expected = weights_of(tmp_path / "run"), weights_of(never_stopped("al_lstm", "associated"))
     assert all(spoiled[name] != expected[name] for name in expected if name.startswith("block"))
