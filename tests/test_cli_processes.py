@@ -36,9 +36,10 @@ def test_ctrl_c_leaves_the_answers_so_far_beside_their_place(trained, start, tmp
     process = start("predict", str(trained[0]), "--batch_size=1", "--threads=1", "--output", str(output))
     process.stdin.write(b"a fine day\n" * 40)
     process.stdin.flush()
-    aside = tmp_path / "answers.jsonl.tmp"
-    while process.poll() is None and not (aside.exists() and len(aside.read_text().splitlines()) == 32):
-        pass
+    found: list[Path] = []
+    while process.poll() is None and not (found and len(found[0].read_text().splitlines()) == 32):
+        found = list(tmp_path.glob("answers.jsonl.*.tmp"))
+    (aside,) = found
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.wait(60) == 130

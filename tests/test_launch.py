@@ -153,6 +153,6 @@ def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, da
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     said = (tmp_path / "log").read_text()
-    step = checkpoint.read_manifest(checkpoint.find_checkpoint("last", tmp_path / "run"))["progress"]["step"]
+    step = checkpoint.read_manifest(checkpoint.complete_checkpoints(tmp_path / "run")[-1])["progress"]["step"]
     assert said.count(f"Stopped by {number.name} after step {step} of 100000") == 1, said
     assert "Traceback" not in said

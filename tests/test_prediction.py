@@ -211,7 +211,60 @@ def test_unusable_rows_give_an_error_each_and_status_0(trained, tmp_path, shell,
     assert [answer.get("row") for answer in found] == [None, 1, 2, 3, None]
     assert all("Expected" in answer["error"] for answer in found[1:4])
     assert "5 rows, 3 of them with an error." in caplog.text
-    assert not (tmp_path / "out.jsonl.tmp").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.medium
+def test_an_output_that_is_no_plain_file_stays_what_it_is(trained, inputs, tmp_path, shell):
+    def predict(output: Path) -> None:
+        flags = ["--input", str(inputs["text.txt"]), "--output", str(output), "--threads=1"]
+        assert shell("predict", str(trained[0]), *flags)[0] == 0
+
+    plain = tmp_path / "plain.jsonl"
+    mine = tmp_path / "plain.jsonl.tmp"
+    mine.write_text("a file of the user's own")
+    predict(plain)
+    expected = plain.read_text()
+    assert len(expected.splitlines()) == 3
+    assert mine.read_text() == "a file of the user's own"
+
+    link = tmp_path / "link.jsonl"
+    plain.write_text("old")
+    plain.chmod(0o640)
+    link.symlink_to(plain)
+    predict(link)
+    assert link.is_symlink()
+    assert plain.read_text() == expected
+    assert plain.stat().st_mode & 0o777 == 0o640
+
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        predict(fifo)
+        assert os.read(reader, 2**16).decode() == expected
+    finally:
+        os.close(reader)
+    assert fifo.is_fifo()
+
+    main, terminal = os.openpty()
+    try:
+        device = Path(os.ttyname(terminal))
+        before = device.stat().st_rdev
+        predict(device)
+        assert device.stat().st_rdev == before
+        assert os.read(main, 2**16)
+    finally:
+        os.close(main)
+        os.close(terminal)
+
+    descriptor = os.open(tmp_path / "kept", os.O_CREAT | os.O_RDWR)
+    try:
+        predict(Path(f"/dev/fd/{descriptor}"))
+        assert os.fstat(descriptor).st_nlink == 1
+        assert (tmp_path / "kept").read_text() == expected
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.medium

@@ -2,10 +2,12 @@
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 CONFIG = "config.json"  # a folder without it is no model to transformers
 
@@ -20,15 +22,46 @@ def fsync(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """The file holds the old text or the new one, never a part."""
-    aside = path.with_name(path.name + ".tmp")
+    with replacing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def replacing(path: Path, keep_part: bool = False) -> Iterator[TextIO]:
+    """A text file to write that gets the name `path` when it is complete, on the disk.
+
+    Links are followed. What is no file (a device, a pipe, `/dev/stdout`) is written as it is.
+
+    Args:
+        path: the name.
+        keep_part: where writing stops halfway, leave the part beside it, under a name of its own.
+    """
+    if _is_stream(path):
+        with path.open("w", encoding="utf-8") as stream:
+            yield stream
+        return
+    target = path.resolve()
+    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        fsync(aside)
-        aside.replace(path)
+        with aside.open("x", encoding="utf-8") as file:
+            if target.exists():
+                shutil.copymode(target, aside)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
     except BaseException:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
+        if not keep_part:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
         raise
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether there is something that a rename must not take the place of."""
+    link = path.parent / os.readlink(path) if path.is_symlink() else path
+    names_a_descriptor = any(name.parent.resolve().is_relative_to("/proc") for name in (path, link))
+    return names_a_descriptor or (path.exists() and not path.is_file())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Checkpoints by block name: safetensors and json, nothing pickled.
 
     checkpoints/checkpoint-00000120/block-000.safetensors   weights and optimizer tensors of block 0
+                                    history.json            what was logged so far
                                     manifest.json           step, progress, what the run is; size and sha256 of
                                                             every file, and its own
 
@@ -12,15 +13,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
-from ..loading import difference, read_header
+from ..loading import difference
 from ..parallel.transport import ALONE, Alone
 from .atomic import disk_error, fsync, removed_if_broken
 from .atomic import write_atomically as write_atomically
@@ -28,7 +29,8 @@ from .optim import BlockOptimizers
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+FORMAT = 2
+MANIFEST, HISTORY = "manifest.json", "history.json"
 WEIGHT, OPTIMIZER = "weight/", "optimizer/"
 
 
@@ -37,9 +39,18 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"checkpoint-{step:08d}"
 
 
-def _sha256(file: Path) -> str:
+class Damaged(ValueError):
+    """A checkpoint that is not what was written; `reason` says how."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(f"Expected an intact checkpoint, got damage: {reason}. Resume from an earlier checkpoint.")
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
     with file.open("rb") as bytes_of_file:
-        return hashlib.file_digest(bytes_of_file, "sha256").hexdigest()
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(bytes_of_file, "sha256").hexdigest()}
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
@@ -52,9 +63,11 @@ def save_checkpoint(
     blocks: dict[int, nn.Module],
     optimizers: BlockOptimizers,
     manifest: dict[str, Any],
+    history: list[dict[str, Any]],
     transport: Alone = ALONE,
 ) -> bool:
-    """Writes weights and optimizer state of `blocks`; the last stage then the manifest, and gives the folder its name.
+    """Writes weights and optimizer state of `blocks`; the last stage then history and manifest, and gives the folder
+    its name.
 
     Every stage writes into the folder that the first one makes; what it wrote goes forward. Returns whether this stage
     was the last, so that the checkpoint is there.
@@ -72,12 +85,15 @@ def save_checkpoint(
             file = aside / f"block-{k:03d}.safetensors"
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, file)
             fsync(file)
-            files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+            files[file.name] = _entry(file)
         written = transport.pass_on([files])
         if written is None:
             return False
+        write_atomically(aside / HISTORY, json.dumps(history))
         files = {name: file for of_stage in written for name, file in of_stage.items()}
-        whole = json.loads(json.dumps({**manifest, "files": files}))  # as it will be read: keys are strings
+        files[HISTORY] = _entry(aside / HISTORY)
+        whole = {"format": FORMAT, **manifest, "files": files}
+        whole = json.loads(json.dumps(whole))  # as it will be read: keys are strings
         write_atomically(aside / MANIFEST, json.dumps({**whole, "sha256": _own_sha256(whole)}, indent=1))
         fsync(aside)
         replaced = path.with_name(path.name + ".old")
@@ -137,20 +153,6 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest if complete else None
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, down to the last bit; None where it is intact."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        return f"{path} has no manifest.json that is whole and finds all its files"
-    for name, file in manifest["files"].items():
-        try:
-            if _sha256(path / name) != file["sha256"]:
-                return f"{path / name} does not hold the bytes that were written (sha256)"
-        except OSError as error:
-            return f"{path / name} cannot be read ({error.strerror})"
-    return None
-
-
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return [path for path in _by_step(output_dir) if read_manifest(path) is not None]
@@ -161,11 +163,11 @@ def _by_step(output_dir: Path) -> list[Path]:
     return sorted((output_dir / "checkpoints").glob("checkpoint-*"), key=lambda p: (p.stem, p.suffix != ".old"))
 
 
-def find_checkpoint(name: str, output_dir: Path) -> Path | None:
-    """`last` -> the newest intact checkpoint, or None where none was ever written; a folder -> that folder.
+def candidates(name: str, output_dir: Path) -> list[Path]:
+    """Where a run may go on, the best place first. `last`: all that is named as a checkpoint; a folder: that folder.
 
     Raises:
-        ValueError: a folder that is not a complete checkpoint, or `last` where every checkpoint is damaged.
+        ValueError: a folder that is not a complete checkpoint.
     """
     if name != "last":
         if read_manifest(Path(name)) is None:
@@ -173,46 +175,97 @@ def find_checkpoint(name: str, output_dir: Path) -> Path | None:
                 f"Expected a complete checkpoint (manifest.json and its block files) in {name}, found none. "
                 "Pass the folder of one, or 'last'."
             )
-        return Path(name)
+        return [Path(name)]
+    found = list(reversed(_by_step(output_dir)))
+    for i, path in enumerate(found):
+        if path.suffix == ".old" and not path.with_suffix("").exists():  # its replacement never came
+            found[i] = path.rename(path.with_suffix(""))
+    return found
+
+
+def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path | None:
+    """The first of the candidates without a fault; None where there are no candidates.
+
+    Args:
+        paths: of `candidates`.
+        fault: what is wrong with one, None where nothing is.
+
+    Raises:
+        ValueError: all of them are damaged.
+    """
     found = None
-    for path in reversed(_by_step(output_dir)):
-        found = damage(path)
+    for path in paths:
+        found = fault(path)
         if found is None:
-            lonely = path.suffix == ".old" and not path.with_suffix("").exists()  # its replacement never came
-            return path.rename(path.with_suffix("")) if lonely else path
+            return path
         logger.warning("A damaged checkpoint is passed over: %s.", found)
     if found is not None:
         raise ValueError(f"Expected an intact checkpoint, got damaged ones only: {found}. Start in another output_dir.")
     return None
 
 
-def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockOptimizers | None) -> dict[str, Any]:
-    """Loads weights, and optimizer state where wanted, into `blocks`; returns the manifest.
+def _verified(path: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """The bytes of a file of a checkpoint, read once."""
+    try:
+        found = (path / name).read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path / name} cannot be read ({error.strerror})") from None
+    if hashlib.sha256(found).hexdigest() != manifest["files"][name]["sha256"]:
+        raise Damaged(f"{path / name} does not hold the bytes that were written (sha256)")
+    return found
+
+
+def open_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
     Raises:
-        ValueError: a damaged file, or tensors that are not the blocks' own; `blocks` are as they were.
+        Damaged: it is not complete.
+        ValueError: one that another version of hf_al wrote.
     """
-    found = damage(path)
-    if found is not None:
-        raise ValueError(f"Expected an intact checkpoint, got damage: {found}. Resume from an earlier checkpoint.")
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise Damaged(f"{path} has no manifest.json that is whole and finds all its files")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"Expected a checkpoint of format {FORMAT}, got format {manifest.get('format')} in {path}: another version "
+            "of hf_al wrote it. Resume with that version, or start anew in another output_dir."
+        )
+    return manifest
+
+
+def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockOptimizers | None) -> None:
+    """Loads weights, and optimizer state where wanted, into `blocks`, from their files alone.
+
+    Raises:
+        Damaged: a file that is missing or not as it was written; blocks before it have been loaded.
+        ValueError: tensors that are not the blocks' own, or another format.
+    """
+    manifest = open_checkpoint(path)
     for k, block in blocks.items():
-        file = path / f"block-{k:03d}.safetensors"
-        saved = {n.removeprefix(WEIGHT): shape for n, shape in read_header(file).items() if n.startswith(WEIGHT)}
-        other = difference({n: tuple(t.shape) for n, t in block.state_dict().items()}, saved)
+        file = f"block-{k:03d}.safetensors"
+        tensors = load(_verified(path, file, manifest))
+        weights = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
+        shapes = [{n: tuple(t.shape) for n, t in named.items()} for named in (block.state_dict(), weights)]
+        other = difference(*shapes)
         if other:
             raise ValueError(
-                f"Expected the weights of block {k} in {file}, got another model's: {other}. Resume with the model "
-                "values of that run."
+                f"Expected the weights of block {k} in {path / file}, got another model's: {other}. Resume with the "
+                "model values of that run."
             )
-    for k, block in blocks.items():
-        tensors = load_file(path / f"block-{k:03d}.safetensors")
-        block.load_state_dict({n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)})
+        block.load_state_dict(weights)
         if optimizers is not None:
             state = {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)}
             optimizers.load_state(k, state)
-    manifest = read_manifest(path)
-    assert manifest is not None
-    return manifest
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """What the run had logged at a checkpoint.
+
+    Raises:
+        Damaged: the file is not as it was written.
+    """
+    rows: list[dict[str, Any]] = json.loads(_verified(path, HISTORY, open_checkpoint(path)))
+    return rows
 
 
 def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
@@ -276,9 +329,11 @@ def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None 
             _remove(path)
 
 
-def first_difference(expected: dict[str, Any], got: dict[str, Any]) -> str | None:
-    """The first key whose values differ, as a sentence, the architecture before all; None where there is none."""
-    for key in sorted(expected.keys() | got.keys(), key=lambda key: (key != "model_type", key)):
-        if expected.get(key) != got.get(key):
-            return f"{key} was {expected.get(key)!r} and is now {got.get(key)!r}"
-    return None
+def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
+    """Each key whose values differ, as a sentence, the architecture before all."""
+    keys = sorted(expected.keys() | got.keys(), key=lambda key: (key != "model_type", key))
+    return [
+        f"{key} was {expected.get(key)!r} and is now {got.get(key)!r}"
+        for key in keys
+        if expected.get(key) != got.get(key)
+    ]

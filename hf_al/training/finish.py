@@ -39,16 +39,15 @@ def finish(
         OSError: a disk that refuses; the checkpoints are kept.
     """
     transport, model = stage.transport, stage.model
-    labels = torch.as_tensor(plan.labels["validation"])
-    warnings = health.code_warnings(health.code_health(model, labels, transport), model.config, plan.args)
-    warnings += health.update_warnings(model, at_start)
-    all_warnings = transport.pass_on(warnings) or []
-    record.warn(all_warnings)
     chosen = progress.best_step or progress.step
     if chosen != progress.step:
         checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), stage.blocks, None)
     results = _results(plan, stage)
-    codes = transport.pass_on(health.code_health(model, labels, transport)) or []
+    codes = health.code_health(model, torch.as_tensor(plan.labels["validation"]), transport)
+    warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, at_start)
+    all_warnings = transport.pass_on(warnings) or []
+    codes = transport.pass_on(codes) or []
+    record.warn(all_warnings)
 
     def write() -> dict[str, Any]:
         elsewhere = {block.index: block for block in model.model.blocks if block.index not in stage.blocks}

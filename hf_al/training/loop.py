@@ -4,6 +4,7 @@ Everything a step does follows from (arguments, data, step): batch order, dropou
 resumed run therefore needs weights, optimizer tensors and a step number, and ends where the undisturbed one ends.
 """
 
+import json
 import logging
 import signal
 import sys
@@ -88,7 +89,9 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
             times = transport.tell(lambda: unit_seconds(model, args, device, token_lengths(data["train"])))
         placement = transport.together(partial(place_blocks, args, model.config, times))
-        plan = transport.together(partial(make_plan, args, output_dir, model.config, tokenizer, data, placement))
+        plan = transport.together(
+            partial(make_plan, args, output_dir, model.config, tokenizer, data, placement, device)
+        )
         _check_same(plan, transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
         run.resume()
@@ -112,10 +115,10 @@ def _check_same(plan: Plan, transport: Alone) -> None:
     def compare() -> None:
         for stage, other in enumerate(everywhere):
             for what in facts:
-                difference = checkpoint.first_difference(everywhere[-1][what], other[what])
-                if difference:
+                differences = checkpoint.differences(everywhere[-1][what], other[what])
+                if differences:
                     raise ValueError(
-                        f"Expected the same {what} in all processes, got another at stage {stage}: {difference}. "
+                        f"Expected the same {what} in all processes, got another at stage {stage}: {differences[0]}. "
                         "Start all of them with the same arguments and data."
                     )
 
@@ -158,36 +161,46 @@ class Run:
         name, output_dir = self.args.resume_from_checkpoint, self.plan.output_dir
         if name is None:
             return
-        found = self.transport.tell(lambda: _as_text(checkpoint.find_checkpoint(name, output_dir)))
-        if found is None:
+        found = self.transport.tell(lambda: [str(path) for path in checkpoint.candidates(name, output_dir)])
+        path = checkpoint.first_intact([Path(folder) for folder in found], self._load)
+        if path is None:
             logger.warning("No complete checkpoint in %s: starting at step 0.", output_dir)
             return
-        manifest = self.transport.together(partial(self._load, Path(found)))
+        best = self.progress.best_step
         with checkpoint.writing("the best checkpoint so far", output_dir):
-            best = manifest["progress"]["best_step"]
-            self.transport.tell(lambda: checkpoint.adopt_best(Path(found), output_dir, best))
-        vars(self.progress).update(vars(Progress(**manifest["progress"])))
-        logger.info("Resuming from %s, step %d of %d.", found, self.progress.step, self.plan.total_steps)
+            self.transport.tell(lambda: checkpoint.adopt_best(path, output_dir, best))
+        logger.info("Resuming from %s, step %d of %d.", path, self.progress.step, self.plan.total_steps)
 
-    def _load(self, path: Path) -> dict[str, Any]:
-        """Loads this stage's blocks from a checkpoint of this very run; returns its manifest."""
-        manifest = checkpoint.read_manifest(path)
-        if manifest is None:
-            raise ValueError(f"Expected the checkpoint {path} in every process, found none here. Share the folder.")
+    def _load(self, path: Path) -> str | None:
+        """Loads this stage's blocks from a checkpoint of this very run; what any stage found damaged, if one did."""
+
+        def load() -> str | None:
+            try:
+                manifest = checkpoint.open_checkpoint(path)
+                self._check_run(manifest, path)
+                checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers)
+                history = checkpoint.read_history(path) if self.transport.is_last else []
+            except checkpoint.Damaged as damage:
+                return damage.reason
+            vars(self.progress).update(manifest["progress"], history=history)
+            return None
+
+        return next(filter(None, self.transport.gather(self.transport.together(load))), None)
+
+    def _check_run(self, manifest: dict[str, Any], path: Path) -> None:
+        """Refuses another run's checkpoint; says what else is not as it was."""
         for what, now in self.plan.identity.items():
-            difference = checkpoint.first_difference(manifest["identity"][what], now)
-            if difference:
+            differences = checkpoint.differences(manifest["identity"][what], now)
+            if differences:
                 raise ValueError(
-                    f"Expected the {what} of {path}, got another: {difference}. Resume with the arguments and data of "
-                    "that run, or start anew in another output_dir."
+                    f"Expected the {what} of {path}, got another: {differences[0]}. Resume with the arguments and data "
+                    "of that run, or start anew in another output_dir."
                 )
-        if manifest["total_steps"] != self.plan.total_steps:
+        changed = checkpoint.differences(manifest["conditions"], json.loads(json.dumps(self.plan.conditions)))
+        if changed:
             logger.warning(
-                "The run was planned for %d steps and now for %d: its learning rates follow the new plan.",
-                manifest["total_steps"],
-                self.plan.total_steps,
+                "The run goes on under other conditions, and will not end where it would have: %s.", "; ".join(changed)
             )
-        return checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers)
 
     def fit(self) -> None:
         """The optimizer steps that are left, with evaluation, checkpoints and logs at their steps."""
@@ -276,16 +289,10 @@ class Run:
     def _save(self) -> None:
         output_dir, progress = self.plan.output_dir, self.progress
         path = checkpoint.checkpoint_path(output_dir, progress.step)
-        manifest = {
-            "format": 1,
-            "identity": self.plan.identity,
-            "total_steps": self.plan.total_steps,
-            "progress": vars(progress),
-        }
+        facts = {name: value for name, value in vars(progress).items() if name != "history"}
+        manifest = {"identity": self.plan.identity, "conditions": self.plan.conditions, "progress": facts}
         with checkpoint.writing(path.name, output_dir):
-            if checkpoint.save_checkpoint(path, self.stage.blocks, self.optimizers, manifest, self.transport):
+            if checkpoint.save_checkpoint(
+                path, self.stage.blocks, self.optimizers, manifest, progress.history, self.transport
+            ):
                 checkpoint.rotate(output_dir, self.args.save_total_limit, progress.best_step, progress.step)
-
-
-def _as_text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

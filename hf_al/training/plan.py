@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,11 @@ from .arguments import TrainingArguments
 IDENTITY = (
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "wire_dtype", "optim",
     "embedding_optimizer",
+)  # fmt: skip
+CONDITIONS = (
+    "learning_rate", "target_learning_rate_factor", "embedding_learning_rate_factor", "weight_decay",
+    "target_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "max_grad_norm",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
 )  # fmt: skip
 
 
@@ -38,6 +44,7 @@ class Plan:
         metric: the validation metric that chooses the checkpoint.
         labels: split -> labels, as the metrics want them.
         identity: what a resumed run must share with the one before, and every process with the others.
+        conditions: what it may change, at the price of ending elsewhere than the undisturbed run.
     """
 
     args: TrainingArguments
@@ -50,6 +57,7 @@ class Plan:
     metric: str
     labels: dict[str, np.ndarray]
     identity: dict[str, dict[str, Any]]
+    conditions: dict[str, Any]
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[np.ndarray]]]:
         """(step, row numbers of each of its micro-batches) of the optimizer steps `first` .. `last` - 1, from 0."""
@@ -81,8 +89,9 @@ def make_plan(
     tokenizer: PreTrainedTokenizerBase,
     data: DatasetDict,
     placement: Placement,
+    device: torch.device,
 ) -> Plan:
-    """The plan of a run on tokenized `data`; `config` is the model's.
+    """The plan of a run on tokenized `data`; `config` is the model's, `device` where it trains.
 
     Raises:
         ValueError: a metric that this kind of problem does not have.
@@ -90,23 +99,32 @@ def make_plan(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     order = BatchOrder(token_lengths(data["train"]), batch, args.seed)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(order))
+    total_steps = max(1, steps)
     problem_type = config.resolved_problem_type
     collator = Collator(tokenizer.pad_token_id, config.classes)
     values = json.loads(config.to_json_string(use_diff=False))
+    metric = chosen_metric(args.metric_for_best_model, problem_type)
     return Plan(
         args=args,
         output_dir=output_dir,
         data=data,
         order=order,
-        total_steps=max(1, steps),
+        total_steps=total_steps,
         placement=placement,
         problem_type=problem_type,
-        metric=chosen_metric(args.metric_for_best_model, problem_type),
+        metric=metric,
         labels={name: split_labels(data[name], collator) for name in data},
         identity={
             "data": {name: sources.fingerprint(data[name]) for name in ("train", "validation")},
-            "run": {name: getattr(args, name) for name in IDENTITY},
+            "run": {**{name: getattr(args, name) for name in IDENTITY}, "metric_for_best_model": metric},
             "model": {key: value for key, value in values.items() if key != "transformers_version"},
+        },
+        conditions={
+            **{name: getattr(args, name) for name in CONDITIONS},
+            "total_steps": total_steps,
+            "threads": torch.get_num_threads(),
+            "device": device.type,
+            "torch": torch.__version__,
         },
     )
 

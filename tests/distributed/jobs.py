@@ -106,7 +106,7 @@ def signalled_in_step(stage: int, step: int, where: int, flags: list[str]) -> tu
         train(stage, flags)
     except SystemExit as stop:
         time.sleep(0.5)  # the last stage commits
-        path = checkpoint.find_checkpoint("last", Path(parse_arguments(flags).output_dir))
+        path = checkpoint.complete_checkpoints(Path(parse_arguments(flags).output_dir))[-1]
         return stop.code, checkpoint.read_manifest(path)["progress"]["step"]
     return 0, -1
 

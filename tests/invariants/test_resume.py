@@ -166,7 +166,7 @@ def test_a_run_that_signals_stopped_at_odd_steps_ends_with_the_same_bits(number,
             signal_in_step(patch, step, number)
             with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
                 hf_al.train(parse_arguments(flags))
-        newest = checkpoint.find_checkpoint("last", tmp_path / "run")
+        newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
         assert checkpoint.read_manifest(newest)["progress"]["step"] == step
     hf_al.train(parse_arguments(flags))
     assert weights_of(tmp_path / "run") == weights_of(never_stopped("al_lstm", "associated"))
@@ -249,6 +249,7 @@ def test_a_checkpoint_resumes_in_another_output_dir(run_flags, never_stopped, tm
         ("--per_device_train_batch_size=4", "per_device_train_batch_size was 8 and is now 4"),
         ("--max_train_samples=396", "train was"),
         ("--objective=al_ce", "objective was 'associated' and is now 'al_ce'"),
+        ("--metric_for_best_model=log_loss", "metric_for_best_model was 'accuracy' and is now 'log_loss'"),
     ],
 )
 def test_another_run_is_not_resumed(flag, named, run_flags, never_stopped):
@@ -257,6 +258,18 @@ def test_another_run_is_not_resumed(flag, named, run_flags, never_stopped):
     with pytest.raises(ValueError, match=r"Expected the (model|data|run) of .*, got another") as error:
         hf_al.train(parse_arguments(flags))
     assert named in str(error.value)
+
+
+def test_a_run_that_goes_on_under_other_conditions_says_which_once(run_flags, never_stopped, tmp_path, caplog):
+    shutil.copytree(never_stopped("al_lstm", "associated"), tmp_path / "run")
+    more = ["--resume_from_checkpoint=last", "--learning_rate=1e-3", "--max_grad_norm=1", f"--max_steps={STEPS + 1}"]
+    with caplog.at_level(logging.WARNING, "hf_al"):
+        hf_al.train(parse_arguments(run_flags("al_lstm", "associated", tmp_path / "run", *more)))
+    said = [r.message for r in caplog.records if "other conditions" in r.message]
+    assert said == [
+        "The run goes on under other conditions, and will not end where it would have: learning_rate was 0.005 and is "
+        f"now 0.001; max_grad_norm was 0.5 and is now 1.0; total_steps was {STEPS} and is now {STEPS + 1}."
+    ]
 
 
 @pytest.mark.medium
