@@ -10,10 +10,10 @@ MODELING = Path(__file__).parents[1] / "hf_al" / "modeling"
 
 
 def _paths() -> dict[str, str]:
-    """Class name -> dotted path, of the classes that docstrings link to."""
+    """Name -> dotted path, of the classes and functions that docstrings link to."""
     paths = {}
     for file in MODELING.glob("*.py"):
-        for name in re.findall(r"^class (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
+        for name in re.findall(r"^(?:class|def) ([A-Za-z]\w*)", file.read_text(encoding="utf-8"), re.MULTILINE):
             paths[name] = f"hf_al.modeling.{file.stem}.{name}"
     return paths
 

@@ -108,17 +108,20 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
+def write_report(folder: Path, report: dict[str, Any], draw: bool = True) -> None:
     """Writes report.json, plots/*.png and report.md from the same values.
 
     Args:
         folder: the folder of the run, which exists.
         report: as `train` returns it, or the content of a report.json: the plots and the page follow from it alone.
+        draw: False for no plots, which take a second.
     """
-    from . import plots
-
     write_atomically(folder / "report.json", json.dumps(report, indent=1))
-    drawn = plots.write_plots(folder / "plots", report)
+    drawn = []
+    if draw:
+        from . import plots
+
+        drawn = plots.write_plots(folder / "plots", report)
     write_atomically(folder / "report.md", markdown(report, drawn))
 
 

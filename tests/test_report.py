@@ -57,6 +57,12 @@ def labels_of(figure) -> list[list[str]]:
     ]
 
 
+def test_a_run_may_leave_its_numbers_alone(few_tweets, tmp_path):
+    hf_al.train(arguments(tmp_path, plots=False), few_tweets)
+    assert not (tmp_path / "plots").exists()
+    assert ".png" not in (tmp_path / "report.md").read_text()
+
+
 def test_a_run_leaves_every_plot_and_a_page_that_shows_it(run):
     assert sorted(path.name for path in (run / "plots").iterdir()) == sorted(f"{name}.png" for name in ALL)
     shown = re.findall(r"!\[.*?\]\((.*?)\)", (run / "report.md").read_text())

@@ -198,3 +198,25 @@ def test_layers_that_a_checkpoint_lacks_are_new_and_those_that_it_has_are_loaded
 
 def test_dir_names_what_is_public():
     assert set(hf_al.__all__) <= set(dir(hf_al))
+
+
+@pytest.mark.parametrize("problem", [{}, {"class_weights": [1.0, 2.0, 3.0]}, {"num_labels": 1, "label_mean": [2.0]}])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_no_step_asks_its_device_for_a_number(model_type, objective, problem, make_model, make_batch):
+    """Which would wait for all that is queued there. The device "meta" has no numbers to give: asked, it raises."""
+    model = make_model(model_type, objective=objective, **problem).train().to("meta")
+    batch = make_batch()
+    lengths = batch["attention_mask"].sum(1)
+    labels = batch["labels"].float() if "num_labels" in problem else batch["labels"]
+    inputs = model.model.prepare_inputs(
+        **{n: t.to("meta") for n, t in {**batch, "labels": labels}.items()}, lengths=lengths
+    )
+    boundary = model.model.initial_boundary(inputs["labels"])
+    for block, out in walk(model.model.blocks, boundary, inputs, learning=True):
+        if block.ends_unit:
+            out.loss.backward()
+    for _ in walk(model.model.blocks, {}, inputs, exits=model.config.exits()):
+        pass
+    with pytest.raises(NotImplementedError):  # it does raise
+        model.model.prepare_inputs(inputs["input_ids"], inputs["attention_mask"])

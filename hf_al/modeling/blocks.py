@@ -81,6 +81,25 @@ def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inpu
     return {**inputs, **cut}
 
 
+def layout(mask_NT: Tensor, lengths_N: Tensor | None = None) -> Inputs:
+    """Where the padding is: `lengths` (N,) on the CPU, and `padding`, which is `none`, `right`, or `mixed` where some
+    is on the left.
+
+    Args:
+        mask_NT: 1 for text, 0 for padding.
+        lengths_N: tokens of each text, on the CPU, where it is known that all padding is on the right.
+    """
+    if torch.compiler.is_compiling():  # a graph cannot branch on what is in the mask
+        return {"lengths": mask_NT.sum(1), "padding": "mixed"}
+    if lengths_N is None:
+        on_host_NT = mask_NT.cpu()
+        lengths_N = on_host_NT.sum(1)
+        if bool((on_host_NT[:, 1:] > on_host_NT[:, :-1]).any()):
+            return {"lengths": lengths_N, "padding": "mixed"}
+    is_full = bool((lengths_N == mask_NT.shape[1]).all())
+    return {"lengths": lengths_N, "padding": "none" if is_full else "right"}
+
+
 class Bridge(nn.Module):
     """Pooled hidden state (N, D = `input_size`) -> a guess of the target code (N, V): `bridge_layers` linear layers
     with activation, after a layer norm where `normalize` says so (for pre-norm encoders)."""

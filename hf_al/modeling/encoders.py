@@ -65,7 +65,8 @@ class Encoder(nn.Module):
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
         """Adds what every block needs, once a batch, to `inputs`: `input_ids` or `inputs_embeds`, `attention_mask`
-        (N, T), and `labels` in training. Nothing, if not overridden."""
+        (N, T), `lengths` (N,) on the CPU, `padding` (see [`layout`]), and `labels` in training. Nothing, if not
+        overridden."""
         return inputs
 
     def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
@@ -97,12 +98,9 @@ class LstmEncoder(Encoder):
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds `lengths` (N,) on the CPU, and where padding is not all on the right, `order` (N, T) to put it there."""
-        mask_NT = inputs["attention_mask"]
-        traced = torch.compiler.is_compiling()  # a graph cannot branch on what is in the mask
-        inputs["lengths"] = mask_NT.sum(1) if traced else mask_NT.sum(1).cpu()
-        if traced or bool((mask_NT[:, 1:] > mask_NT[:, :-1]).any()):
-            inputs["order"] = mask_NT.argsort(dim=1, descending=True, stable=True)
+        """Adds `order` (N, T), which puts all padding on the right, where it is not there already."""
+        if inputs["padding"] == "mixed":
+            inputs["order"] = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
         return inputs
 
     def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
@@ -230,7 +228,10 @@ class TransformerEncoder(Encoder):
         mask_NT = inputs["attention_mask"]
         inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0)  # padding on the left comes before 0
         like = inputs["inputs_embeds"] if "inputs_embeds" in inputs else mask_NT[..., None].float()
-        bias = create_bidirectional_mask(config=config, inputs_embeds=like, attention_mask=mask_NT)
+        padding_NT = None if inputs["padding"] == "none" else mask_NT
+        bias = create_bidirectional_mask(
+            config=config, inputs_embeds=like, attention_mask=padding_NT, allow_is_bidirectional_skip=padding_NT is None
+        )
         if bias is not None:
             inputs["bias"] = bias
         if config.position_embedding_type == "rotary":

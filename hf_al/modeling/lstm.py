@@ -50,11 +50,18 @@ class BidirectionalLSTM(nn.LSTM):
 def packed(
     lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
 ) -> tuple[Tensor, State]:
-    """The layer on the packed batch: for devices whose library has a kernel for it."""
-    batch = nn.utils.rnn.pack_padded_sequence(x_NTE, lengths_N.cpu(), batch_first=True, enforce_sorted=False)
-    batch, state = nn.LSTM.forward(lstm, batch, state)
+    """The layer on the packed batch: for devices whose library has a kernel for it.
+
+    Sorted by length here, on the host: torch would ask the device for the order again, and wait for it.
+    """
+    lengths_N = lengths_N.cpu()
+    order_N = lengths_N.argsort(descending=True, stable=True)
+    there_N, back_N = (index.to(x_NTE.device, non_blocking=True) for index in (order_N, order_N.argsort()))
+    state = None if state is None else (state[0][:, there_N], state[1][:, there_N])
+    batch = nn.utils.rnn.pack_padded_sequence(x_NTE[there_N], lengths_N[order_N], batch_first=True)
+    batch, (h, c) = nn.LSTM.forward(lstm, batch, state)
     hidden_NTD, _ = nn.utils.rnn.pad_packed_sequence(batch, batch_first=True, total_length=x_NTE.shape[1])
-    return hidden_NTD, state
+    return hidden_NTD[back_N], (h[:, back_N], c[:, back_N])
 
 
 def _turned(lengths_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

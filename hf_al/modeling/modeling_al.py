@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import ALBlock, truncate, walk
+from .blocks import ALBlock, layout, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .encoders import ENCODERS, Inputs
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
@@ -94,14 +94,12 @@ class ALPreTrainedModel(PreTrainedModel):
         else:
             init.normal_(weight, std=self.config.initializer_range)
 
-    def _wants_hidden(self, output_hidden_states: bool | None) -> bool:
-        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+    def _wants(self, what: str, said: bool | None) -> bool:
+        return bool(getattr(self.config, what, False) if said is None else said)
 
     def _attention_list(self, output_attentions: bool | None) -> list[Tensor] | None:
         """Where the layers shall put their attention weights; None where nobody asked."""
-        if output_attentions is None:
-            output_attentions = getattr(self.config, "output_attentions", False)
-        if not output_attentions:
+        if not self._wants("output_attentions", output_attentions):
             return None
         if not ENCODERS[self.config.model_type].has_attention:
             raise ValueError(
@@ -181,6 +179,7 @@ class ALModel(ALPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Inputs:
         """What every block knows of a batch: ids or embeddings, mask, labels, and what the encoder adds to them.
 
@@ -190,9 +189,12 @@ class ALModel(ALPreTrainedModel):
                 padding is where the ids equal `pad_token_id`.
             inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
             labels (`torch.Tensor`, *optional*): as in [`ALForSequenceClassification`].
+            lengths (`torch.LongTensor` of shape `(N,)`, *optional*): tokens of each text, on the CPU, from a caller who
+                knows that all padding is on the right; else they are read from the mask, which waits for its device.
 
         Returns:
-            Tensors by name. Texts of more than `max_position_embeddings` tokens are cut.
+            Tensors by name, and `padding`: `none`, `right` or `mixed`. Texts of more than `max_position_embeddings`
+            tokens are cut.
 
         Raises:
             ValueError: both `input_ids` and `inputs_embeds`, or neither.
@@ -211,7 +213,9 @@ class ALModel(ALPreTrainedModel):
         inputs["attention_mask"] = torch.cat([mask_NT[:, :1] | empty_N1, mask_NT[:, 1:]], 1)
         if labels is not None:
             inputs["labels"] = labels
-        inputs = truncate(inputs, self.config.max_position_embeddings, self.config.sep_token_id)
+        longest = self.config.max_position_embeddings
+        inputs = truncate(inputs, longest, self.config.sep_token_id)
+        inputs |= layout(inputs["attention_mask"], None if lengths is None else lengths.clamp(1, longest))
         return ENCODERS[self.config.model_type].prepare_inputs(self.config, inputs)
 
     def initial_boundary(self, labels: Tensor | None = None) -> Boundary:
@@ -238,7 +242,7 @@ class ALModel(ALPreTrainedModel):
             hidden_states.append(out.boundary["hidden"])
         return BaseModelOutput(
             last_hidden_state=hidden_states[-1],
-            hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
+            hidden_states=tuple(hidden_states) if self._wants("output_hidden_states", output_hidden_states) else None,
             attentions=None if attentions is None else tuple(attentions),
         )
 
@@ -312,7 +316,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
             logits=exit_logits[-1],
             local_losses=tuple(losses) if learning and not end_to_end else None,
             exit_logits=tuple(exit_logits) if output_exit_logits else None,
-            hidden_states=tuple(hidden_states) if self._wants_hidden(output_hidden_states) else None,
+            hidden_states=tuple(hidden_states) if self._wants("output_hidden_states", output_hidden_states) else None,
             attentions=None if attentions is None else tuple(attentions),
         )
 

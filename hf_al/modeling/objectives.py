@@ -10,6 +10,7 @@ An objective of your own is such a function and a row in `OBJECTIVES`: `OBJECTIV
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,15 +64,27 @@ def first_target(labels: Tensor, config) -> Tensor:
 def standardise(values: Tensor, config) -> Tensor:
     """Regression values (N, C) in units of their standard deviation on the train split."""
     if config.label_mean is not None:
-        values = values - values.new_tensor(config.label_mean)
-    return values if config.label_deviation is None else values / values.new_tensor(config.label_deviation)
+        values = values - _constant(config.label_mean, values)
+    return values if config.label_deviation is None else values / _constant(config.label_deviation, values)
 
 
 def unstandardise(values: Tensor, config) -> Tensor:
     """The inverse of `standardise`; leaves classification logits as they are."""
     if config.label_deviation is not None:
-        values = values * values.new_tensor(config.label_deviation)
-    return values if config.label_mean is None else values + values.new_tensor(config.label_mean)
+        values = values * _constant(config.label_deviation, values)
+    return values if config.label_mean is None else values + _constant(config.label_mean, values)
+
+
+def _constant(values: list[float], like: Tensor) -> Tensor:
+    """The values as a tensor that stays on its device: a copy from the host would wait for all that is queued there."""
+    if torch.compiler.is_compiling():
+        return like.new_tensor(values)
+    return _on_device(tuple(values), like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
@@ -90,7 +103,7 @@ def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
     """
     logits_NC = logits_NC.float()
     kind = config.resolved_problem_type
-    weight = None if config.class_weights is None else logits_NC.new_tensor(config.class_weights)
+    weight = None if config.class_weights is None else _constant(config.class_weights, logits_NC)
     if kind == "single_label_classification":
         losses = F.cross_entropy(
             logits_NC, labels.view(-1).long(), weight, reduction="none", label_smoothing=config.label_smoothing

@@ -138,7 +138,7 @@ class Stage:
         was_training = self.model.training
         self.model.eval()
         exits = [k for k in self.model.config.exits() if k in self.blocks]
-        logits = {k: np.zeros((len(data), self.model.config.classes), np.float32) for k in exits}
+        logits: dict[int, list[Tensor]] = {k: [] for k in exits}
         lengths = token_lengths(data)
         batches = evaluation_batches(lengths, batch_size)
         messages = [self._message("evaluate", 0, i, lengths[rows]) for i, rows in enumerate(batches)]
@@ -151,9 +151,10 @@ class Stage:
                     if block.index == max(self.blocks):
                         self.transport.send(message, out.boundary)
                     if out.logits is not None:
-                        logits[block.index][rows] = out.logits.float().cpu().numpy()
+                        logits[block.index].append(out.logits.float())
         self.model.train(was_training)
-        return logits
+        back = np.argsort(np.concatenate(batches))
+        return {k: torch.cat(parts).cpu().numpy()[back] for k, parts in logits.items()}
 
     def _start(self, labels: Tensor) -> Boundary:
         return self.model.model.initial_boundary(labels)
@@ -164,5 +165,9 @@ class Stage:
         return local_steps(self.blocks.values(), boundary, inputs, key, self.device, self.bf16, self.wire)
 
     def _inputs(self, data: Dataset, rows: np.ndarray) -> dict[str, Tensor]:
-        batch = {name: t.to(self.device) for name, t in self.collator(data, rows).items()}
-        return self.model.model.prepare_inputs(**batch)
+        batch = self.collator(data, rows)
+        lengths = batch["attention_mask"].sum(1)  # before the copy: asking the device would wait for it
+        if self.device.type == "cuda":
+            batch = {name: t.pin_memory() for name, t in batch.items()}
+        batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
+        return self.model.model.prepare_inputs(**batch, lengths=lengths)

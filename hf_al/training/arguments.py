@@ -131,6 +131,7 @@ class TrainingArguments:
     report_to: str = _arg(
         "none", "Trackers, comma-separated: tensorboard, wandb, trackio, mlflow (output_dir/logs); none, all."
     )
+    plots: bool = _arg(True, "Draw the report's plots, which takes a second.")
     disable_tqdm: bool = _arg(False, "No progress bar.")
     # --- machine
     stages: int = _arg(1, "Processes that the blocks are split over; more than 1 are started here, or by a launcher.")

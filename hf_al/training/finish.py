@@ -62,7 +62,7 @@ def finish(
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
             plan.args.save(aside / "training_config.yaml")
-            reporting.write_report(aside, report)
+            reporting.write_report(aside, report, plan.args.plots)
         logger.info("Saved to %s.", plan.output_dir)
         return report
 
