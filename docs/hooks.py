@@ -22,7 +22,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """The table of TrainingArguments, from the fields that the flags are made of."""
     if "{{ training arguments }}" not in markdown:
         return markdown
-    arguments = importlib.import_module("hf_al.training.arguments").TrainingArguments
+    arguments = importlib.import_module("hf_al.arguments").TrainingArguments
     rows = ["| argument | type | default | |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(arguments):
         default = {} if field.default is dataclasses.MISSING else field.default

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .arguments import TrainingArguments as TrainingArguments
     from .evaluation import evaluate as evaluate
     from .modeling.configuration_al import ALLstmConfig as ALLstmConfig
     from .modeling.configuration_al import ALTransformerConfig as ALTransformerConfig
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .modeling.modeling_al import ALTransformerModel as ALTransformerModel
     from .registration import MODEL_CLASSES as MODEL_CLASSES
     from .registration import register_architecture as register_architecture
-    from .training.arguments import TrainingArguments as TrainingArguments
     from .training.loop import TrainResult as TrainResult
     from .training.loop import train as train
 
@@ -33,7 +33,7 @@ _LAZY = {
     "ALLstmModel": ".modeling.modeling_al",
     "ALTransformerForSequenceClassification": ".modeling.modeling_al",
     "ALTransformerModel": ".modeling.modeling_al",
-    "TrainingArguments": ".training.arguments",
+    "TrainingArguments": ".arguments",
     "TrainResult": ".training.loop",
     "train": ".training.loop",
     "evaluate": ".evaluation",

@@ -17,8 +17,8 @@ from typing import NoReturn
 import shtab
 
 from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
-from .training.parsing import FlagParser, add_training_flags, reader, resolve
-from .training.values import nearest
+from .parsing import FlagParser, add_training_flags, reader, resolve
+from .values import nearest
 
 MODEL = "folder of a trained model, or a Hub id"
 COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
@@ -79,9 +79,25 @@ def _evaluate_flags(parser: FlagParser) -> None:
 
 def _evaluate(flags: Namespace) -> None:
     set_up_output(flags.disable_tqdm)
-    from .evaluation import evaluate_file
+    import torch
 
-    print(json.dumps(evaluate_file(flags)))
+    from .data.sources import read_file
+    from .evaluation import evaluate
+    from .loading import load_model
+
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    model, tokenizer = load_model(flags.model)
+    found = evaluate(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),  # type: ignore[arg-type]
+        read_file(flags.test_file),
+        tokenizer,
+        flags.text_column_names,
+        flags.label_column_name,
+        flags.per_device_eval_batch_size,
+        show_progress=sys.stderr.isatty() and not flags.disable_tqdm,
+    )
+    print(json.dumps(found))
 
 
 def _predict_flags(parser: FlagParser) -> None:
@@ -102,7 +118,7 @@ def _predict_flags(parser: FlagParser) -> None:
 
 def _predict(flags: Namespace) -> None:
     set_up_output(flags.disable_tqdm)
-    from .prediction import predict_file
+    from .saved.prediction import predict_file
 
     predict_file(flags)
 
@@ -117,7 +133,7 @@ def _inspect_flags(parser: FlagParser) -> None:
 
 def _inspect(flags: Namespace) -> None:
     set_up_output()
-    from .inspection import as_text, inspect
+    from .saved.inspection import as_text, inspect
 
     found = inspect(flags.model)
     print(json.dumps(found) if flags.json else as_text(found))
@@ -129,7 +145,7 @@ def _compare_flags(parser: FlagParser) -> None:
 
 
 def _compare(flags: Namespace) -> None:
-    from .comparison import as_text, compare
+    from .saved.comparison import as_text, compare
 
     found = compare(flags.models)
     print(json.dumps(found) if flags.json else as_text(found))

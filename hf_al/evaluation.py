@@ -1,203 +1,20 @@
-"""Metrics of every exit: plain functions of logits and labels, and the same as `evaluate.Metric` without a download.
+"""Metrics of every exit of a trained model on labelled text."""
 
-Legend: N examples, C classes.
-"""
-
-import sys
 from typing import Any
 
-import datasets
-import evaluate as hf_evaluate
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from . import registration  # noqa: F401  (from_pretrained finds the models there)
+from .arguments import TrainingArguments
 from .data import sources, tokenization
 from .data.batching import Collator
 from .data.labels import encode_labels
-from .loading import load_model as load_model
+from .loading import load_model
+from .metrics import exit_metrics
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
-from .parallel.stage import Stage
-from .training.arguments import TrainingArguments
-
-ECE_BINS = 15
-BEST_METRIC = {
-    "single_label_classification": "accuracy",
-    "multi_label_classification": "f1_micro",
-    "regression": "mse",
-}
-SMALLER_IS_BETTER = {"log_loss", "ece", "mse"}
-
-
-def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
-    """Log-probabilities (N, C) in nats and float64, of logits (N, C)."""
-    shifted = logits_NC.astype(np.float64) - logits_NC.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Mean distance of confidence and accuracy over bins of equal mass (Nixon et al., 2019, arXiv 1904.01685).
-
-    Args:
-        confidence_N: probability (N,) of the predicted class.
-        correct_N: whether (N,) it was right.
-        bins (defaults to 15): how many.
-
-    Returns:
-        A number from 0 (perfectly calibrated) to 1.
-    """
-    order = np.argsort(confidence_N, kind="stable")
-    error = sum(abs(confidence_N[part].sum() - correct_N[part].sum()) for part in np.array_split(order, bins))
-    return float(error / len(order))
-
-
-def confusion_matrix(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> np.ndarray:
-    """(C, C) counts: a row a true class, a column a predicted one."""
-    return np.bincount(labels_N * classes + predicted_N, minlength=classes**2).reshape(classes, classes)
-
-
-def _f1(hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    return 2 * hits / np.maximum(predicted + actual, 1)
-
-
-def single_label_metrics(logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-    """accuracy, macro_f1 (over classes that occur or are predicted), log_loss (nats), ece (15 equal-mass bins)."""
-    log_probabilities_NC = log_softmax(logits_NC)
-    predicted_N = logits_NC.argmax(1)
-    counts_CC = confusion_matrix(predicted_N, labels_N, logits_NC.shape[1])
-    present = (counts_CC.sum(0) + counts_CC.sum(1)) > 0
-    f1_C = _f1(counts_CC.diagonal(), counts_CC.sum(0), counts_CC.sum(1))
-    correct_N = predicted_N == labels_N
-    return {
-        "accuracy": float(correct_N.mean()),
-        "macro_f1": float(f1_C[present].mean()),
-        "log_loss": float(-log_probabilities_NC[np.arange(len(labels_N)), labels_N].mean()),
-        "ece": expected_calibration_error(np.exp(log_probabilities_NC.max(1)), correct_N),
-    }
-
-
-def multi_label_metrics(logits_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str, float]:
-    """f1_micro, f1_macro, accuracy (all labels of an example right), log_loss (mean over labels); threshold 0.5."""
-    logits_NC, actual_NC = logits_NC.astype(np.float64), labels_NC > 0.5
-    predicted_NC = logits_NC > 0
-    hits_C = (predicted_NC & actual_NC).sum(0)
-    totals = hits_C.sum(), predicted_NC.sum(), actual_NC.sum()
-    log_loss = np.logaddexp(0, np.where(actual_NC, -logits_NC, logits_NC)).mean()
-    return {
-        "f1_micro": float(_f1(*map(np.asarray, totals))),
-        "f1_macro": float(_f1(hits_C, predicted_NC.sum(0), actual_NC.sum(0)).mean()),
-        "accuracy": float((predicted_NC == actual_NC).all(1).mean()),
-        "log_loss": float(log_loss),
-    }
-
-
-def regression_metrics(values_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str, float]:
-    """mse, and the Pearson correlation (0 where one side is constant); means over outputs."""
-    predicted_NC, actual_NC = values_NC.astype(np.float64), labels_NC.astype(np.float64)
-    p, a = predicted_NC - predicted_NC.mean(0), actual_NC - actual_NC.mean(0)
-    scale = np.sqrt((p**2).sum(0) * (a**2).sum(0))
-    pearson = np.divide((p * a).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)
-    return {"mse": float(((predicted_NC - actual_NC) ** 2).mean()), "pearson": float(pearson.mean())}
-
-
-COMPUTE = {
-    "single_label_classification": single_label_metrics,
-    "multi_label_classification": multi_label_metrics,
-    "regression": regression_metrics,
-}
-METRIC_NAMES = {
-    "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
-    "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
-    "regression": ("mse", "pearson"),
-}
-
-
-def chosen_metric(name: str | None, problem_type: str) -> str:
-    """The metric that chooses the checkpoint: `name`, or the usual one where it is None.
-
-    Raises:
-        ValueError: a metric that this kind of problem does not have.
-    """
-    if name is not None and name not in METRIC_NAMES[problem_type]:
-        raise ValueError(
-            f"Expected metric_for_best_model among {', '.join(METRIC_NAMES[problem_type])} ({problem_type}), got "
-            f"{name!r}. Leave it out to choose by {BEST_METRIC[problem_type]}."
-        )
-    return name or BEST_METRIC[problem_type]
-
-
-def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str) -> dict[str, float]:
-    """The metrics of one exit.
-
-    Args:
-        logits_NC: (N, C), not squashed; values in the labels' units for regression.
-        labels: (N,) class ids, (N, C) multi-hot rows, or (N,) or (N, C) values.
-        problem_type: which metrics.
-    """
-    references = labels if problem_type == "single_label_classification" else labels.reshape(logits_NC.shape)
-    return COMPUTE[problem_type](logits_NC, references)
-
-
-def exit_metrics(logits: dict[int, np.ndarray], labels: np.ndarray, problem_type: str) -> list[dict[str, float]]:
-    """The metrics of every exit, in order, each with the `block` it is read after.
-
-    Args:
-        logits: block -> logits (N, C) of its exit.
-        labels, problem_type: as in `compute_metrics`.
-    """
-    return [{"block": k, **compute_metrics(logits[k], labels, problem_type)} for k in sorted(logits)]
-
-
-def is_better(metric: str, new: float, old: float | None) -> bool:
-    """Whether `new` beats `old`; NaN beats nothing."""
-    if old is None:
-        return not np.isnan(new)
-    return new < old if metric in SMALLER_IS_BETTER else new > old
-
-
-# --- the same for users of the evaluate library, who add batches and combine metrics
-
-
-class _LogitMetric(hf_evaluate.Metric):
-    problem_type: str
-
-    def _info(self) -> hf_evaluate.MetricInfo:
-        row = datasets.List(datasets.Value("float32"))
-        ids = datasets.Value("int64")
-        references = ids if self.problem_type == "single_label_classification" else row
-        return hf_evaluate.MetricInfo(
-            description=COMPUTE[self.problem_type].__doc__ or "",
-            citation="",
-            inputs_description="predictions: logits, not squashed; references: labels.",
-            features=datasets.Features({"predictions": row, "references": references}),
-        )
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return COMPUTE[self.problem_type](np.asarray(predictions, np.float32), np.asarray(references))
-
-
-class SingleLabelMetrics(_LogitMetric):
-    """accuracy, macro_f1, log_loss and ece: see `single_label_metrics`."""
-
-    problem_type = "single_label_classification"
-
-
-class MultiLabelMetrics(_LogitMetric):
-    """f1_micro, f1_macro, accuracy and log_loss: see `multi_label_metrics`."""
-
-    problem_type = "multi_label_classification"
-
-
-class RegressionMetrics(_LogitMetric):
-    """mse and pearson: see `regression_metrics`."""
-
-    problem_type = "regression"
-
-
-# --- of a trained model
+from .training.stage import Stage
 
 
 def evaluate(
@@ -250,20 +67,3 @@ def evaluate(
     exits = exit_metrics(stage.evaluate(data, batch_size, show_progress), labels, args.problem_type or "")
     last = {name: value for name, value in exits[-1].items() if name != "block"}
     return {**last, "examples": len(data), "exits": exits}
-
-
-def evaluate_file(args: Any) -> dict[str, Any]:
-    """`hf-al evaluate`: the metrics of a saved model on a file."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.model)
-    data = sources.read_file(args.test_file)
-    return evaluate(
-        model,
-        data,
-        tokenizer,
-        args.text_column_names,
-        args.label_column_name,
-        args.per_device_eval_batch_size,
-        show_progress=sys.stderr.isatty() and not args.disable_tqdm,
-    )

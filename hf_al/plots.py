@@ -171,16 +171,16 @@ def codes(report: dict[str, Any]) -> "Figure | None":
         return None
     from matplotlib.ticker import MaxNLocator
 
-    from .training.health import COLLAPSED_SPREAD, SHARED_CODE
+    limits = report["code_limits"]
 
     steps = [row["step"] for row in rows]
     blocks = [code["block"] for code in rows[0]["codes"]]
     figure, axes = _figure("Target code of each block", 3)
     which = "class" if report["problem_type"] == "single_label_classification" else "label"
     panels = (
-        ("spread", "spread over the labels", COLLAPSED_SPREAD, "collapsed below"),
+        ("spread", "spread over the labels", limits["spread"], "collapsed below"),
         ("rank", "rank", 0, ""),
-        ("separation", f"{which} separation (1 = all equally far apart)", SHARED_CODE, "codes shared below"),
+        ("separation", f"{which} separation (1 = all equally far apart)", limits["separation"], "codes shared below"),
     )
     for ax, (name, label, limit, meaning) in zip(axes, panels, strict=True):
         for i, (block, colour) in enumerate(zip(blocks, _colours(len(blocks)), strict=True)):

@@ -7,17 +7,12 @@ import platform
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 
-from .training.atomic import write_atomically
-
-if TYPE_CHECKING:
-    from .modeling.modeling_al import ALForSequenceClassification
-    from .training.plan import Plan
-    from .training.progress import Progress
+from .atomic import write_atomically
 
 MOST_ROWS = 20  # classes whose confusion matrix is also a table
 
@@ -43,68 +38,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def build_report(
-    plan: "Plan",
-    progress: "Progress",
-    model: "ALForSequenceClassification",
-    device: torch.device,
-    results: dict[str, Any],
-    warnings: list[str],
-) -> dict[str, Any]:
-    """Everything about a run, as plain json values.
-
-    Args:
-        plan, progress: the run, and how far it came.
-        model: the chosen one, whole.
-        device: of the main process.
-        results: what was measured on it: `validation`, `test`, `confusion_matrix`, `code_health`.
-        warnings: what the reader should know.
-    """
-    config, args = model.config, plan.args
-    names = dict(model.named_parameters())
-    training_only = sum(p.numel() for n, p in names.items() if model.is_training_only(n))
-    examples = progress.step / len(plan.order) * len(plan.data["train"])
-    report = {
-        "model_type": config.model_type,
-        "objective": config.objective,
-        "num_blocks": config.num_blocks,
-        "label_names": config.label_names,
-        "problem_type": plan.problem_type,
-        "metric": plan.metric,
-        "steps": progress.step,
-        "best_step": progress.best_step,
-        **results,
-        "parameters": {
-            "inference": sum(p.numel() for p in names.values()) - training_only,
-            "training_only": training_only,
-        },
-        "data": {
-            "name": args.dataset_name or Path(args.train_file or "given data").name,
-            "rows": {name: len(split) for name, split in plan.data.items()},
-            "fingerprint": plan.identity["data"],
-        },
-        "speed": {
-            "train_seconds": progress.seconds,
-            "examples_per_second": examples / max(progress.seconds, 1e-9),
-            "peak_memory_mib": peak_memory_mib(device),
-            "peak_memory_of": "allocated on the GPU" if device.type == "cuda" else "process",
-            "peak_process_memory_mib": peak_memory_mib(),
-        },
-        "warnings": warnings,
-        "history": progress.history,
-        "placement": plan.placement.table(model.model.blocks),
-        "machine": machine(),
-        "arguments": args.to_dict(),
-    }
-    return _without_nan(report)
-
-
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """`value` with None for numbers that are not finite, which json has no word for."""
     if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
+        return {key: without_nan(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_without_nan(v) for v in value]
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

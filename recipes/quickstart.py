@@ -21,7 +21,7 @@ from transformers import pipeline
 import hf_al
 from hf_al.cli import set_up_output
 from hf_al.data.sources import load_text_datasets
-from hf_al.training.parsing import parse_arguments
+from hf_al.parsing import parse_arguments
 
 RECIPE = Path(__file__).with_name("tweets_lstm.yaml")
 SENTENCES = (

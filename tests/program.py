@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "datasets", "evaluate", "pytest", "hf_al.cli",
-           "hf_al.training.loop", "hf_al.training.parsing", "hf_al.evaluation", "hf_al.prediction"]  # fmt: skip
+           "hf_al.training.loop", "hf_al.parsing", "hf_al.evaluation", "hf_al.saved.prediction"]  # fmt: skip
 NAMES = ("stdin", "stdout", "stderr")
 
 

@@ -11,10 +11,10 @@ import torch
 from hooks import hook
 from safetensors.torch import load_file, save_file
 
+from hf_al.arguments import SCHEDULES
 from hf_al.cli import main
-from hf_al.parallel.stage import Stage
 from hf_al.training import checkpoint
-from hf_al.training.arguments import SCHEDULES
+from hf_al.training.stage import Stage
 
 SMALL = [
     "--num_blocks=2", "--hidden_size=16", "--target_size=12", "--threads=1", "--use_cpu", "--disable_tqdm",

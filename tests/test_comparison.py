@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hf_al.comparison import as_text, compare, text_table
+from hf_al.saved.comparison import as_text, compare, text_table
 
 REPORT = {
     "model_type": "al_lstm",

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_al
 from hf_al import cli
-from hf_al.evaluation import load_model
+from hf_al.loading import load_model
 from hf_al.modeling import blocks, objectives
 
 ROOT = Path(__file__).parents[1]

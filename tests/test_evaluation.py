@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn import metrics as sk
 
-from hf_al import evaluation
-from hf_al.evaluation import compute_metrics, expected_calibration_error, is_better
+from hf_al import metrics
+from hf_al.metrics import compute_metrics, expected_calibration_error, is_better
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -149,13 +149,13 @@ def test_a_constant_prediction_has_no_correlation():
 @pytest.mark.parametrize("seed", range(2))
 def test_the_confusion_matrix_is_that_of_scikit_learn(seed):
     logits, labels = random_logits(seed)
-    ours = evaluation.confusion_matrix(logits.argmax(1), labels, 6)
+    ours = metrics.confusion_matrix(logits.argmax(1), labels, 6)
     assert np.array_equal(ours, sk.confusion_matrix(labels, logits.argmax(1), labels=range(6)))
 
 
 def test_exits_are_in_the_order_of_their_blocks():
     logits, labels = random_logits(0)
-    rows = evaluation.exit_metrics({2: logits, 0: -logits, 10: logits * 0}, labels, SINGLE)
+    rows = metrics.exit_metrics({2: logits, 0: -logits, 10: logits * 0}, labels, SINGLE)
     assert [row["block"] for row in rows] == [0, 2, 10]
     assert rows[1] == {"block": 2, **compute_metrics(logits, labels, SINGLE)}
 
@@ -187,5 +187,5 @@ def test_every_metric_has_a_known_direction(problem_type):
     labels = {SINGLE: np.array([0, 1]), MULTI: np.eye(2), REGRESSION: np.array([[0.0, 1.0], [1.0, 0.0]])}
     result = compute_metrics(np.eye(2, dtype=np.float32) * 9, labels[problem_type], problem_type)
     larger = {"accuracy", "macro_f1", "f1_micro", "f1_macro", "pearson"}
-    assert result.keys() <= larger | evaluation.SMALLER_IS_BETTER
-    assert evaluation.BEST_METRIC[problem_type] in result
+    assert result.keys() <= larger | metrics.SMALLER_IS_BETTER
+    assert metrics.BEST_METRIC[problem_type] in result

@@ -23,10 +23,10 @@ from hooks import hook
 from transformers import AutoModelForSequenceClassification
 
 import hf_al
+from hf_al import atomic, checkpoint
 from hf_al import report as reporting
 from hf_al.cli import main
-from hf_al.parallel.stage import Stage
-from hf_al.training import atomic, checkpoint
+from hf_al.training.stage import Stage
 
 STEPS = 12
 FLAGS = [
@@ -316,8 +316,8 @@ def two_models(undisturbed):
     """Two models of one architecture, told apart by their weights and the step in their reports."""
     import json
 
-    model, tokenizer = hf_al.evaluation.load_model(str(undisturbed))
-    other, _ = hf_al.evaluation.load_model(str(undisturbed))
+    model, tokenizer = hf_al.loading.load_model(str(undisturbed))
+    other, _ = hf_al.loading.load_model(str(undisturbed))
     for parameter in other.parameters():
         parameter.data += 1
     report = json.loads((undisturbed / "report.json").read_text())

@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict
 from hooks import hook
 
 import hf_al
-from hf_al.parallel.stage import Stage
 from hf_al.training import health
+from hf_al.training.stage import Stage
 
 LABELS = torch.tensor([0, 1, 2, 0])
 PARTS = ("encode", "bridge", "encode_target", "decode_target")

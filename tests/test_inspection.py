@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import ARCHITECTURES, OBJECTIVES
 
-from hf_al.inspection import as_text, encoder_in_words, inspect
+from hf_al.saved.inspection import as_text, encoder_in_words, inspect
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_al
-from hf_al.evaluation import exit_metrics
-from hf_al.parallel.stage import Stage
+from hf_al.metrics import exit_metrics
 from hf_al.training import checkpoint
 from hf_al.training.optim import BlockOptimizers
+from hf_al.training.stage import Stage
 
 ARCHITECTURES = ("al_lstm", "al_transformer")
 OBJECTIVES = ("associated", "al_ce", "local_ce", "backprop")

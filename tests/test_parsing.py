@@ -8,8 +8,8 @@ import yaml
 from transformers import PreTrainedConfig
 
 import hf_al
-from hf_al.training.arguments import TrainingArguments
-from hf_al.training.parsing import DECIDED, config_fields, parse_arguments, resolve
+from hf_al.arguments import TrainingArguments
+from hf_al.parsing import DECIDED, config_fields, parse_arguments, resolve
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

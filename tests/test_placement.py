@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import hf_al
 from hf_al.parallel import schedule
-from hf_al.parallel.measure import unit_seconds
 from hf_al.parallel.placement import balanced_cuts, place
+from hf_al.training.measure import unit_seconds
 
 times = st.lists(st.floats(0.01, 10), min_size=1, max_size=7)
 

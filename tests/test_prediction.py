@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import pipeline
 
-from hf_al import prediction
+from hf_al.arguments import TrainingArguments
 from hf_al.data import tokenization
-from hf_al.data.rows import Unusable
-from hf_al.prediction import CHUNK_BATCHES, predict
-from hf_al.training.arguments import TrainingArguments
+from hf_al.saved import prediction
+from hf_al.saved.prediction import CHUNK_BATCHES, predict
+from hf_al.saved.rows import Unusable
 
 KINDS = ("single_label_classification", "multi_label_classification", "regression")
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import hf_al
-from hf_al.training.parsing import parse_arguments
+from hf_al.parsing import parse_arguments
 from hf_al.training.setup import check_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -45,7 +45,7 @@ def test_a_recipe_trains_three_steps(path, data_flags, tmp_path):
     assert result.report["steps"] == 3
     assert result.report["data"]["rows"] == {"train": 200, "validation": 60, "test": 60}
     assert len(result.report["test"]) == result.model.config.num_blocks
-    assert hf_al.evaluation.load_model(str(tmp_path))[0].config.num_blocks == result.model.config.num_blocks
+    assert hf_al.loading.load_model(str(tmp_path))[0].config.num_blocks == result.model.config.num_blocks
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

@@ -16,8 +16,8 @@ from PIL import Image
 
 import hf_al
 from hf_al import plots, report
-from hf_al.parallel.stage import Stage
 from hf_al.training import checkpoint, record
+from hf_al.training.stage import Stage
 
 pytestmark = pytest.mark.medium  # they draw
 

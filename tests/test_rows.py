@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hf_al.data.rows import LONGEST_ROW, Unusable, choose_text_columns, read_rows
+from hf_al.saved.rows import LONGEST_ROW, Unusable, choose_text_columns, read_rows
 
 
 def read(data: bytes, kind: str = "text", named: str | None = None) -> list:

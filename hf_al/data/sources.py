@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, DownloadManager, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from ..training.arguments import TrainingArguments
-from ..training.atomic import disk_error
+from ..arguments import TrainingArguments
+from ..atomic import disk_error
 from .labels import SINGLE, encode_labels, label_names, problem_type_of
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..training.arguments import TrainingArguments
+from ..arguments import TrainingArguments
 from .sources import writing_cache
 
 logger = logging.getLogger(__name__)

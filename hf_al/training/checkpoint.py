@@ -21,10 +21,10 @@ from typing import Any
 from safetensors.torch import load, save_file
 from torch import nn
 
+from ..atomic import disk_error, fsync, removed_if_broken
+from ..atomic import write_atomically as write_atomically
 from ..loading import difference
 from ..parallel.transport import ALONE, Alone
-from .atomic import disk_error, fsync, removed_if_broken
-from .atomic import write_atomically as write_atomically
 from .optim import BlockOptimizers
 
 logger = logging.getLogger(__name__)

@@ -1,19 +1,21 @@
 """After the last step: the chosen weights, the test split, once, and everything that a run leaves in its folder."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .. import report as reporting
-from ..evaluation import confusion_matrix, exit_metrics
-from ..parallel.stage import Stage
+from ..atomic import export
+from ..metrics import confusion_matrix, exit_metrics
+from ..modeling.modeling_al import ALForSequenceClassification
 from . import checkpoint, health
-from .atomic import export
 from .plan import Plan
 from .progress import Progress
 from .record import Record
+from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def finish(
                 block.to_empty(device=stage.device)
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), elsewhere, None)
         found = {**results, "code_health": codes}
-        report = reporting.build_report(plan, progress, model, stage.device, found, all_warnings)
+        report = _report(plan, progress, model, stage.device, found, all_warnings)
         model.eval()
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
@@ -83,3 +85,60 @@ def _results(plan: Plan, stage: Stage) -> dict[str, Any]:
             counts = confusion_matrix(predicted, plan.labels[split], stage.model.config.classes)
             results["confusion_matrix"] = counts.tolist()
     return results
+
+
+def _report(
+    plan: Plan,
+    progress: Progress,
+    model: ALForSequenceClassification,
+    device: torch.device,
+    results: dict[str, Any],
+    warnings: list[str],
+) -> dict[str, Any]:
+    """Everything about a run, as plain json values.
+
+    Args:
+        plan, progress: the run, and how far it came.
+        model: the chosen one, whole.
+        device: of the main process.
+        results: what was measured on it: `validation`, `test`, `confusion_matrix`, `code_health`.
+        warnings: what the reader should know.
+    """
+    config, args = model.config, plan.args
+    names = dict(model.named_parameters())
+    training_only = sum(p.numel() for n, p in names.items() if model.is_training_only(n))
+    examples = progress.step / len(plan.order) * len(plan.data["train"])
+    report = {
+        "model_type": config.model_type,
+        "objective": config.objective,
+        "num_blocks": config.num_blocks,
+        "label_names": config.label_names,
+        "problem_type": plan.problem_type,
+        "metric": plan.metric,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        **results,
+        "code_limits": {"spread": health.COLLAPSED_SPREAD, "separation": health.SHARED_CODE},
+        "parameters": {
+            "inference": sum(p.numel() for p in names.values()) - training_only,
+            "training_only": training_only,
+        },
+        "data": {
+            "name": args.dataset_name or Path(args.train_file or "given data").name,
+            "rows": {name: len(split) for name, split in plan.data.items()},
+            "fingerprint": plan.identity["data"],
+        },
+        "speed": {
+            "train_seconds": progress.seconds,
+            "examples_per_second": examples / max(progress.seconds, 1e-9),
+            "peak_memory_mib": reporting.peak_memory_mib(device),
+            "peak_memory_of": "allocated on the GPU" if device.type == "cuda" else "process",
+            "peak_process_memory_mib": reporting.peak_memory_mib(),
+        },
+        "warnings": warnings,
+        "history": progress.history,
+        "placement": plan.placement.table(model.model.blocks),
+        "machine": reporting.machine(),
+        "arguments": args.to_dict(),
+    }
+    return reporting.without_nan(report)

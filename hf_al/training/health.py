@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import TrainingArguments
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES, first_target
 from ..parallel.transport import ALONE, Alone
-from .arguments import TrainingArguments
 from .optim import of_block
 
 COLLAPSED_SPREAD = 1e-2  # a live tanh code has 0.1 to 0.5

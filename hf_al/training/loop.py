@@ -21,23 +21,23 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import TrainingArguments
 from ..data.batching import Collator, token_lengths
-from ..evaluation import SMALLER_IS_BETTER, exit_metrics
+from ..metrics import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.launch import said_once
-from ..parallel.measure import unit_seconds
 from ..parallel.schema import PROTOCOL
-from ..parallel.stage import Stage
 from ..parallel.transport import Alone, connect
 from . import checkpoint, health, trackers
-from .arguments import TrainingArguments
 from .finish import finish
+from .measure import unit_seconds
 from .optim import BlockOptimizers
 from .plan import Plan, make_plan
 from .progress import Progress
 from .record import Record
 from .setup import check_arguments, keep_blocks, load, make_accelerator, place_blocks, prepare_output_dir, set_threads
 from .signals import StopSignals
+from .stage import Stage
 
 logger = logging.getLogger(__name__)
 

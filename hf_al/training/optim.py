@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import get_scheduler
 
-from .arguments import TrainingArguments
+from ..arguments import TrainingArguments
 
 LABEL_SIDE = ("encode_target", "decode_target")
 PLATEAU = "reduce_lr_on_plateau"

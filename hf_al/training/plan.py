@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import TrainingArguments
 from ..data import sources
 from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
-from ..evaluation import chosen_metric
+from ..metrics import chosen_metric
 from ..parallel.placement import Placement
-from .arguments import TrainingArguments
 
 IDENTITY = (
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "wire_dtype", "optim",

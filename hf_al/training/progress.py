@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..evaluation import is_better
+from ..metrics import is_better
 
 logger = logging.getLogger(__name__)
 

@@ -15,18 +15,18 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import TrainingArguments
 from ..data import sources, tokenization
 from ..data.labels import label_names, problem_type_of
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES
 from ..parallel.placement import Placement, place
+from ..parsing import check_model_keys
 from ..registration import MODEL_CLASSES
 from . import trackers
-from .arguments import TrainingArguments
 from .checkpoint import clear_leftovers
 from .optim import make_optimizer, make_schedule
-from .parsing import check_model_keys
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from common import write_results
 
 import hf_al
 from hf_al.cli import set_up_output
+from hf_al.parsing import parse_arguments
 from hf_al.report import table
-from hf_al.training.parsing import parse_arguments
 
 RECIPES = Path(__file__).parent.parent
 ALL = "trec6,sst2,mr,emotion,banking77,dbpedia,ag_news,imdb"

@@ -21,14 +21,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from torch.utils.flop_counter import FlopCounterMode
 
 import hf_al
+from hf_al.arguments import TrainingArguments
 from hf_al.cli import set_up_output
 from hf_al.data import tokenization
 from hf_al.data.batching import BatchOrder, Collator, token_lengths
 from hf_al.parallel.placement import place
-from hf_al.parallel.stage import Stage
 from hf_al.report import table
-from hf_al.training.arguments import TrainingArguments
 from hf_al.training.optim import BlockOptimizers
+from hf_al.training.stage import Stage
 
 BATCH, BATCHES, TOKENS, WORDS, CLASSES = 32, 8, 64, 30_000, 4
 SHAPES: dict[str, dict[str, Any]] = {

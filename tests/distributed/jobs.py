@@ -13,11 +13,11 @@ from hooks import hook, named
 
 from hf_al import plots
 from hf_al.parallel import transport
-from hf_al.parallel.stage import Stage
 from hf_al.parallel.transport import Neighbours
+from hf_al.parsing import parse_arguments
 from hf_al.training import checkpoint, loop
 from hf_al.training.optim import BlockOptimizers
-from hf_al.training.parsing import parse_arguments
+from hf_al.training.stage import Stage
 
 PATCH = pytest.MonkeyPatch()  # never undone: the process ends with its job
 

@@ -12,9 +12,9 @@ import hf_al
 from hf_al.data.batching import Collator
 from hf_al.modeling import objectives
 from hf_al.parallel.placement import place
-from hf_al.parallel.stage import Stage
 from hf_al.training import local_step
 from hf_al.training.optim import BlockOptimizers
+from hf_al.training.stage import Stage
 
 ROWS, BATCH, STEPS, SEED = 24, 4, 6, 7
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "embedding_dropout_prob": 0.0, "bridge_dropout_prob": 0.0}

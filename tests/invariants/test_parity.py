@@ -13,7 +13,7 @@ import hf_al
 from hf_al.data.batching import Collator, evaluation_batches, token_lengths
 from hf_al.data.tokenization import build_tokenizer
 from hf_al.parallel.placement import place
-from hf_al.parallel.stage import Stage
+from hf_al.training.stage import Stage
 
 TOLERANCE = 1e-5
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "embedding_dropout_prob": 0.0, "bridge_dropout_prob": 0.0}

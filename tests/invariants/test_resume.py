@@ -12,10 +12,10 @@ from conftest import wait_for_a_checkpoint
 from hooks import hook
 
 import hf_al
-from hf_al.parallel.stage import Stage
+from hf_al.parsing import parse_arguments
 from hf_al.training import checkpoint
 from hf_al.training.optim import BlockOptimizers
-from hf_al.training.parsing import parse_arguments
+from hf_al.training.stage import Stage
 
 STEPS = 60  # 25 an epoch: 397 rows in batches of 16; saves at 7, 14, ... and evaluations at 11, 22, ... are mid-epoch
 FLAGS = [

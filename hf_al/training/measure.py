@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import TrainingArguments
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
-from ..training.arguments import TrainingArguments
-from ..training.local_step import local_steps
-from ..training.optim import BlockOptimizers
+from .local_step import local_steps
+from .optim import BlockOptimizers
 
 ROUNDS = 4  # the first one warms up
 

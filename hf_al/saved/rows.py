@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
-from .sources import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES
+from ..data.sources import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES
 
 LONGEST_ROW = 2**20  # bytes of a line, characters of a csv cell
 LOOK_AHEAD = 100  # json lines that may lack the text before the column is called wrong

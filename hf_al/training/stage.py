@@ -17,12 +17,12 @@ from ..data.batching import Collator, evaluation_batches, token_lengths
 from ..modeling.blocks import ALBlock, BlockOutput, walk
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary, cut
-from ..training.local_step import local_steps
-from ..training.optim import BlockOptimizers
+from ..parallel.placement import Placement
+from ..parallel.schema import Message
+from ..parallel.transport import ALONE, Alone
+from .local_step import local_steps
 from .measure import throw_away_inputs
-from .placement import Placement
-from .schema import Message
-from .transport import ALONE, Alone
+from .optim import BlockOptimizers
 
 
 class Stage:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from ..loading import check_model_name
+from ..metrics import BEST_METRIC
+from ..modeling.configuration_al import ALConfig
+from ..modeling.modeling_al import ALForSequenceClassification
 from .comparison import read_report, text_table
-from .evaluation import BEST_METRIC
-from .loading import check_model_name
-from .modeling.configuration_al import ALConfig
-from .modeling.modeling_al import ALForSequenceClassification
 
 PARTS = ("encode", "bridge", "encode_target", "decode_target")
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .data.rows import Texts, Unusable, read_rows
-from .loading import load_model
-from .modeling.modeling_al import ALForSequenceClassification
-from .training.atomic import replacing
+from ..atomic import replacing
+from ..loading import load_model
+from ..modeling.modeling_al import ALForSequenceClassification
+from .rows import Texts, Unusable, read_rows
 
 logger = logging.getLogger(__name__)
 

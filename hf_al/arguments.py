@@ -36,7 +36,7 @@ def _architectures(wanted: str) -> tuple[str, ...]:
     built_in = ("al_lstm", "al_transformer")
     if wanted in built_in:
         return built_in
-    from ..registration import MODEL_CLASSES
+    from .registration import MODEL_CLASSES
 
     return tuple(MODEL_CLASSES)
 

@@ -21,7 +21,7 @@ import yaml
 from .arguments import TrainingArguments
 from .values import convert, nearest, type_name, union_members
 
-CONFIG_SOURCE = Path(__file__).parents[1] / "modeling" / "configuration_al.py"
+CONFIG_SOURCE = Path(__file__).parent / "modeling" / "configuration_al.py"
 CONFIG_CLASSES = {"al_lstm": "ALLstmConfig", "al_transformer": "ALTransformerConfig"}
 # What the data and the tokenizer decide, or the way a model is saved
 DECIDED = {
@@ -83,7 +83,7 @@ def model_fields(model_type: str) -> dict[str, Any]:
         return {name: field.kind for name, field in config_fields(model_type).items()}
     from transformers import PreTrainedConfig
 
-    from ..registration import MODEL_CLASSES
+    from .registration import MODEL_CLASSES
 
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     own = dataclasses.fields(MODEL_CLASSES[model_type][0])
