@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
-from .values import convert, nearest, numbers, type_name
+from .config_fields import built_in
+from .messages import nearest
+from .values import convert, numbers, type_name
 
 DATA = {"section": "data"}  # a data flag on the command line replaces a recipe's values of this whole section
 
@@ -32,10 +34,9 @@ def _arg(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def _architectures(wanted: str) -> tuple[str, ...]:
-    """What `model_type` may be. Their table needs torch, so it is asked only for what does not come with hf_al."""
-    built_in = ("al_lstm", "al_transformer")
-    if wanted in built_in:
-        return built_in
+    """What `model_type` may be. The table of those that do not come with hf_al needs torch: asked for them alone."""
+    if wanted in built_in():
+        return tuple(built_in())
     from .registration import MODEL_CLASSES
 
     return tuple(MODEL_CLASSES)

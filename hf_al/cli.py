@@ -16,9 +16,9 @@ from typing import NoReturn
 
 import shtab
 
+from .messages import last_line, nearest, table
 from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
 from .parsing import FlagParser, add_training_flags, reader, resolve
-from .values import nearest
 
 MODEL = "folder of a trained model, or a Hub id"
 COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
@@ -49,7 +49,6 @@ def _train(flags: Namespace) -> None:
         launch(args.to_yaml(), args.stages, args.use_cpu)
         return
     set_up_output(args.disable_tqdm)
-    from .report import table
     from .training.loop import train
 
     report = train(args).report
@@ -230,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(0)
         if not _is_users_mistake(error):
             raise
-        _stop(f"{program}: error: {_message(error)}", error, 2)
+        _stop(f"{program}: error: {last_line(error) if _is_strict(error) else error}", error, 2)
 
 
 def _run(argv: list[str]) -> None:
@@ -282,17 +281,14 @@ def _is_closed(standard_output: int) -> bool:
 
 
 def _is_users_mistake(error: Exception) -> bool:
+    return isinstance(error, (ValueError, OSError)) or _is_strict(error)
+
+
+def _is_strict(error: Exception) -> bool:
+    """Of transformers' strict configs, which put lines of their own before the sentence that was raised."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return isinstance(error, (ValueError, OSError, StrictDataclassError))
-
-
-def _message(error: Exception) -> str:
-    """The sentence that was raised; transformers' strict configs wrap it in a line of their own."""
-    text = str(error)
-    if "validation error" in text.lower() and ": " in text.splitlines()[-1]:
-        text = text.splitlines()[-1].split(": ", 1)[1]
-    return text
+    return isinstance(error, StrictDataclassError)
 
 
 if __name__ == "__main__":

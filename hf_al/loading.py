@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import registration  # noqa: F401  (the Auto classes find the models there)
+from .messages import last_line
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 
@@ -44,7 +45,7 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each library has its own
-        raise ValueError(f"Could not load {name}: {_last_line(error)}") from error
+        raise ValueError(f"Could not load {name}: {last_line(error)}") from error
     if not isinstance(config, ALConfig):
         raise ValueError(
             f"Expected an AL model in {name}, got one of type {config.model_type!r}. Pass the output_dir of a finished "
@@ -54,7 +55,7 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
         with torch.device("meta"):
             empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"Could not load {name}: {_last_line(error)}") from error
+        raise ValueError(f"Could not load {name}: {last_line(error)}") from error
     _check_shapes(empty, saved, folder)
     try:
         model = type(empty).from_pretrained(folder, use_safetensors=True)
@@ -177,8 +178,3 @@ def _check_shapes(empty: ALForSequenceClassification, saved: dict[Path, Shapes],
 
 def _differ(file: Path, what: str, folder: Path) -> str:
     return f"Expected in {file} the weights that {folder / 'config.json'} describes, got others: {what}. {MIXED}"
-
-
-def _last_line(error: Exception) -> str:
-    """transformers' strict configs put lines of their own before the sentence."""
-    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

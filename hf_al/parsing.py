@@ -1,93 +1,22 @@
-"""From YAML and flags to TrainingArguments.
+"""From YAML and flags to TrainingArguments. Nothing here imports torch or transformers: `--help` answers at once."""
 
-Nothing here imports torch or transformers, so that `--help` answers at once: the values of the model's config are read
-from the source of configuration_al.py, with their types, defaults and descriptions.
-"""
-
-import ast
 import dataclasses
-import re
 import typing
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from inspect import cleandoc
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from .arguments import TrainingArguments
-from .values import convert, nearest, type_name, union_members
+from .config_fields import built_in, config_fields
+from .messages import nearest
+from .values import convert, type_name, union_members
 
-CONFIG_SOURCE = Path(__file__).parent / "modeling" / "configuration_al.py"
-CONFIG_CLASSES = {"al_lstm": "ALLstmConfig", "al_transformer": "ALTransformerConfig"}
-# What the data and the tokenizer decide, or the way a model is saved
-DECIDED = {
-    "vocab_size", "pad_token_id", "sep_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
-    "label_mean", "label_deviation",
-}  # fmt: skip
 FILE_FLAGS = {"config", "train_file", "validation_file", "test_file"}  # completed with file names in a shell
 FOLDER_FLAGS = {"output_dir", "resume_from_checkpoint"}
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "NAME"}
-
-
-# --- config values
-
-
-@dataclass(frozen=True)
-class ConfigField:
-    """A config value that a user may set: its type, its default and what configuration_al.py says about it."""
-
-    kind: Any
-    default: Any
-    texts: tuple[str, ...]  # what the shared config says, and what the architecture adds
-
-
-@cache
-def config_fields(model_type: str) -> dict[str, ConfigField]:
-    """The config values of an architecture, by name."""
-    tree = ast.parse(CONFIG_SOURCE.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    texts: dict[str, list[str]] = {}
-    fields: dict[str, tuple[Any, Any]] = {}
-    for node in (classes["ALConfig"], classes[CONFIG_CLASSES[model_type]]):
-        for name, text in _described(ast.get_docstring(node) or "").items():
-            texts.setdefault(name, []).append(text)
-        for line in node.body:
-            if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
-                continue
-            annotation = ast.unparse(line.annotation)
-            if line.target.id in DECIDED or annotation.startswith("ClassVar"):
-                continue
-            kind = eval(annotation, {"__builtins__": {}}, {t.__name__: t for t in (int, float, str, bool, list)})
-            fields[line.target.id] = (kind, ast.literal_eval(line.value))
-    return {name: ConfigField(*field, tuple(texts.get(name, ()))) for name, field in fields.items()}
-
-
-def _described(docstring: str) -> dict[str, str]:
-    """Name -> text of the entries under `Args:`, without their types and Markdown."""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
-    entries = re.split(r"\n(?=\S)", cleandoc(section[1])) if section else []
-    texts: dict[str, str] = {}
-    for entry in entries:
-        names, text = re.fullmatch(r"([\w, ]+?)(?: \(.*?\))?: (.*)", " ".join(entry.split())).groups()  # type: ignore[union-attr]
-        texts |= {name.strip(): text.replace("`", "") for name in names.split(",")}
-    return texts
-
-
-def model_fields(model_type: str) -> dict[str, Any]:
-    """Config values that a user may set, with their types. What the data and the tokenizer decide is not among them."""
-    if model_type in CONFIG_CLASSES:
-        return {name: field.kind for name, field in config_fields(model_type).items()}
-    from transformers import PreTrainedConfig
-
-    from .registration import MODEL_CLASSES
-
-    inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    own = dataclasses.fields(MODEL_CLASSES[model_type][0])
-    return {f.name: f.type for f in own if f.name not in inherited | DECIDED}
 
 
 # --- flags
@@ -152,7 +81,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
         if f.name != "model":
             default = None if f.default is dataclasses.MISSING else f.default
             add(run, f.name, hints[f.name], default, f.metadata["help"])
-    fields = {model_type: config_fields(model_type) for model_type in CONFIG_CLASSES}
+    fields = built_in()
     group = parser.add_argument_group("model config (see ALLstmConfig and ALTransformerConfig)")
     for name in {name: None for known in fields.values() for name in known}:
         owners = {model_type: known[name] for model_type, known in fields.items() if name in known}
@@ -213,7 +142,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"Expected a mapping of arguments in {path}, got {type(values).__name__}.")
     known = [f.name for f in dataclasses.fields(TrainingArguments)]
     for key in values:
-        if key not in known and (key in model_fields("al_lstm") or key in model_fields("al_transformer")):
+        if key not in known and any(key in fields for fields in built_in().values()):
             raise ValueError(f"Unknown key {key!r} at the top of {path}: it is a config value. Put it under model:")
         if key not in known:
             raise ValueError(f"Unknown key {key!r} in {path}.{nearest(str(key), known)}")
@@ -224,7 +153,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def check_model_keys(args: TrainingArguments) -> None:
     """Refuses config values that the chosen architecture does not have; reads `1e-4` strings as numbers."""
-    known = model_fields(args.model_type)
+    known = {name: field.kind for name, field in config_fields(args.model_type).items()}
     for key, value in args.model.items():
         if key not in known:
             raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{nearest(str(key), list(known))}")

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from .atomic import write_atomically
+from .messages import table
 
 MOST_ROWS = 20  # classes whose confusion matrix is also a table
 
@@ -67,20 +68,6 @@ def write_report(folder: Path, report: dict[str, Any], draw: bool = True) -> Non
 # --- the page
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table with the keys of the first row as its head."""
-    if not rows:
-        return "(none)"
-
-    def cell(value: Any) -> str:
-        text = f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
-        return " ".join(text.replace("|", r"\|").split())
-
-    head = list(rows[0])
-    lines = ["| " + " | ".join(map(cell, head)) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row[k]) for k in head) + " |" for row in rows])
-
-
 CODES = (
     "Every block has a code t_k for each label and learns to hit it; labels with the same code cannot be told apart. "
     "*Spread*: how far the codes of the labels lie apart; below 0.01 they have collapsed into one. *Rank*: the "
@@ -117,7 +104,7 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
 
     for split in ("test", "validation"):
         if split in report:
-            lines += ["", f"## {split.capitalize()}, every exit", "", table(report[split])]
+            lines += ["", f"## {split.capitalize()}, every exit", "", table(report[split], markdown=True)]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *[f"- {message}" for message in report["warnings"]]]
     if "confusion_matrix" in report:
@@ -130,13 +117,18 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
                 {"true \\ predicted": n, **dict(zip(names, row, strict=True))}
                 for n, row in zip(names, counts, strict=True)
             ]
-            lines += ["", table(rows)]
+            lines += ["", table(rows, markdown=True)]
     lines += ["", "## Training"]
     show("Training", "losses", "validation", "gradients")
     if report["code_health"]:
         lines += ["", "## Target codes", "", CODES]
         show("Target codes", "codes")
-        lines += ["", "Of the chosen step:", "", table([_code_row(row) for row in report["code_health"]])]
+        lines += [
+            "",
+            "Of the chosen step:",
+            "",
+            table([_code_row(row) for row in report["code_health"]], markdown=True),
+        ]
     speed = report["speed"]
     lines += [
         "",
@@ -147,7 +139,7 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
         f"checkpoints excluded). Peak memory: {_memory(speed)}.",
     ]
     show("Speed and memory", "speed", "memory")
-    lines += ["", "```", report["placement"], "```", "", table([report["machine"]]), ""]
+    lines += ["", "```", report["placement"], "```", "", table([report["machine"]], markdown=True), ""]
     return "\n".join(lines)
 
 

@@ -1,6 +1,5 @@
-"""Values of arguments and config fields: read as the annotated type, and named in messages."""
+"""Values of arguments and config fields, read as the annotated type."""
 
-import difflib
 import types
 import typing
 from pathlib import Path
@@ -72,8 +71,3 @@ def _number(value: Any) -> Any:
 def numbers(value: Any) -> list[float]:
     """The numbers in an argument that is one, a list of them, or None."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f" Did you mean {close[0]}?" if close else ""

@@ -155,7 +155,7 @@ def test_print_config_needs_neither_data_nor_output_dir_but_right_values(shell):
 @pytest.mark.medium
 def test_train_prints_the_results_and_says_the_rest_on_standard_error(trained):
     folder, done = trained
-    assert "| block | accuracy | macro_f1 | log_loss | ece |" in done.stdout
+    assert "block  accuracy  macro_f1  log_loss     ece\n" in done.stdout
     assert str(folder) in done.stdout
     assert "Threads: 1 of" in done.stderr
     assert "Threads" not in done.stdout

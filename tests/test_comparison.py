@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from hf_al.saved.comparison import as_text, compare, text_table
+from hf_al.messages import table
+from hf_al.saved.comparison import as_text, compare
 
 REPORT = {
     "model_type": "al_lstm",
@@ -102,7 +103,7 @@ def test_a_report_that_is_none_is_a_mistake(content, shell, tmp_path):
 
 def test_columns_are_aligned_and_numbers_stand_to_the_right():
     rows = [{"name": "a", "count": 5, "share": 0.5}, {"name": "long", "count": 1234, "share": None}]
-    assert text_table(rows).splitlines() == [
+    assert table(rows).splitlines() == [
         "name  count  share",
         "----  -----  ------",
         "a         5  0.5000",

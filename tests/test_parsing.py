@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 
 import hf_al
 from hf_al.arguments import TrainingArguments
-from hf_al.parsing import DECIDED, config_fields, parse_arguments, resolve
+from hf_al.config_fields import DECIDED, TABLE, config_fields, made_anew
+from hf_al.parsing import parse_arguments, resolve
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -85,8 +86,13 @@ def test_num_blocks_alone_works_with_every_recipe(blocks, path):
 # --- config values, read without importing the configs
 
 
+def test_the_table_of_config_values_is_made_of_the_classes():
+    """If not: `python -m hf_al.config_fields`."""
+    assert TABLE.read_text(encoding="utf-8") == made_anew()
+
+
 @pytest.mark.parametrize("model_type", hf_al.MODEL_CLASSES)
-def test_config_values_read_from_the_source_are_those_of_the_class(model_type):
+def test_config_values_in_the_table_are_those_of_the_class(model_type):
     config_class = hf_al.MODEL_CLASSES[model_type][0]
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     real = {f.name: f for f in dataclasses.fields(config_class) if f.name not in inherited | DECIDED}

@@ -9,6 +9,7 @@ README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf
 
 
 @pytest.mark.medium
+@pytest.mark.timeout(180)
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "num_train_epochs=3" in code

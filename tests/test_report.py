@@ -239,7 +239,7 @@ def test_numbers_that_are_not_finite_are_left_out(content, tmp_path):
     for row in bad["history"]:
         for exit_row in row.get("validation", []):
             exit_row["accuracy"] = None
-    clean = report._without_nan(bad)
+    clean = report.without_nan(bad)
     report.write_report(tmp_path, clean)
     assert "NaN" not in (tmp_path / "report.json").read_text()
     speeds = plots.speed(clean).axes[0].get_lines()[0].get_ydata()

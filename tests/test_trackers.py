@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import re
 import select
 import sqlite3
 import struct
@@ -196,7 +197,11 @@ def test_no_key_of_the_environment_is_written_or_printed(tracked):
 @pytest.mark.medium
 def test_standard_output_has_results_alone(tracked):
     _, done = tracked
-    assert all(line.startswith(("|", "validation metrics")) for line in done.stdout.splitlines()), done.stdout
+    title, head, rule, *rows = done.stdout.splitlines()
+    assert title.startswith("validation metrics")
+    assert head.split() == ["block", "accuracy", "macro_f1", "log_loss", "ece"]
+    assert set(rule) == {"-", " "}
+    assert all(re.fullmatch(r"[\d. ]+", row) for row in rows)
 
 
 @pytest.mark.medium

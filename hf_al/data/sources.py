@@ -20,16 +20,11 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..arguments import TrainingArguments
 from ..atomic import disk_error
+from .columns import LABEL_NAMES, guess_label, guess_text
 from .labels import SINGLE, encode_labels, label_names, problem_type_of
 
 logger = logging.getLogger(__name__)
 
-TEXT_NAMES = ("text", "sentence", "content", "review", "tweet", "document", "question", "body", "comment", "utterance")
-PAIR_NAMES = (
-    ("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("question", "sentence"), ("text_a", "text_b"),
-)  # fmt: skip
-LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "score")
 TWEETS_RULES = 2  # raised whenever `_tweets` changes what it yields: `datasets` caches by the arguments, not the code
 TEXT_FEATURES = (Value("string"), Value("large_string"))
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
@@ -262,38 +257,16 @@ def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], 
             f"Expected one or two text columns and another label column, got {named} and {args.label_column_name}. "
             "Name each column once."
         )
-    label = args.label_column_name or _guess_label([c for c in columns if c not in named])
+    label = args.label_column_name or guess_label([c for c in columns if c not in named])
     if label is None:
         raise ValueError(f"Cannot tell the label column among {columns}. Pass --label_column_name NAME.")
-    text = named or _guess_text([c for c in columns if c != label], split)
+    rest = [c for c in columns if c != label]
+    text = named or guess_text(rest, [c for c in rest if split.features[c] in TEXT_FEATURES])
     if text is None:
         raise ValueError(
-            f"Cannot tell the text column among {[c for c in columns if c != label]}. Pass --text_column_names NAME, "
-            "or NAME,NAME for pairs."
+            f"Cannot tell the text column among {rest}. Pass --text_column_names NAME, or NAME,NAME for pairs."
         )
     return text, label
-
-
-def _guess_label(columns: list[str]) -> str | None:
-    known = [c for c in columns if c.lower() in LABEL_NAMES]
-    if len(known) == 1:
-        return known[0]
-    if len(known) > 1:
-        return next((c for c in known if c.lower() in ("label", "labels")), None)
-    rest = [c for c in columns if c.lower() not in TEXT_NAMES]
-    return rest[0] if len(rest) == 1 else None
-
-
-def _guess_text(columns: list[str], split: Dataset) -> list[str] | None:
-    for pair in PAIR_NAMES:
-        if all(name in columns for name in pair):
-            return list(pair)
-    known = [c for c in columns if c.lower() in TEXT_NAMES]
-    if len(known) == 1:
-        return known
-    if not known:
-        known = [c for c in columns if split.features[c] in TEXT_FEATURES]
-    return known if len(known) == 1 else None
 
 
 # --- rows

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from ..messages import table
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -27,14 +29,19 @@ class Placement:
         """The placement as text: stage, rank, blocks, their parameters and share of all; the device where given."""
         stages = range(len(self.stages))
         counts = [sum(p.numel() for k in self.blocks(s) for p in blocks[k].parameters()) for s in stages]
-        device = f" {'device':>8}" if devices else ""
-        lines = [f"{'stage':>5} {'rank':>4}{device} {'blocks':>8} {'parameters':>12} {'share':>6}"]
-        for stage, count in enumerate(counts):
-            owned, rank = self.blocks(stage), len(self.stages) - 1 - stage
-            device = f" {devices[stage]:>8}" if devices else ""
-            span = f"{owned[0]}-{owned[-1]}"
-            lines.append(f"{stage:>5} {rank:>4}{device} {span:>8} {count:>12,} {count / sum(counts):>6.1%}")
-        return "\n".join(lines)
+        return table(
+            [
+                {
+                    "stage": s,
+                    "rank": len(self.stages) - 1 - s,
+                    **({"device": devices[s]} if devices else {}),
+                    "blocks": f"{self.blocks(s)[0]}-{self.blocks(s)[-1]}",
+                    "parameters": f"{counts[s]:,}",
+                    "share": f"{counts[s] / sum(counts):.1%}",
+                }
+                for s in stages
+            ]
+        )
 
 
 def place(

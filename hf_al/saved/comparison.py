@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..messages import table
+
 # Arguments in which runs may differ and still be the same experiment with another seed
 NOT_THE_EXPERIMENT = {
     "seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to",
@@ -115,16 +117,16 @@ def _differences(arguments: dict[str, dict[str, Any]]) -> dict[str, dict[str, An
 
 def as_text(found: dict[str, Any]) -> str:
     """Three tables: the runs, mean and range over seeds, the arguments that differ."""
-    parts = [text_table([_shown(run) for run in found["runs"]])]
+    parts = [table([_shown(run) for run in found["runs"]])]
     if found["groups"]:
         rows = [_shown_group(group) for group in found["groups"]]
-        parts += ["Mean (lowest to highest) of runs that are equal but for the seed:", text_table(rows)]
+        parts += ["Mean (lowest to highest) of runs that are equal but for the seed:", table(rows)]
     if found["differences"]:
         rows = [
             {"argument": name, **{run: f"{v:g}" if isinstance(v, float) else v for run, v in values.items()}}
             for name, values in found["differences"].items()
         ]
-        parts += ["Arguments that differ (- where it is not set):", text_table(rows)]
+        parts += ["Arguments that differ (- where it is not set):", table(rows)]
     elif len(found["runs"]) > 1:
         parts.append("All arguments but output_dir are the same.")
     return "\n\n".join(parts)
@@ -156,22 +158,3 @@ def _shown_group(group: Row) -> Row:
         **{f"test, exit {block}": shown(spread, 4) for block, spread in group["test"].items()},
         "train s": shown(group["train_seconds"], 1),
     }
-
-
-def text_table(rows: list[Row]) -> str:
-    """Rows as aligned columns, numbers to the right; a dash for what is missing."""
-    head = list({name: None for row in rows for name in row})
-    cells = [head, *[[_cell(row.get(name)) for name in head] for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    right = [all(row[i].replace(",", "").replace(".", "").isdigit() for row in cells[1:]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ..loading import check_model_name
+from ..messages import table
 from ..metrics import BEST_METRIC
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
-from .comparison import read_report, text_table
+from .comparison import read_report
 
 PARTS = ("encode", "bridge", "encode_target", "decode_target")
 
@@ -126,7 +127,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"vocabulary of {found['vocab_size']:,}; texts are cut to {found['max_length']} tokens",
         f"{counts['inference']:,} parameters for inference, {counts['training_only']:,} for training only",
         "",
-        text_table(rows),
+        table(rows),
         "",
         "Shapes: N texts, T tokens. inference and training only: parameters.",
     ]

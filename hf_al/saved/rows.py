@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
-from ..data.sources import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES
+from ..data.columns import LABEL_NAMES, guess_text
 
 LONGEST_ROW = 2**20  # bytes of a line, characters of a csv cell
 LOOK_AHEAD = 100  # json lines that may lack the text before the column is called wrong
@@ -61,11 +61,8 @@ def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
         raise ValueError(f"Expected column {missing[0]!r}, got the columns {columns}. Check --text_column_names.")
     if named:
         return named
-    for pair in PAIR_NAMES:
-        if all(name in columns for name in pair):
-            return list(pair)
-    found = [c for c in columns if c.lower() in TEXT_NAMES] or [c for c in columns if c.lower() not in LABEL_NAMES]
-    if len(found) != 1:
+    found = guess_text(columns, [c for c in columns if c.lower() not in LABEL_NAMES])
+    if found is None:
         raise ValueError(
             f"Cannot tell the text column among {columns}. Pass --text_column_names NAME, or NAME,NAME for pairs."
         )

@@ -5,7 +5,6 @@ where it keeps all its projects (`TRACKIO_DIR`), because its dashboard compares 
 """
 
 import contextlib
-import difflib
 import importlib.util
 import logging
 import os
@@ -16,6 +15,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+
+from ..messages import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,9 @@ def chosen(report_to: str) -> list[str]:
         return installed
     for name in names:
         if name not in KNOWN:
-            near = difflib.get_close_matches(name, [*KNOWN, "all", "none"], 1, 0.5)
             raise ValueError(
                 f"Expected report_to as none, all, or some of {', '.join(KNOWN)}, got {name!r}."
-                + (f" Did you mean {near[0]}?" if near else "")
+                f"{nearest(name, [*KNOWN, 'all', 'none'])}"
             )
         if name not in installed:
             raise ValueError(

@@ -17,8 +17,8 @@ from common import write_results
 
 import hf_al
 from hf_al.cli import set_up_output
+from hf_al.messages import table
 from hf_al.parsing import parse_arguments
-from hf_al.report import table
 
 RECIPES = Path(__file__).parent.parent
 ALL = "trec6,sst2,mr,emotion,banking77,dbpedia,ag_news,imdb"
@@ -129,7 +129,7 @@ def main() -> None:
                     print(json.dumps(rows[-1]), flush=True)
                     write_results(known.json, rows, {})
     lines = summary(rows)
-    print(table(lines))
+    print(table(lines, markdown=True))
     first, last = objectives[0], objectives[-1]
     ratios = {
         f"{first}_minus_{last}_test_{line['recipe']}": line[f"{first} test"] - line[f"{last} test"]

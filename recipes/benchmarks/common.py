@@ -60,7 +60,7 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 def write_results(path: str | None, rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
     """Prints the machine, and writes {"machine", "rows", "ratios"} to `path` where there is one."""
-    print(table([machine()]))
+    print(table([machine()], markdown=True))
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"machine": machine(), "rows": rows, "ratios": ratios}, indent=1) + "\n")

@@ -25,8 +25,8 @@ from hf_al.arguments import TrainingArguments
 from hf_al.cli import set_up_output
 from hf_al.data import tokenization
 from hf_al.data.batching import BatchOrder, Collator, token_lengths
+from hf_al.messages import table
 from hf_al.parallel.placement import place
-from hf_al.report import table
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
 
@@ -216,7 +216,7 @@ def main() -> None:
     def add(part: tuple[list[dict], dict]) -> None:
         rows.extend(part[0])
         ratios.update(part[1])
-        print(table(part[0]), flush=True)
+        print(table(part[0], markdown=True), flush=True)
 
     for name in args.networks.split(","):
         for embedding_optimizer in ("sparse_adam", "same"):

@@ -1,0 +1,53 @@
+"""Words for users: the nearest known name, the last line of a library's error, rows as a table."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean ...?` where one of the known names is like this one, else nothing."""
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def last_line(error: Exception) -> str:
+    """The last line of what an error says, without the name of an error class: the sentence that was raised, where a
+    library put lines of its own before it."""
+    lines = str(error).strip().splitlines()
+    return re.sub(r"^\w*Error: ", "", lines[-1].strip()) if lines else type(error).__name__
+
+
+def table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str:
+    """Rows as a table, their keys as its head.
+
+    Args:
+        rows: what is missing in one shows as a dash, or as an empty cell in Markdown.
+        markdown: in Markdown; else as aligned columns, numbers to the right.
+    """
+    if not rows:
+        return "(none)"
+    head = list({name: None for row in rows for name in row})
+    missing = "" if markdown else "-"
+    cells = [head, *[[_cell(row.get(name), missing) for name in head] for row in rows]]
+    if markdown:
+        lines = ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) + " |" for row in cells]
+        return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cell(value: Any, missing: str) -> str:
+    if value is None:
+        return missing
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").removesuffix("%").isdigit()
