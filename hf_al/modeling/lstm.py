@@ -128,12 +128,13 @@ class Layer(torch.autograd.Function):
     """One layer, both directions, every step; gates in torch's order: input, forget, cell, output.
 
     Args of forward: x (T, N, E); the layout: where each token is in the turned texts (T * N,), mask (T, N, 1) and last
-    steps (N,); the parameters of nn.LSTM, forward and reverse in turn; initial h and c (2, N, H).
+    steps (N,); the operands: the parameters of nn.LSTM, forward and reverse in turn, then initial h and c (2, N, H).
     Returns hidden states (T, N, 2H) and the final h and c (2, N, H).
     """
 
     @staticmethod
-    def forward(ctx, x, layout, w_ih, w_ih_reverse, w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, h, c):
+    def forward(ctx, x, layout, *operands):
+        w_ih, w_ih_reverse, w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, h, c = operands
         turned, mask, last = layout
         T, N, E = x.shape
         H = h.shape[-1]
