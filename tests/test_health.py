@@ -285,6 +285,24 @@ def test_a_run_whose_target_code_collapses_says_so(block, few_tweets, tmp_path, 
     assert report["warnings"][0] in caplog.text
 
 
+def test_codes_that_collapse_after_the_chosen_step_are_no_warning_of_the_report(few_tweets, tmp_path, monkeypatch):
+    """The report is about the weights that are saved."""
+
+    def collapse(call):
+        if call.step >= 10:
+            torch.nn.init.zeros_(call.self.blocks[1].encode_target.weight)
+            torch.nn.init.zeros_(call.self.blocks[2].bridge.layers[0].weight)  # so that no later step is better
+
+    hook(monkeypatch, Stage, "train_batch", after=collapse)
+    values = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5, "logging_steps": 5}
+    report = hf_al.train(arguments(tmp_path, **values), few_tweets).report
+    assert report["best_step"] <= 10, "choose a seed whose later steps are worse"
+    assert report["warnings"] == []
+    assert not any(row["collapsed"] for row in report["code_health"])
+    last = [row for row in report["history"] if "codes" in row][-1]
+    assert last["codes"][1]["collapsed"]
+
+
 def test_a_run_whose_label_side_never_moves_says_so(few_tweets, tmp_path):
     report = hf_al.train(arguments(tmp_path, target_learning_rate_factor=1e-30), few_tweets).report
     for k in range(3):
