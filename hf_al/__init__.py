@@ -4,8 +4,7 @@ Importing the package registers its models with the Auto classes, so that `AutoM
 `pipeline` load them, and marks their code to be saved beside the weights (`trust_remote_code=True` elsewhere).
 """
 
-import sys
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -53,13 +52,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
 
 
-def _is_command_line() -> bool:
-    """Whether this process is `hf-al` or `python -m hf_al.cli`, whose commands register the models when needed."""
-    program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    return Path(program).stem in ("hf-al", "hf-al-script") or (program == "-m" and "hf_al.cli" in sys.orig_argv)
-
-
-if not _is_command_line():
+if os.environ.get("HF_AL_MODELS") != "later":  # as hf_al_program.py says: its commands import them when needed
     from . import registration  # noqa: F401
 
 __all__ = [

@@ -62,7 +62,7 @@ def test_the_installed_program_prints_the_help():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("program", [["-m", "hf_al.cli"], [SCRIPT]], ids=["module", "script"])
+@pytest.mark.parametrize("program", [["-m", "hf_al_program"], [SCRIPT]], ids=["module", "script"])
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_waits_for_no_large_package(program, command):
     argv = [sys.executable, "-X", "importtime", *program, *([command] if command else []), "--help"]
@@ -77,7 +77,7 @@ def test_help_waits_for_no_large_package(program, command):
 def test_every_public_name_is_there_in_the_command_line_too():
     """Which imports the package without the models at first."""
     code = (
-        "import sys; sys.argv[0] = 'bin/hf-al'; import hf_al; assert 'torch' not in sys.modules\n"
+        "import sys, hf_al_program, hf_al; assert 'torch' not in sys.modules\n"
         "for name in hf_al.__all__: getattr(hf_al, name)\n"
         "from transformers import AutoConfig; print(AutoConfig.for_model('al_lstm').model_type)"
     )

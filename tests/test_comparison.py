@@ -112,7 +112,7 @@ def test_columns_are_aligned_and_numbers_stand_to_the_right():
 
 
 def test_comparing_loads_no_model(run):
-    program = f"import sys; sys.argv = ['hf-al']; import hf_al.cli; hf_al.cli.main(['compare', {run('a')!r}])"
+    program = f"import sys, hf_al_program; hf_al_program.main(['compare', {run('a')!r}])"
     code = f"{program}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
