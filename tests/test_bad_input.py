@@ -141,7 +141,7 @@ MISTAKES = {
     "unknown_ending": (
         write("a.xlsx", "x"), f"{TRAIN} --train_file=a.xlsx",
         "hf-al train: error: Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got a.xlsx. Convert "
-        "it, or mend its ending.",
+        "it, or fix its extension.",
     ),
     "empty_text": (
         write("a.csv", GOOD + '" ",red\n'), f"{TRAIN} --train_file=a.csv",
@@ -295,7 +295,7 @@ MISTAKES = {
     "output_dir_below_a_file": (
         nothing, TRAIN.replace("=new", "=train.csv/new") + " --train_file=train.csv",
         "hf-al train: error: Expected a writable output_dir, got train.csv/new: Not a directory. Pass another "
-        "folder, or mend its permissions.",
+        "folder, or fix its permissions.",
     ),
     "overwrite_with_bad_data": (
         nothing, TRAIN.replace("=new", "=run") + " --train_file=no.csv --overwrite_output_dir",

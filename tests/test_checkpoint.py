@@ -312,7 +312,7 @@ def test_last_passes_over_a_flipped_bit_and_says_so(find, make_run, tmp_path, ca
     with caplog.at_level(logging.WARNING, "hf_al"):
         assert find("last", tmp_path) == whole
     assert [r.message for r in caplog.records] == [
-        f"A damaged checkpoint is passed over: {flipped / 'block-000.safetensors'} does not hold the bytes that were "
+        f"Skipping a damaged checkpoint: {flipped / 'block-000.safetensors'} does not hold the bytes that were "
         "written (sha256)."
     ]
 

@@ -61,7 +61,7 @@ def test_ctrl_c_in_training_says_how_to_go_on(files, start, tmp_path):
     assert process.wait(60) == 130
     lines = err.splitlines()
     assert lines[-1] == "hf-al train: interrupted."
-    assert "--resume_from_checkpoint last goes on." in lines[-2]
+    assert "Continue with --resume_from_checkpoint last." in lines[-2]
     assert "Traceback" not in err
 
 

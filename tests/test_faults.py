@@ -123,7 +123,7 @@ def test_a_save_without_room_ends_with_one_message_and_the_run_goes_on_later(
     assert status == 2, err
     assert err.splitlines()[-1] == (
         f"hf-al train: error: Could not write checkpoint-00000008 to {tmp_path / 'run'}: File too large. Make room "
-        "there, or make it writable; then --resume_from_checkpoint last goes on from step 4."
+        "there, or make it writable; then --resume_from_checkpoint last continues from step 4."
     )
     assert "Traceback" not in err
     assert steps_of(tmp_path / "run") == [4]
@@ -144,7 +144,7 @@ def test_an_export_without_room_keeps_the_checkpoints_and_the_old_model(files, u
         assert status == 2
         expected = f"Could not write the model to {tmp_path / 'run'}: File too large. Make room there"
         assert err.splitlines()[-1].startswith(f"hf-al train: error: {expected}"), err
-        assert err.splitlines()[-1].endswith(f"goes on from step {STEPS}.")
+        assert err.splitlines()[-1].endswith(f"continues from step {STEPS}.")
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == old
         assert not leftovers(tmp_path)
 
@@ -255,7 +255,7 @@ def test_a_read_only_output_dir_is_refused_before_anything_is_read(open_folder, 
             assert status == 2
             assert err.splitlines()[-1] == (
                 f"hf-al train: error: Expected a writable output_dir, got {open_folder / name}: Permission denied. "
-                "Pass another folder, or mend its permissions."
+                "Pass another folder, or fix its permissions."
             )
     assert (open_folder / "old" / "config.json").read_text() == "mine"
     assert not list((open_folder / "run").iterdir())
@@ -269,7 +269,7 @@ def test_checkpoints_that_become_read_only_end_the_run_with_one_message(files, o
     assert status == 2
     assert err.splitlines()[-1] == (
         f"hf-al train: error: Could not write checkpoint-00000008 to {open_folder / 'run'}: Permission denied. Make "
-        "room there, or make it writable; then --resume_from_checkpoint last goes on from step 4."
+        "room there, or make it writable; then --resume_from_checkpoint last continues from step 4."
     )
     assert "Traceback" not in err
     assert steps_of(open_folder / "run") == [4]
@@ -409,7 +409,7 @@ def test_a_signal_finishes_the_step_saves_and_raises(number, error, few_tweets, 
     assert steps_of(tmp_path) == [5]
     assert caplog.records[-1].message == (
         f"Stopped by {number.name} after step 5 of 30, with a checkpoint in {tmp_path}. "
-        "--resume_from_checkpoint last goes on."
+        "Continue with --resume_from_checkpoint last."
     )
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
 

@@ -120,7 +120,7 @@ def test_a_launch_of_one_process_for_two_stages_is_refused_with_the_command(data
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     result = shell("train", *data, *SMALL, "--stages=2", f"--output_dir={tmp_path / 'run'}")
     assert_mistake(
-        result, "Expected 2 processes, one a stage, got 1.", "hf-al train --stages 2 ...",
+        result, "Expected 2 processes, one per stage, got 1.", "hf-al train --stages 2 ...",
         "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1",
     )  # fmt: skip
     assert not (tmp_path / "run").exists()

@@ -304,7 +304,7 @@ def test_fp16_is_refused_with_the_reason(tmp_path):
     ("world", "stages", "message"),
     [
         ("2", 1, "Expected one process, got 2: .* Pass --stages 2, or launch with --num_processes 1."),
-        ("2", 3, "Expected 3 processes, one a stage, got 2. .* hf-al train --stages 3"),
+        ("2", 3, "Expected 3 processes, one per stage, got 2. .* hf-al train --stages 3"),
         ("1", 2, "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1"),
     ],
 )

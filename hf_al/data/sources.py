@@ -134,8 +134,8 @@ def read_file(path: str) -> Dataset:
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
         raise ValueError(
-            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or mend its "
-            "ending."
+            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or fix its "
+            "extension."
         )
     options: dict[str, Any] = {}
     if READERS[kind] == "csv":

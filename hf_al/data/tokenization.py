@@ -247,7 +247,7 @@ def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
                 wanted = f"{len(rows[0])} numbers" if rows else "at least two numbers"
                 raise ValueError(
                     f"Expected a word and {wanted} in UTF-8 in line {number} of {name}, got {line[:60]!r}. GloVe's "
-                    "text format has no header; remove or mend that line."
+                    "text format has no header; remove or fix that line."
                 )
             words.append(word)
             rows.append(row)

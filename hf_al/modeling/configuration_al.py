@@ -177,7 +177,7 @@ class ALConfig(PreTrainedConfig):
             if len(self.class_weights) != self.num_labels:
                 raise ValueError(
                     f"Expected {self.num_labels} class_weights (num_labels), got {len(self.class_weights)}. "
-                    "Pass one weight a class."
+                    "Pass one weight per class."
                 )
             if any(not (w >= 0 and math.isfinite(w)) for w in self.class_weights) or not any(self.class_weights):
                 raise ValueError(

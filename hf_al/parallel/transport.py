@@ -311,7 +311,7 @@ class Neighbours(Alone):
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0]
         return ConnectionError(
             f"Stage {self.number} lost stage {peer} at {self.at}: {reason}. "
-            "--resume_from_checkpoint last goes on from the last checkpoint."
+            "--resume_from_checkpoint last continues from the last checkpoint."
         )
 
 

@@ -138,7 +138,7 @@ def writing(what: str, output_dir: Path) -> Iterator[None]:
         step = read_manifest(kept[-1])["progress"]["step"] if kept else 0  # type: ignore[index]
         raise OSError(
             f"Could not write {what} to {output_dir}: {reason}. Make room there, or make it writable; then "
-            f"--resume_from_checkpoint last goes on from step {step}."
+            f"--resume_from_checkpoint last continues from step {step}."
         ) from None
 
 
@@ -198,7 +198,7 @@ def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path
         found = fault(path)
         if found is None:
             return path
-        logger.warning("A damaged checkpoint is passed over: %s.", found)
+        logger.warning("Skipping a damaged checkpoint: %s.", found)
     if found is not None:
         raise ValueError(f"Expected an intact checkpoint, got damaged ones only: {found}. Start in another output_dir.")
     return None

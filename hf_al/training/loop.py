@@ -199,7 +199,8 @@ class Run:
         changed = checkpoint.differences(manifest["conditions"], json.loads(json.dumps(self.plan.conditions)))
         if changed:
             logger.warning(
-                "The run goes on under other conditions, and will not end where it would have: %s.", "; ".join(changed)
+                "The run continues under other conditions, so it will not end where it would have: %s.",
+                "; ".join(changed),
             )
 
     def fit(self) -> None:
@@ -207,7 +208,7 @@ class Run:
         plan, progress = self.plan, self.progress
         devices = self.transport.gather(str(self.stage.device))
         logger.info(
-            "Training %d units on %d rows: %d steps, %d an epoch.\n%s",
+            "Training %d units on %d rows: %d steps, %d per epoch.\n%s",
             len(self.model.config.units), len(plan.data["train"]), plan.total_steps, len(plan.order),
             plan.placement.table(self.model.model.blocks, devices),
         )  # fmt: skip
@@ -222,7 +223,8 @@ class Run:
         self.transport.tell(lambda: None)  # the last stage has received everything, and its checkpoint has its name
         if stop.received:
             logger.warning(
-                "Stopped by %s after step %d of %d, with a checkpoint in %s. --resume_from_checkpoint last goes on.",
+                "Stopped by %s after step %d of %d, with a checkpoint in %s. "
+                "Continue with --resume_from_checkpoint last.",
                 stop.received.name, progress.step, plan.total_steps, plan.output_dir,
             )  # fmt: skip
             stop.raise_received()

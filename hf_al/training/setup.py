@@ -88,7 +88,7 @@ def check_output_dir(args: TrainingArguments) -> Path:
             pass
     except OSError as error:
         raise ValueError(
-            f"Expected a writable output_dir, got {folder}: {error.strerror}. Pass another folder, or mend its "
+            f"Expected a writable output_dir, got {folder}: {error.strerror}. Pass another folder, or fix its "
             "permissions."
         ) from None
     return folder
@@ -104,7 +104,7 @@ def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise ValueError(
-            f"Expected an output_dir that can be emptied, got {folder}: {error.strerror}. Pass another folder, or mend "
+            f"Expected an output_dir that can be emptied, got {folder}: {error.strerror}. Pass another folder, or fix "
             "its permissions."
         ) from None
 
@@ -145,7 +145,7 @@ def _check_world(args: TrainingArguments, processes: int) -> None:
             f"--stages {processes}, or launch with --num_processes 1."
         )
     raise ValueError(
-        f"Expected {args.stages} processes, one a stage, got {processes}. On one machine: hf-al train --stages "
+        f"Expected {args.stages} processes, one per stage, got {processes}. On one machine: hf-al train --stages "
         f"{args.stages} ..., or {launch_command(args)}"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..parallel.launch import is_launched, speaks
 
 REPEATED = 2.0  # seconds in which a launcher hands on the Ctrl-C that the terminal gave every process already
-NOTE = b"\nStopping after this step with a checkpoint; the same signal again ends at once.\n"
+NOTE = b"\nStopping after this step, with a checkpoint. Send the same signal again to stop at once.\n"
 
 
 class StopSignals:

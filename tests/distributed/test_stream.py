@@ -183,7 +183,7 @@ def test_a_killed_stage_ends_the_others_with_its_name(run_flags, tmp_path):
     said = run_world(3, jobs.dies, "in a step", "killed", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
     assert said[0] == "ended with status -9"
     assert "ConnectionError: Stage 1 lost stage 0 at step 3" in said[1]
-    assert "--resume_from_checkpoint last goes on from the last checkpoint." in said[1]
+    assert "--resume_from_checkpoint last continues from the last checkpoint." in said[1]
     assert "lost stage 1 at step" in said[2] or "SystemExit" in said[2]
 
 
