@@ -1,4 +1,4 @@
-"""The command line: hf-al train | evaluate | predict | inspect | compare.
+"""The command line: hf-al train | evaluate | predict | inspect | compare | push.
 
 Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
 What a command needs is imported when it runs: no `--help` waits for torch.
@@ -150,6 +150,29 @@ def _compare(flags: Namespace) -> None:
     print(json.dumps(found) if flags.json else as_text(found))
 
 
+# --- push
+
+
+def _push_flags(parser: FlagParser) -> None:
+    _add_model(parser, "folder of a finished run (output_dir of hf-al train)")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; made where there is none")
+    parser.add_argument("--private", action="store_true", help="make it private, where it is made")
+    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none (default: main)")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--inference_only", action="store_true", help="without the parameters that only training needs")
+    parser.add_argument("--language", metavar="CODE", help="of the texts, for the card: en, for example")
+    parser.add_argument("--license", metavar="NAME", help="of the model, for the card: apache-2.0, for example")
+    parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
+
+
+def _push(flags: Namespace) -> None:
+    set_up_output(disable_tqdm=not sys.stderr.isatty())
+    from .hub import push
+
+    values = vars(flags)
+    print(push(values.pop("model"), **values))
+
+
 # --- the parser
 
 
@@ -166,6 +189,7 @@ COMMANDS = {
     "predict": Command("classify text: a file, or lines from standard input", _predict_flags, _predict),
     "inspect": Command("blocks, shapes, parameters and exits of a model", _inspect_flags, _inspect),
     "compare": Command("a table of several runs", _compare_flags, _compare),
+    "push": Command("share a finished run on a Hub: model, card, results", _push_flags, _push),
 }
 EXAMPLES = """\
   hf-al train --train_file train.csv --test_file test.csv --output_dir out/mine
@@ -173,6 +197,7 @@ EXAMPLES = """\
   hf-al predict out/mine < texts.txt
   hf-al inspect out/mine
   hf-al compare out/mine out/other
+  hf-al push out/mine user/name
 hf-al COMMAND --help lists the flags of a command."""
 
 

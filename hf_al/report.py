@@ -15,6 +15,10 @@ import transformers
 from .atomic import write_atomically
 from .messages import table
 
+REPORTED = (
+    "model_type", "objective", "num_blocks", "metric", "steps", "validation", "parameters", "data", "speed",
+    "arguments",
+)  # fmt: skip
 MOST_ROWS = 20  # classes whose confusion matrix is also a table
 
 
@@ -63,6 +67,25 @@ def write_report(folder: Path, report: dict[str, Any], draw: bool = True) -> Non
 
         drawn = plots.write_plots(folder / "plots", report)
     write_atomically(folder / "report.md", markdown(report, drawn))
+
+
+def read_report(folder: str) -> dict[str, Any]:
+    """report.json of a finished run.
+
+    Raises:
+        ValueError: there is none, or it is no report.
+    """
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise ValueError(f"Expected report.json in {folder}, found none. Pass the output_dir of a finished run.")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected json in {path}, got something else: {error}.") from None
+    missing = [key for key in REPORTED if not isinstance(report, dict) or key not in report]
+    if missing:
+        raise ValueError(f"Expected a report of hf_al in {path}, got json without {missing[0]!r}.")
+    return report
 
 
 # --- the page

@@ -23,9 +23,10 @@ from hooks import hook
 from transformers import AutoModelForSequenceClassification
 
 import hf_al
-from hf_al import atomic, checkpoint
+from hf_al import atomic
 from hf_al import report as reporting
 from hf_al.cli import main
+from hf_al.training import checkpoint
 from hf_al.training.stage import Stage
 
 STEPS = 12

@@ -6,15 +6,12 @@ from statistics import fmean
 from typing import Any
 
 from ..messages import table
+from ..report import read_report
 
 # Arguments in which runs may differ and still be the same experiment with another seed
 NOT_THE_EXPERIMENT = {
     "seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to",
 }  # fmt: skip
-REPORTED = (
-    "model_type", "objective", "num_blocks", "metric", "steps", "validation", "parameters", "data", "speed",
-    "arguments",
-)  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -45,21 +42,6 @@ def compare(folders: list[str]) -> dict[str, Any]:
         "groups": [_group(rows) for rows in groups.values() if len({row["seed"] for row in rows}) > 1],
         "differences": _differences(arguments),
     }
-
-
-def read_report(folder: str) -> dict[str, Any]:
-    """report.json of a finished run."""
-    path = Path(folder) / "report.json"
-    if not path.is_file():
-        raise ValueError(f"Expected report.json in {folder}, found none. Pass the output_dir of a finished run.")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Expected json in {path}, got something else: {error}.") from None
-    missing = [key for key in REPORTED if not isinstance(report, dict) or key not in report]
-    if missing:
-        raise ValueError(f"Expected a report of hf_al in {path}, got json without {missing[0]!r}.")
-    return report
 
 
 def _run(name: str, report: dict[str, Any]) -> Row:

@@ -11,7 +11,7 @@ from ..messages import table
 from ..metrics import BEST_METRIC
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
-from .comparison import read_report
+from ..report import read_report
 
 PARTS = ("encode", "bridge", "encode_target", "decode_target")
 

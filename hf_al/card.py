@@ -1,0 +1,123 @@
+"""The model card of a finished run: its page on a Hub, filled from report.json, config and tokenizer alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .arguments import TrainingArguments
+from .messages import table
+from .modeling.modeling_al import ALForSequenceClassification
+from .modeling.objectives import OBJECTIVES
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+ARCHITECTURES = {"al_lstm": "bidirectional LSTM layers", "al_transformer": "transformer layers"}
+HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
+NOT_SHOWN = {"output_dir", "model", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to"}
+FILES = ("train_file", "validation_file", "test_file", "tokenizer_name", "word_vectors")
+USES = {
+    "single_label_classification": "It gives each text one of the classes {names}.",
+    "multi_label_classification": "It gives each text any number of the labels {names}.",
+    "regression": "It gives each text a value: {names}.",
+}
+
+
+def model_card(
+    report: dict[str, Any],
+    model: ALForSequenceClassification,
+    repo_id: str,
+    plots: list[str],
+    language: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """The card.
+
+    Args:
+        report: of the run.
+        model: the chosen one, as it is shared.
+        repo_id: `user/name`.
+        plots: names of those in plots/.
+        language, license: of the model, as the Hub names them (`en`, `apache-2.0`); left out where not given.
+    """
+    split = "test" if "test" in report else "validation"
+    exits = [row for row in report[split] if row["block"] in model.config.exits()]
+    names = report["label_names"]
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    machine = report["machine"]
+    return ModelCard.from_template(
+        card_data(report, exits[-1], split, repo_id, language, license),
+        template_path=str(TEMPLATE),
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        report=report,
+        end_to_end=OBJECTIVES[report["objective"]].end_to_end,
+        architecture=ARCHITECTURES.get(report["model_type"], report["model_type"]),
+        split=split,
+        rows=report["data"]["rows"],
+        exits=exits,
+        exits_table=table([{**row, "parameters": f"{exit_parameters(model, row['block']):,}"} for row in exits], True),
+        example=json.dumps("The crew was lovely!"),
+        use=USES[report["problem_type"]].format(names=shown),
+        max_length=model.config.max_position_embeddings,
+        split_sizes=", ".join(f"{count:,} rows for {name}" for name, count in report["data"]["rows"].items()),
+        fingerprints=", ".join(f"{name} `{mark[:16]}`" for name, mark in report["data"]["fingerprint"].items()),
+        hardware=machine["gpu"] or f"{machine['processor']} (threads: {machine['threads']})",
+        arguments_table=table(_chosen(report["arguments"]), True),
+        plots=plots,
+        versions=", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),
+    )
+
+
+def card_data(
+    report: dict[str, Any], last: dict[str, float], split: str, repo_id: str, language: str | None, license: str | None
+) -> ModelCardData:
+    """The metadata, with the metrics of the last exit as `model-index`."""
+    args = report["arguments"]
+    shared = args["dataset_name"] if args["dataset_name"] and "/" in args["dataset_name"] else None
+    metrics = {hub: last[ours] for ours, hub in HUB_METRICS.items() if ours in last}
+    return ModelCardData(
+        model_name=repo_id.split("/")[-1],
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["associated-learning", "local-learning", "hf_al", report["model_type"]],
+        datasets=[shared] if shared else None,
+        language=language,
+        license=license,
+        metrics=list(metrics),
+        eval_results=[
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=shared or "text",
+                dataset_name=report["data"]["name"],
+                dataset_split=split,
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in metrics.items()
+        ],
+    )
+
+
+def exit_parameters(model: ALForSequenceClassification, last: int) -> int:
+    """How many parameters an answer at exit `last` needs: encoders and decoders up to there, and its bridge."""
+    blocks = list(model.model.blocks[: last + 1])
+    decoding = [blocks[-1]] if blocks[-1].reads_labels else blocks
+    parts = [*(block.encode for block in blocks), blocks[-1].bridge, *(block.decode_target for block in decoding)]
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run without what is of this machine alone: files by their names, no folders."""
+    shown = {**arguments, "output_dir": "", "resume_from_checkpoint": None}
+    for name in FILES:
+        if shown[name] and Path(shown[name]).exists():
+            shown[name] = Path(shown[name]).name
+    return shown
+
+
+def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments that are not the defaults, and all values of the model that were given."""
+    defaults = TrainingArguments().to_dict()
+    shown = {n: v for n, v in shared_arguments(arguments).items() if n not in NOT_SHOWN and v != defaults[n]}
+    return [{"argument": name, "value": value} for name, value in {**shown, **arguments["model"]}.items()]

@@ -1,0 +1,103 @@
+"""Finished runs on a Hub: one commit each, with all that `from_pretrained` needs, the card, results and plots."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from .card import model_card, shared_arguments
+from .loading import load_model
+from .report import read_report
+
+STALE = ["*.safetensors", "*.safetensors.index.json", "plots/*", "*.py"]  # of an earlier push, where not pushed again
+
+
+def push(
+    folder: str,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    inference_only: bool = False,
+    language: str | None = None,
+    license: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Puts a finished run on the Hub in one commit; what is there already and the same is not sent again.
+
+    Args:
+        folder: `output_dir` of the run.
+        repo_id: `user/name`; the repository is made where there is none.
+        private: of a repository that is made.
+        revision: the branch; made where there is none. Default: main.
+        create_pr: open a pull request instead of committing.
+        inference_only: without the parameters that only training needs.
+        language, license: for the card, as the Hub names them.
+        commit_message: its first line.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: a folder that is no finished run, a name that is no repo id, no token or one that may not write, or
+            a Hub that refuses or cannot be reached. The repository is then as it was.
+    """
+    report = read_report(folder)
+    with tempfile.TemporaryDirectory(prefix="hf_al_push_") as made:
+        prepare(folder, repo_id, Path(made), inference_only, language, license)
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=made, revision=revision, create_pr=create_pr, delete_patterns=STALE,
+                commit_message=commit_message or f"{report['model_type']}, objective {report['objective']}",
+            )  # fmt: skip
+        except HFValidationError as error:
+            raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
+        except LocalTokenNotFoundError:
+            raise ValueError("Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN.") from None
+        except HfHubHTTPError as error:
+            raise ValueError(_refused(repo_id, error)) from error
+        except Exception as error:  # of the network: the client's transport has errors of its own
+            raise ValueError(
+                f"Could not reach the Hub at {api.endpoint}: {error}. Push again later: hf-al push {folder} {repo_id}"
+            ) from error
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _refused(repo_id: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code if error.response is not None else None
+    reason = error.server_message or str(error).splitlines()[0]
+    if status in (401, 403):
+        return (
+            f"Expected a token that may write to {repo_id}, got one that is refused: {reason}. Run: hf auth login, or "
+            "set HF_TOKEN."
+        )
+    return f"The Hub refused the push to {repo_id} ({status}): {reason}."
+
+
+def prepare(
+    folder: str, repo_id: str, into: Path, inference_only: bool, language: str | None, license: str | None
+) -> None:
+    """Writes what is shared of a run into an empty folder; no path and no name of this machine is in it."""
+    report = read_report(folder)
+    model, tokenizer = load_model(folder)
+    model.save_pretrained(into, inference_only=inference_only)
+    tokenizer.save_pretrained(into)
+    plots = sorted(path.stem for path in (Path(folder) / "plots").glob("*.png"))
+    if plots:
+        shutil.copytree(Path(folder) / "plots", into / "plots", ignore=shutil.ignore_patterns("*.tmp.png"))
+    arguments = shared_arguments(report["arguments"])
+    report = {**report, "arguments": arguments}
+    (into / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
+    (into / "training_config.yaml").write_text(text, encoding="utf-8")
+    if inference_only:
+        model = type(model).from_pretrained(into)
+    model_card(report, model, repo_id, plots, language, license).save(into / "README.md")

@@ -1,0 +1,80 @@
+"""What a client of the Hub does, in a process of its own: huggingface_hub reads the endpoint when it is imported."""
+
+import contextlib
+import io
+from typing import Any
+
+
+def cold_cache(folder: str) -> None:
+    """From here on nothing has been downloaded."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_CACHE = folder
+
+
+def push(folder: str, repo_id: str, **options: Any) -> str:
+    from hf_al.hub import push
+
+    return push(folder, repo_id, **options)
+
+
+def files(repo_id: str, revision: str | None = None) -> dict[str, bytes]:
+    """Name -> bytes of a repository."""
+    from pathlib import Path
+
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo_id, revision=revision))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def commits(repo_id: str, revision: str | None = None) -> list[str]:
+    """Newest first."""
+    from huggingface_hub import HfApi
+
+    return [commit.commit_id for commit in HfApi().list_repo_commits(repo_id, revision=revision)]
+
+
+def answers(name: str, texts: list[str], revision: str | None = None) -> dict[str, Any]:
+    """What the Auto classes and a pipeline make of a folder or a repo id."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    import hf_al  # noqa: F401
+
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    model = AutoModelForSequenceClassification.from_pretrained(name, revision=revision)
+    with torch.no_grad():
+        logits = [model(**tokenizer(text, return_tensors="pt")).logits[0].tolist() for text in texts]
+    classify = pipeline("text-classification", model=name, revision=revision, device="cpu")
+    return {"logits": logits, "pipeline": classify(texts), "inference_only": model.config.inference_only}
+
+
+def shell(*argv: str) -> tuple[int, str, str]:
+    """`hf-al ARGV`: (status, standard output, standard error)."""
+    from hf_al.cli import main
+
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(argv))
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+def run_code(code: str) -> str:
+    """What a page's Python prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    return out.getvalue()
+
+
+def set_token(token: str | None) -> None:
+    import os
+
+    if token is None:
+        os.environ.pop("HF_TOKEN", None)
+    else:
+        os.environ["HF_TOKEN"] = token

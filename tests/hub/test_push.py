@@ -1,0 +1,228 @@
+"""A finished run on a Hub: what is there, who can use it, and what happens when the Hub fails."""
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import jobs
+import pytest
+import yaml
+from server import serve_in_thread
+
+pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
+TOKEN = "hf_test"
+TEXTS = ["thank you so much", "you lost my bag", "which gate"]
+
+
+@contextmanager
+def environment(**values: str | None):
+    before = dict(os.environ)
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub, and a client process that knows it: hub.run(job, ...), hub.state, hub.endpoint."""
+    endpoint, server, app = serve_in_thread(tmp_path_factory.mktemp("hub"), token=TOKEN)
+    home = tmp_path_factory.mktemp("home")
+    values = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+    with (
+        environment(HF_HUB_OFFLINE=None, **values),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
+        pool.submit(jobs.set_token, TOKEN).result(100)  # starts it, with this environment
+
+        def run(job, *args, **options):
+            return pool.submit(job, *args, **options).result(100)
+
+        yield SimpleNamespace(run=run, state=app.state, endpoint=endpoint, environment=values)
+        server.should_exit = True
+
+
+@pytest.fixture(autouse=True)
+def _cold(hub, tmp_path):
+    hub.state.log.clear()
+    hub.state.faults.clear()
+    hub.run(jobs.set_token, TOKEN)
+    hub.run(jobs.cold_cache, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def shared(hub, trained, request) -> str:
+    """The id of a repository of its own for each test, that holds the trained run."""
+    repo_id = f"tester/{re.sub(r'[^a-z0-9]+', '-', request.node.name.lower())[-60:].strip('-')}"
+    hub.run(jobs.push, str(trained[0]), repo_id)
+    return repo_id
+
+
+def test_a_shared_run_answers_by_its_id_as_from_its_folder(hub, shared, trained):
+    assert hub.run(jobs.answers, shared, TEXTS) == hub.run(jobs.answers, str(trained[0]), TEXTS)
+
+
+def test_every_command_takes_an_id(hub, shared, trained, files, tmp_path):
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS))
+    for argv in (["inspect", "--json"], ["predict", "--input", str(tmp_path / "in.txt")],
+                 ["evaluate", "--test_file", str(files / "test.csv")]):  # fmt: skip
+        here = hub.run(jobs.shell, argv[0], str(trained[0]), *argv[1:])
+        there = hub.run(jobs.shell, argv[0], shared, *argv[1:])
+        assert here[0] == there[0] == 0, there[2]
+        if argv[0] != "inspect":
+            assert here[1] == there[1]
+
+
+def test_it_answers_where_hf_al_is_not_installed(hub, shared, trained, tmp_path):
+    code = (
+        "import json, sys; sys.modules['hf_al'] = None\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "name, texts = sys.argv[1], json.loads(sys.argv[2])\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)\n"
+        "print(json.dumps([model(**tokenizer(t, return_tensors='pt')).logits[0].tolist() for t in texts]))"
+    )
+    cold = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, shared, json.dumps(TEXTS)], env=cold, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == hub.run(jobs.answers, str(trained[0]), TEXTS)["logits"]
+
+
+def test_a_pinned_revision_stays_what_it_was(hub, shared, trained):
+    pinned = hub.run(jobs.commits, shared)[0]
+    whole = hub.run(jobs.files, shared)
+    hub.run(jobs.push, str(trained[0]), shared, inference_only=True)
+    now = hub.run(jobs.files, shared)
+    assert len(now["model.safetensors"]) < len(whole["model.safetensors"])
+    assert hub.run(jobs.files, shared, pinned) == whole
+    small, large = (hub.run(jobs.answers, shared, TEXTS, revision) for revision in (None, pinned))
+    assert (small["inference_only"], large["inference_only"]) == (True, False)
+    assert small["logits"] == large["logits"]
+
+
+def test_the_card_has_valid_metadata_and_no_empty_part(hub, shared, trained):
+    card = hub.run(jobs.files, shared)["README.md"].decode()
+    head, body = card.split("---\n", 2)[1:]
+    data = yaml.safe_load(head)
+    report = json.loads((trained[0] / "report.json").read_text())
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-classification")
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"][0] == {"type": "accuracy", "value": report["test"][-1]["accuracy"]}
+    assert "language" not in data
+    for row in report["test"]:
+        assert f"| {row['block']} | {row['accuracy']:.4f} |" in body
+    sections = re.split(r"^## .*$", body, flags=re.MULTILINE)
+    assert all(section.strip() for section in sections)
+    assert not re.findall(r"\{\{|\{%|None|\bnan\b|undefined|TODO", body)
+    assert "\n\n\n" not in body
+
+
+def test_the_code_of_the_card_runs(hub, shared):
+    card = hub.run(jobs.files, shared)["README.md"].decode()
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        assert hub.run(jobs.run_code, example).strip()
+
+
+def test_nothing_of_this_machine_and_no_token_is_shared(hub, trained, files):
+    url = hub.run(jobs.push, str(trained[0]), "tester/clean", private=True)
+    found = hub.run(jobs.files, "tester/clean")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "report.json", "training_config.yaml",
+            "modeling_al.py", "plots/losses.png"} <= set(found)  # fmt: skip
+    for secret in (str(files), str(trained[0]), str(files.parent), str(Path.home()), TOKEN):
+        assert secret not in url
+        assert not [name for name, content in found.items() if secret.encode() in content], secret
+    assert yaml.safe_load(found["training_config.yaml"])["train_file"] == "train.csv"
+
+
+def test_pushing_again_sends_only_what_changed(hub, shared, trained):
+    before = hub.run(jobs.commits, shared)
+    hub.state.log.clear()
+    hub.run(jobs.push, str(trained[0]), shared)
+    assert hub.run(jobs.commits, shared) == before
+    assert not [path for method, path, _ in hub.state.log if method == "PUT" or "/commit/" in path]
+    hub.state.log.clear()
+    hub.run(jobs.push, str(trained[0]), shared, license="apache-2.0", language="en")
+    assert len(hub.run(jobs.commits, shared)) == len(before) + 1
+    assert not [path for method, path, _ in hub.state.log if method == "PUT"]
+    assert "license: apache-2.0" in hub.run(jobs.files, shared)["README.md"].decode()
+
+
+def test_a_branch_and_a_pull_request_leave_main_alone(hub, shared, trained):
+    before = hub.run(jobs.commits, shared)
+    hub.run(jobs.push, str(trained[0]), shared, revision="small", inference_only=True)
+    url = hub.run(jobs.push, str(trained[0]), shared, create_pr=True, license="mit")
+    assert url == f"{hub.endpoint}/{shared}/discussions/1"
+    assert hub.run(jobs.commits, shared) == before
+    assert hub.run(jobs.answers, shared, TEXTS, "small")["inference_only"]
+
+
+def test_a_private_repository_needs_the_token(hub, trained):
+    hub.run(jobs.push, str(trained[0]), "tester/hidden", private=True)
+    hub.run(jobs.set_token, None)
+    status, _, err = hub.run(jobs.shell, "inspect", "tester/hidden")
+    assert status == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "token", "said"),
+    [
+        (["FOLDER", "tester/a/b"], TOKEN, "Expected a repo id as user/name, got 'tester/a/b'"),
+        (["nowhere", "tester/mine"], TOKEN, "Expected report.json in nowhere, found none"),
+        (["FOLDER", "tester/mine"], None, "Run: hf auth login, or set HF_TOKEN"),
+        (["FOLDER", "tester/mine"], "hf_wrong", "Expected a token that may write to tester/mine"),
+    ],
+    ids=["repo_id", "folder", "no_token", "wrong_token"],
+)
+def test_a_mistake_is_one_line_and_makes_no_repository(argv, token, said, hub, trained):
+    hub.run(jobs.set_token, token)
+    status, out, err = hub.run(jobs.shell, "push", *[str(trained[0]) if a == "FOLDER" else a for a in argv])
+    assert (status, out) == (2, "")
+    assert said in err
+    assert len([line for line in err.splitlines() if "error" in line]) == 1
+    assert "hf_wrong" not in err
+    assert not (Path(hub.state.store.root) / "model" / "tester--mine").exists()
+
+
+@pytest.mark.parametrize("fault", ["500", "429", "401", "dropped"])
+def test_a_push_that_fails_anywhere_leaves_the_old_commit_or_the_new_one(fault, hub, trained):
+    folder = str(trained[0])
+    hub.run(jobs.push, folder, f"tester/undisturbed-{fault}")
+    requests = len(hub.state.log)
+    expected = hub.run(jobs.files, f"tester/undisturbed-{fault}")
+    assert requests >= 5
+    outcomes = set()
+    for number in range(requests):
+        repo_id = f"tester/broken-{fault}-{number}"
+        hub.state.log.clear()
+        hub.state.faults[number] = fault
+        status, _, err = hub.run(jobs.shell, "push", folder, repo_id)
+        hub.state.faults.clear()
+        assert status in (0, 2), err
+        assert "Traceback" not in err
+        exists = (Path(hub.state.store.root) / "model" / repo_id.replace("/", "--")).exists()
+        made = len(hub.run(jobs.commits, repo_id)) - 1 if exists else 0
+        outcomes.add((status, made))
+        assert made in (0, 1)
+        assert hub.run(jobs.shell, "push", folder, repo_id)[0] == 0
+        found = hub.run(jobs.files, repo_id)
+        assert found.keys() == expected.keys()
+        assert found["model.safetensors"] == expected["model.safetensors"]
+    assert (2, 0) in outcomes or fault == "429"
