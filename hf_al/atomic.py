@@ -1,5 +1,6 @@
 """Writes that a full disk, a signal or a kill cannot leave half done: aside, to the disk, then under the name."""
 
+import errno
 import os
 import re
 import secrets
@@ -37,11 +38,12 @@ def replacing(path: Path, keep_part: bool = False) -> Iterator[TextIO]:
         keep_part: where writing stops halfway, leave the part beside it, under a name of its own.
     """
     if _is_stream(path):
-        with path.open("w", encoding="utf-8") as stream:
+        with path.open("a", encoding="utf-8") as stream:  # what a shell opened with >> keeps what it had
             yield stream
         return
-    target = path.resolve()
-    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path))
+    stem = os.fsdecode(os.fsencode(target.name)[:200])  # a name has 255 bytes at most
+    aside = target.with_name(f"{stem}.{secrets.token_hex(4)}.tmp")
     try:
         with aside.open("x", encoding="utf-8") as file:
             if target.exists():
@@ -58,9 +60,17 @@ def replacing(path: Path, keep_part: bool = False) -> Iterator[TextIO]:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether there is something that a rename must not take the place of."""
-    link = path.parent / os.readlink(path) if path.is_symlink() else path
-    names_a_descriptor = any(name.parent.resolve().is_relative_to("/proc") for name in (path, link))
+    """Whether there is something that a rename must not take the place of.
+
+    Raises:
+        OSError: links that lead in a circle.
+    """
+    names = [path]
+    while names[-1].is_symlink():
+        if len(names) > 40:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        names.append(names[-1].parent / os.readlink(names[-1]))
+    names_a_descriptor = any(os.path.realpath(name.parent).startswith("/proc/") for name in names)
     return names_a_descriptor or (path.exists() and not path.is_file())
 
 
@@ -83,7 +93,7 @@ def export(folder: Path) -> Iterator[Path]:
     config.json goes first and comes last: whenever the moving stops, `folder` holds the old model, the new one, or
     nothing that could be taken for a model.
     """
-    with removed_if_broken(folder / "export.tmp") as aside:
+    with removed_if_broken(folder / f"export.{secrets.token_hex(4)}.tmp") as aside:
         yield aside
         for path in aside.rglob("*"):
             fsync(path)
@@ -96,7 +106,9 @@ def export(folder: Path) -> Iterator[Path]:
             target = folder / path.name
             if path.name == CONFIG:
                 fsync(folder)
-            if target.is_dir():
+            if target.is_symlink():  # what it leads to is somebody else's
+                target.unlink()
+            elif target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
         aside.rmdir()

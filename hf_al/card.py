@@ -12,7 +12,6 @@ from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-ARCHITECTURES = {"al_lstm": "bidirectional LSTM layers", "al_transformer": "transformer layers"}
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 NOT_SHOWN = {"output_dir", "model", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to"}
 FILES = ("train_file", "validation_file", "test_file", "tokenizer_name", "word_vectors")
@@ -52,7 +51,7 @@ def model_card(
         repo_id=repo_id,
         report=report,
         end_to_end=OBJECTIVES[report["objective"]].end_to_end,
-        architecture=ARCHITECTURES.get(report["model_type"], report["model_type"]),
+        architecture=f"{model.model.blocks[-1].encode.in_words()} in the last one",
         split=split,
         rows=report["data"]["rows"],
         exits=exits,

@@ -77,8 +77,9 @@ def _described(docstring: str) -> dict[str, str]:
     entries = re.split(r"\n(?=\S)", cleandoc(section[1])) if section else []
     texts: dict[str, str] = {}
     for entry in entries:
-        names, text = re.fullmatch(r"([\w, ]+?)(?: \(.*?\))?: (.*)", " ".join(entry.split())).groups()  # type: ignore[union-attr]
-        texts |= {name.strip(): text.replace("`", "") for name in names.split(",")}
+        found = re.fullmatch(r"([\w, ]+?)(?: \(.*?\))?: (.*)", " ".join(entry.split()))
+        if found is not None:  # else it is not the description of values
+            texts |= {name.strip(): found[2].replace("`", "") for name in found[1].split(",")}
     return texts
 
 

@@ -10,7 +10,7 @@ from .arguments import TrainingArguments
 from .data import sources, tokenization
 from .data.batching import Collator
 from .data.labels import encode_labels
-from .loading import load_model
+from .loading import device_of, load_model
 from .metrics import exit_metrics
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
@@ -61,8 +61,9 @@ def evaluate(
     encoded = encode_labels({"test": dataset}, args.problem_type, model.config.label_names)
     data = tokenization.tokenize(DatasetDict(encoded), tokenizer, args)["test"]
     collator = Collator(tokenizer.pad_token_id, model.config.classes)
-    model.to(device or model.device)  # type: ignore[arg-type]
-    stage = Stage(model, place(model.config.units), 0, model.device, collator)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    stage = Stage(model, place(model.config.units), 0, device_of(model), collator)
     labels = collator.labels(data.features["label"], data["label"]).numpy()
     exits = exit_metrics(stage.evaluate(data, batch_size, show_progress), labels, args.problem_type or "")
     last = {name: value for name, value in exits[-1].items() if name != "block"}

@@ -13,9 +13,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from . import registration  # noqa: F401  (the Auto classes find the models there)
+from . import registration
 from .messages import last_line
-from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,17 +39,17 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
             f"Expected {folder / 'config.json'} to hold the values of a model, got {type(error).__name__}: {error}. "
             "Copy it again from the run."
         ) from None
+    if values.get("model_type") not in registration.MODEL_CLASSES:
+        raise ValueError(
+            f"Expected an AL model in {name}, got one of type {values.get('model_type')!r}. Pass the output_dir of a "
+            "finished run."
+        )
     saved = _saved_shapes(folder)
     _check_counts(values, {n: shape for shapes in saved.values() for n, shape in shapes.items()}, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each library has its own
         raise ValueError(f"Could not load {name}: {last_line(error)}") from error
-    if not isinstance(config, ALConfig):
-        raise ValueError(
-            f"Expected an AL model in {name}, got one of type {config.model_type!r}. Pass the output_dir of a finished "
-            "run."
-        )
     try:
         with torch.device("meta"):
             empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -68,6 +67,13 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
             "Model and tokenizer are of different runs: copy both from one."
         )
     return model, tokenizer
+
+
+def device_of(model: ALForSequenceClassification) -> torch.device:
+    """Where a model takes its inputs, also one whose blocks are offloaded (`device_map`)."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    device = torch.device(model.device if device in (None, "disk") else device)
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def check_model_name(name: str) -> None:

@@ -60,10 +60,10 @@ def test_without_a_report_the_page_says_that_accuracies_are_unknown(saved):
 
 
 def test_encoders_are_named(make_model):
-    lstm = make_model(num_blocks=2, embedding_size=10, layers_per_block=2).config
+    lstm = make_model(num_blocks=2, embedding_size=10, layers_per_block=2)
     assert encoder_in_words(lstm, 0) == "60 embedding rows of 10"
     assert encoder_in_words(lstm, 1) == "2 bidirectional LSTM layers of 2 x 8"
-    transformer = make_model("al_transformer", embedding_block=False).config
+    transformer = make_model("al_transformer", embedding_block=False)
     assert encoder_in_words(transformer, 0) == "60 embedding rows of 16, 1 transformer layer of 16, 2 heads"
 
 

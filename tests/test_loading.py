@@ -161,7 +161,7 @@ DISAGREEMENTS = {
     "a_json_list": (lambda f: (f / "config.json").write_text("[1]"), r"Expected .*config.json to hold the values of a"),
     "another_width": (lambda f: configure(f, hidden_size=20), r"\[60, 16\] instead of \[60, 20\]"),
     "another_kind": (lambda f: configure(f, model_type="bert"), r"Expected an AL model in .*, got one of type .bert"),
-    "no_kind": (lambda f: configure(f, model_type="nothing"), r"Could not load"),
+    "no_kind": (lambda f: configure(f, model_type="nothing"), r"Expected an AL model in .* 'nothing'"),
     "bad_value": (lambda f: configure(f, num_blocks=-1), r"Could not load .* Expected num_blocks to be at least 1"),
     "huge_vocabulary": (lambda f: configure(f, vocab_size=10**12), r"\[60, 16\] instead of \[1000000000000, 16\]"),
     "huge_width": (lambda f: configure(f, hidden_size=10**8), r"model.safetensors .* instead of \[60, 100000000\]"),

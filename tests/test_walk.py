@@ -1,17 +1,25 @@
 """One walk over the blocks: what enters and leaves a block, wherever the block is and whoever drives."""
 
+import importlib.util
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import ARCHITECTURES, OBJECTIVES
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import hf_al
+from hf_al.data.tokenization import build_tokenizer
 from hf_al.modeling.blocks import ALBlock, walk
 from hf_al.modeling.objectives import OBJECTIVES as ROWS
-from hf_al.modeling.objectives import Objective, local_ce
+from hf_al.modeling.objectives import Objective
+from hf_al.saved.prediction import predict
 from hf_al.training.local_step import local_steps
 
 CPU = torch.device("cpu")
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
 def without_labels(batch: dict) -> dict:
@@ -87,6 +95,40 @@ def test_an_offloaded_encoder_gives_the_same_hidden_states(model_type, make_mode
     assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
+def test_blocks_on_several_devices_take_labels_and_return_attentions(make_model, make_batch):
+    """As far as one machine without GPUs can tell: the last block runs on the device "meta"."""
+    model = make_model("al_transformer", attn_implementation="eager").eval()
+    last = model.model.blocks[2].to("meta")
+    add_hook_to_module(last, AlignDevicesHook(execution_device=torch.device("meta")))
+    for training in (False, True):
+        out = model.train(training)(**make_batch(), output_attentions=True, output_exit_logits=True)
+        assert [logits.device.type for logits in out.exit_logits] == ["cpu", "cpu", "meta"]
+        assert len(out.attentions) == 2
+        assert out.loss.shape == ()
+
+
+def test_an_offloaded_model_evaluates_predicts_and_shows_its_attentions(make_model, few_tweets, tmp_path):
+    args = hf_al.TrainingArguments(output_dir="unused", max_seq_length=24, tokenizer_vocab_size=60)
+    tokenizer = build_tokenizer(args, few_tweets["train"])
+    names = {"id2label": dict(enumerate(["negative", "neutral", "positive"]))}
+    model = make_model("al_transformer", attn_implementation="eager", vocab_size=len(tokenizer), **names).eval()
+    model.save_pretrained(tmp_path)
+    where = {"model.blocks.0": "disk", "model.blocks.1": "cpu", "model.blocks.2": "disk"}
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, device_map=where, offload_folder=tmp_path / "offload", attn_implementation="eager"
+    )
+    results = [
+        (
+            hf_al.evaluate(m, few_tweets["test"], tokenizer),
+            list(predict(m, tokenizer, [("a fine day",)])),
+            len(m(**tokenizer("a fine day", return_tensors="pt"), output_attentions=True).attentions),
+        )
+        for m in (model, loaded)
+    ]
+    assert results[0] == results[1]
+    assert results[0][2] == 2
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_device_map_never_splits_a_block(model_type, make_model):
     from accelerate import infer_auto_device_map
@@ -102,15 +144,25 @@ def test_a_device_map_never_splits_a_block(model_type, make_model):
 # --- what leaves a block
 
 
-def sends_views(block, pooled_ND, received, labels):
-    """What an objective of one's own may send: views of weights and buffers, as they are before the update."""
-    losses, sent = local_ce(block, pooled_ND, received, labels)
+@pytest.fixture
+def own_objective(monkeypatch):
+    """The one of the documentation, which puts its row into the table."""
+    monkeypatch.setattr("hf_al.modeling.objectives.OBJECTIVES", dict(ROWS))
+    spec = importlib.util.spec_from_file_location("own_objective", EXAMPLES / "own_objective.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.local_similarity
+
+
+def sends_views(own, block, pooled_ND, received, labels):
+    """What an objective of one's own may send: views of weights, as they are before the update."""
+    losses, sent = own(block, pooled_ND, received, labels)
     weight = block.bridge.layers[0].weight
     return losses, {**sent, "turned": weight.t(), "slice": weight[:2], "whole": weight, "detached": weight.detach()}
 
 
-def test_views_of_a_weight_leave_as_copies_from_before_the_update(make_model, make_batch, monkeypatch):
-    monkeypatch.setitem(ROWS, "sends_views", Objective(sends_views, target_codes=False))
+def test_views_of_a_weight_leave_as_copies_from_before_the_update(own_objective, make_model, make_batch, monkeypatch):
+    monkeypatch.setitem(ROWS, "sends_views", Objective(partial(sends_views, own_objective), target_codes=False))
     model, batch = make_model(objective="sends_views").train(), make_batch()
     inputs = model.model.prepare_inputs(**batch)
     for block, out in walk(model.model.blocks, model.model.initial_boundary(batch["labels"]), inputs, learning=True):
@@ -133,7 +185,8 @@ def test_training_without_labels_is_refused_unless_the_objective_is_end_to_end(
     model_type, objective, make_model, make_batch
 ):
     model, batch = make_model(model_type, objective=objective).train(), without_labels(make_batch())
-    logits = model(**batch, output_exit_logits=True).exit_logits
+    out = model(**batch, output_exit_logits=True, output_hidden_states=True)
+    logits = (*out.exit_logits, *out.hidden_states)
     if objective == "backprop":
         logits[0].sum().backward()
     else:
@@ -147,13 +200,14 @@ def test_training_without_labels_is_refused_unless_the_objective_is_end_to_end(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_layers_get_the_gradients_of_plain_ones(reentrant, objective, make_model, make_batch):
+@pytest.mark.filterwarnings("ignore:.*the use_reentrant parameter should be passed explicitly")
+@pytest.mark.parametrize("how", [{"use_reentrant": True}, {"use_reentrant": False}, {}, None], ids=str)
+def test_checkpointed_layers_get_the_gradients_of_plain_ones(how, objective, make_model, make_batch):
     gradients = []
     for checkpointing in (False, True):
         model = make_model("al_transformer", objective=objective, layers_per_block=2, embedding_block=False).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable(how)
         torch.manual_seed(1)
         model(**make_batch()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

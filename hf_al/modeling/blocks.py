@@ -52,8 +52,9 @@ def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inpu
 
     Args:
         inputs: `attention_mask` (N, T) and `input_ids` (N, T) or `inputs_embeds` (N, T, E).
-        longest: tokens that stay.
-        separator: the token id behind each text of a pair; None: there are no pairs.
+        longest: tokens that stay, 5 or more for pairs.
+        separator: the token id behind each text of a pair; None: there are no pairs. A single text that holds it once
+            before its end is taken for a pair, and a pair that holds it once more for a single text.
     """
     mask_NT = inputs["attention_mask"]
     if mask_NT.shape[1] <= longest:
@@ -140,11 +141,13 @@ class BlockOutput(NamedTuple):
         boundary: for the next block: `hidden` (N, T, D) and what the objective sends; not cut.
         losses: the local losses by name, scalars, attached; empty inside a unit and where nothing is learned.
         logits: (N, C) of this block's exit, in the units of the labels; None where it was not asked for.
+        attentions: weights (N, heads, T, T), one a layer; empty where they were not asked for.
     """
 
     boundary: Boundary
     losses: Losses
     logits: Tensor | None
+    attentions: tuple[Tensor, ...] = ()
 
     @property
     def loss(self) -> Tensor:
@@ -186,7 +189,7 @@ class ALBlock(nn.Module):
         inputs: Inputs,
         learning: bool = False,
         exits: Collection[int] = (),
-        attentions: list[Tensor] | None = None,
+        output_attentions: bool = False,
     ) -> BlockOutput:
         """One block on one batch.
 
@@ -197,10 +200,10 @@ class ALBlock(nn.Module):
             learning: whether the objective is asked for a loss. A block inside a unit has none; it hands its decoder
                 on, so that the last block of the unit can train it.
             exits: blocks whose logits are wanted. The decoders that they need travel in the boundary.
-            attentions: a list for the encoder to put its attention weights into.
+            output_attentions: return the encoder's attention weights.
         """
-        extra = {} if attentions is None else {"attentions": attentions}
-        encoded = self.encode(boundary, inputs, **extra)
+        encoded = self.encode(boundary, inputs, **({"output_attentions": True} if output_attentions else {}))
+        attentions = encoded.pop("attentions", ())
         losses: Losses = {}
         sent: Boundary = self.decoders(boundary) if exits or (learning and not self.ends_unit) else {}
         if learning and self.ends_unit:
@@ -211,7 +214,7 @@ class ALBlock(nn.Module):
         if self.index in exits:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not learning):  # the loss has its own read-out
                 logits_NC = self.exit(encoded["hidden"], sent, inputs)
-        return BlockOutput({**encoded, **sent}, losses, logits_NC)
+        return BlockOutput({**encoded, **sent}, losses, logits_NC, attentions)
 
     def pool(self, hidden_NTD: Tensor, inputs: Inputs) -> Tensor:
         """One vector (N, D) a text from its hidden states (N, T, D), as the config says."""
@@ -240,14 +243,14 @@ def walk(
     exits: Collection[int] = (),
     around: Callable[[ALBlock], AbstractContextManager] = lambda block: nullcontext(),
     leave: Callable[[Boundary, nn.Module], Boundary] | None = None,
-    attentions: list[Tensor] | None = None,
+    output_attentions: bool = False,
 ) -> Iterator[tuple[ALBlock, BlockOutput]]:
     """THE walk over the blocks: one batch, from block to block.
 
     Args:
         blocks: in order; all of a model, or those of a stage.
         boundary: what enters the first of them, already cut.
-        inputs, learning, exits, attentions: as in [`ALBlock.forward`].
+        inputs, learning, exits, output_attentions: as in [`ALBlock.forward`].
         around: block -> the context that it runs in (its random numbers, mixed precision).
         leave: (boundary, block) -> the boundary as it leaves a unit, while learning; `cut` where it is None.
 
@@ -257,8 +260,24 @@ def walk(
     """
     for block in blocks:
         with around(block):
-            out = block(boundary, inputs, learning=learning, exits=exits, attentions=attentions)
+            out = block(boundary, inputs, learning=learning, exits=exits, output_attentions=output_attentions)
         if learning and block.ends_unit:
             out = out._replace(boundary=(leave or cut)(out.boundary, block))
         boundary = out.boundary
         yield block, out
+
+
+def refuse_gradients(outputs: Iterable[Tensor], objective: str) -> None:
+    """A loss made of the outputs of a training step would train the blocks end to end: refused when it tries."""
+
+    def refuse(_: Tensor) -> None:
+        raise ValueError(
+            f"Expected labels in training mode with objective={objective!r}, got none and a loss made of the outputs: "
+            "its gradients would cross all blocks. Pass labels to the model: instead of Trainer's "
+            "label_smoothing_factor set label_smoothing in the model's config, instead of compute_loss_func an "
+            "objective of your own."
+        )
+
+    for output in outputs:
+        if output.requires_grad:
+            output.register_hook(refuse)

@@ -128,6 +128,7 @@ class ALConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.label_deviation = kwargs.pop("label_std", self.label_deviation)  # its name before 0.1
         super().__post_init__(**kwargs)
         if self.problem_type is None and self.num_labels == 1:
             self.problem_type = "regression"  # said here, because `pipeline` takes None for a sigmoid

@@ -58,7 +58,7 @@ class Encoder(nn.Module):
     """
 
     normalize_pooled: ClassVar[bool] = False  # whether the bridge starts with a layer norm: for pre-norm encoders
-    has_attention: ClassVar[bool] = False  # whether `forward` takes `attentions`, a list that it adds weights to
+    has_attention: ClassVar[bool] = False  # whether `forward` takes `output_attentions`
     embeddings: Embeddings | None
     output_size: int
 
@@ -71,8 +71,13 @@ class Encoder(nn.Module):
 
     def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
         """The boundary of the block before -> `{"hidden": s_k (N, T, D)}`, with further tensors where the next block
-        wants them. Padding may not change what leaves at the positions of the text."""
+        wants them. Padding may not change what leaves at the positions of the text. With `output_attentions` also
+        `attentions`, a tuple of weights (N, heads, T, T), which stays in the block."""
         raise NotImplementedError
+
+    def in_words(self) -> str:
+        """What it is, for people."""
+        return type(self).__name__
 
 
 class LstmEncoder(Encoder):
@@ -121,6 +126,11 @@ class LstmEncoder(Encoder):
         if self.carry_state:
             out["h"], out["c"] = (torch.cat(parts) for parts in zip(*finals, strict=True))
         return {n: t.contiguous() for n, t in out.items()}  # dropout follows memory, and a wire keeps no strides
+
+    def in_words(self) -> str:
+        plural = "s" if len(self.layers) > 1 else ""
+        size = self.output_size // 2
+        return f"{len(self.layers)} bidirectional LSTM layer{plural} of 2 x {size}" if self.layers else ""
 
     def _states(self, boundary: Boundary) -> list[tuple[Tensor, Tensor] | None]:
         """The initial (h, c) of each layer, each (2, N, D / 2)."""
@@ -200,9 +210,10 @@ class TransformerLayer(GradientCheckpointingLayer):
 
 def _checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Whether the layer is checkpointed in the way that gives its weights no gradient unless its input has one."""
-    checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
-    on = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
-    return bool(on and getattr(checkpoint, "keywords", {}).get("use_reentrant"))
+    if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
+        return False
+    checkpoint: Any = layer._gradient_checkpointing_func
+    return getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False  # torch's default is to do so
 
 
 class TransformerEncoder(Encoder):
@@ -220,7 +231,7 @@ class TransformerEncoder(Encoder):
         self.layers = nn.ModuleList(TransformerLayer(config, first + i) for i in range(layers))
         is_first = index == (1 if config.embedding_block else 0)
         self.dropout = nn.Dropout(config.embedding_dropout_prob if is_first else 0.0)
-        self.output_size = config.hidden_size
+        self.output_size, self.heads = config.hidden_size, config.num_attention_heads
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
@@ -241,17 +252,26 @@ class TransformerEncoder(Encoder):
             inputs["cos"], inputs["sin"] = angles_NTd.cos(), angles_NTd.sin()
         return inputs
 
-    def forward(self, boundary: Boundary, inputs: Inputs, attentions: list[Tensor] | None = None) -> Boundary:
+    def in_words(self) -> str:
+        plural = "s" if len(self.layers) > 1 else ""
+        layers = f"{len(self.layers)} transformer layer{plural} of {self.output_size}, {self.heads} heads"
+        return layers if self.layers else ""
+
+    def forward(self, boundary: Boundary, inputs: Inputs, output_attentions: bool = False) -> Boundary:
         x_NTD = boundary["hidden"] if self.embeddings is None else self.embeddings(inputs)
         if self.layers:
             x_NTD = self.dropout(x_NTD)
+        attentions: list[Tensor] = []
         for layer in self.layers:
             if _checkpoints_reentrantly(layer) and not x_NTD.requires_grad:
                 x_NTD = x_NTD.detach().requires_grad_()
             x_NTD, weights_NHTT = layer(x_NTD, inputs)
-            if attentions is not None and weights_NHTT is not None:
+            if weights_NHTT is not None:
                 attentions.append(weights_NHTT)
-        return {"hidden": x_NTD}
+        out: dict[str, Any] = {"hidden": x_NTD}
+        if output_attentions:
+            out["attentions"] = tuple(attentions)
+        return out
 
 
 ENCODERS: dict[str, type[Encoder]] = {"al_lstm": LstmEncoder, "al_transformer": TransformerEncoder}

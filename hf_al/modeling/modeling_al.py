@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import ALBlock, layout, truncate, walk
+from .blocks import ALBlock, layout, refuse_gradients, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .encoders import ENCODERS, Inputs
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
@@ -97,10 +97,9 @@ class ALPreTrainedModel(PreTrainedModel):
     def _wants(self, what: str, said: bool | None) -> bool:
         return bool(getattr(self.config, what, False) if said is None else said)
 
-    def _attention_list(self, output_attentions: bool | None) -> list[Tensor] | None:
-        """Where the layers shall put their attention weights; None where nobody asked."""
-        if not self._wants("output_attentions", output_attentions):
-            return None
+    def _wants_attentions(self, said: bool | None) -> bool:
+        if not self._wants("output_attentions", said):
+            return False
         if not ENCODERS[self.config.model_type].has_attention:
             raise ValueError(
                 f"Expected output_attentions=False, got True: the blocks of {self.config.model_type} have no attention."
@@ -110,7 +109,7 @@ class ALPreTrainedModel(PreTrainedModel):
                 f"{self.config._attn_implementation} attention returns no weights: `attentions` stays empty. For "
                 "output_attentions=True call model.set_attn_implementation('eager') first."
             )
-        return []
+        return True
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -235,15 +234,17 @@ class ALModel(ALPreTrainedModel):
         """`last_hidden_state` (N, T, D) of the last block; with `output_hidden_states` and `output_attentions`
         (default: as in the config) also those of [`ALSequenceClassifierOutput`]. The other arguments are those of
         `prepare_inputs`. Nothing is cut here: gradients cross the blocks, for a head of your own."""
-        attentions = self._attention_list(output_attentions)
+        wants_attentions = self._wants_attentions(output_attentions)
         inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds)
-        hidden_states = []
-        for _, out in walk(self.blocks, {}, inputs, attentions=attentions):
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
+        for _, out in walk(self.blocks, {}, inputs, output_attentions=wants_attentions):
             hidden_states.append(out.boundary["hidden"])
+            attentions += out.attentions
         return BaseModelOutput(
             last_hidden_state=hidden_states[-1],
             hidden_states=tuple(hidden_states) if self._wants("output_hidden_states", output_hidden_states) else None,
-            attentions=None if attentions is None else tuple(attentions),
+            attentions=tuple(attentions) if wants_attentions else None,
         )
 
 
@@ -293,47 +294,36 @@ class ALForSequenceClassification(ALPreTrainedModel):
             config.problem_type = kind  # type: ignore[assignment]
         learning = self.training and labels is not None
         last = self._last_block(exit_block, learning)
-        attentions = self._attention_list(output_attentions)
+        wants_attentions = self._wants_attentions(output_attentions)
         inputs = self.model.prepare_inputs(input_ids, attention_mask, inputs_embeds, labels)
         boundary = self.model.initial_boundary(labels if learning else None)
         exits = [k for k in range(last + 1) if k == last or (output_exit_logits and k in config.exits())]
         losses, hidden_states, exit_logits = [], [], []
+        attentions: list[Tensor] = []
         blocks = self.model.blocks[: last + 1]
-        for _, out in walk(blocks, boundary, inputs, learning, exits, attentions=attentions):
+        for _, out in walk(blocks, boundary, inputs, learning, exits, output_attentions=wants_attentions):
             hidden_states.append(out.boundary["hidden"])
+            attentions += out.attentions
             if out.losses:
                 losses.append(out.loss)
             if out.logits is not None:
                 exit_logits.append(out.logits)
         end_to_end = OBJECTIVES[config.objective].end_to_end
         if self.training and not learning and not end_to_end:
-            self._refuse_gradients(exit_logits)
+            refuse_gradients([*exit_logits, *hidden_states], config.objective)
         loss = None
         if labels is not None:
-            loss = torch.stack(losses).sum() if learning else self._plain_loss(exit_logits[-1], labels)
+            here = exit_logits[-1].device  # blocks may be on several
+            total = torch.stack([loss.to(here) for loss in losses]).sum() if learning else None
+            loss = self._plain_loss(exit_logits[-1], labels.to(here)) if total is None else total
         return ALSequenceClassifierOutput(
             loss=loss,
             logits=exit_logits[-1],
             local_losses=tuple(losses) if learning and not end_to_end else None,
             exit_logits=tuple(exit_logits) if output_exit_logits else None,
             hidden_states=tuple(hidden_states) if self._wants("output_hidden_states", output_hidden_states) else None,
-            attentions=None if attentions is None else tuple(attentions),
+            attentions=tuple(attentions) if wants_attentions else None,
         )
-
-    def _refuse_gradients(self, logits: list[Tensor]) -> None:
-        """A loss made of the logits of a training step would train the blocks end to end: refused when it tries."""
-
-        def refuse(_: Tensor) -> None:
-            raise ValueError(
-                f"Expected labels in training mode with objective={self.config.objective!r}, got none and a loss made "
-                "of the logits: its gradients would cross all blocks. Pass labels to the model: instead of Trainer's "
-                "label_smoothing_factor set label_smoothing in the model's config, instead of compute_loss_func an "
-                "objective of your own."
-            )
-
-        for logits_NC in logits:
-            if logits_NC.requires_grad:
-                logits_NC.register_hook(refuse)
 
     def _plain_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         if self.config.resolved_problem_type == "regression":

@@ -28,13 +28,18 @@ def cut(boundary: Boundary, owner: nn.Module | None = None) -> Boundary:
     it leaves (a decoder that travels forward, a view of a weight), is copied: an update changes it in place, and the
     next block must see it as it was before this batch's update.
     """
-    kept: set[int] = set()
+    kept: set[int | None] = set()
     if owner is not None and not torch.compiler.is_compiling():  # inside one graph nothing is updated
-        kept = {t.untyped_storage().data_ptr() for t in (*owner.parameters(), *owner.buffers())}
-    return {
-        n: t.detach().clone() if kept and t.untyped_storage().data_ptr() in kept else t.detach()
-        for n, t in boundary.items()
-    }
+        kept = {_memory(t) for t in (*owner.parameters(), *owner.buffers())} - {None}
+    return {n: t.detach().clone() if kept and _memory(t) in kept else t.detach() for n, t in boundary.items()}
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None for those that have none of their own (`torch.func`, sparse ones)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -73,7 +73,7 @@ def _block(model: ALForSequenceClassification, k: int, validation: dict[str, Any
     parts = {part: sum(p.numel() for n, p in tensors.items() if n.startswith(f"{part}.")) for part in PARTS}
     return {
         "block": k,
-        "encode": encoder_in_words(config, k),
+        "encode": encoder_in_words(model, k),
         "hidden": ["N", "T", block.encode.output_size],
         "target_code": ["N", config.target_size],
         "parameters": {"inference": sum(parts.values()) - training_only, "training_only": training_only, **parts},
@@ -83,21 +83,13 @@ def _block(model: ALForSequenceClassification, k: int, validation: dict[str, Any
     }
 
 
-def encoder_in_words(config: ALConfig, k: int) -> str:
+def encoder_in_words(model: ALForSequenceClassification, k: int) -> str:
     """What `encode` of block k does, in a line."""
-    size = config.embedding_size or config.hidden_size
-    words = []
+    words = [model.model.blocks[k].encode.in_words()]
     if k == 0:
-        words.append(f"{config.vocab_size:,} embedding rows of {size}")
-    if k > 0 or not config.embedding_block:
-        layers = config.layers_per_block
-        plural = "s" if layers > 1 else ""
-        if config.model_type == "al_lstm":
-            words.append(f"{layers} bidirectional LSTM layer{plural} of 2 x {config.hidden_size // 2}")
-        else:
-            heads = config.num_attention_heads
-            words.append(f"{layers} transformer layer{plural} of {config.hidden_size}, {heads} heads")
-    return ", ".join(words)
+        rows: Any = model.get_input_embeddings().weight
+        words.insert(0, f"{rows.shape[0]:,} embedding rows of {rows.shape[1]}")
+    return ", ".join(filter(None, words))
 
 
 def as_text(found: dict[str, Any]) -> str:

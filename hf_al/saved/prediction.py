@@ -6,6 +6,7 @@ Legend: N batch, C classes.
 import gzip
 import json
 import logging
+import os
 import sys
 import zlib
 from argparse import Namespace
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..atomic import replacing
-from ..loading import load_model
+from ..loading import device_of, load_model
 from ..modeling.modeling_al import ALForSequenceClassification
 from .rows import Texts, Unusable, read_rows
 
@@ -121,8 +122,8 @@ def _exit_logits(
     input_ids_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
     mask_NT = torch.arange(input_ids_NT.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
     return model(
-        input_ids=input_ids_NT.to(model.device),
-        attention_mask=mask_NT.to(model.device),
+        input_ids=input_ids_NT.to(device_of(model)),
+        attention_mask=mask_NT.to(device_of(model)),
         exit_block=exit_block,
         output_exit_logits=True,
     ).exit_logits
@@ -203,8 +204,9 @@ def _check_files(source: str | None, destination: str | None) -> None:
         raise ValueError(f"Expected rows in {source}, got an empty file.")
     if destination is not None and Path(destination).is_dir():
         raise ValueError(f"Expected a file as --output, got the folder {destination}.")
-    if destination is not None and not Path(destination).parent.is_dir():
-        raise ValueError(f"Expected a folder for --output, found none at {Path(destination).parent}. Make it first.")
+    if destination is not None and not Path(os.path.realpath(destination)).parent.is_dir():
+        folder = Path(os.path.realpath(destination)).parent
+        raise ValueError(f"Expected a folder for --output, found none at {folder}. Make it first.")
 
 
 @contextmanager
@@ -232,6 +234,6 @@ def _destination(path: str | None) -> Iterator[TextIO]:
         try:
             yield file
         except BaseException as error:
-            if file.name != path:
+            if Path(file.name) != Path(path):
                 error.add_note(f"The answers so far are in {file.name}.")
             raise

@@ -12,6 +12,7 @@ old state or the new one. One without a manifest that finds all its files is no 
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 MANIFEST, HISTORY = "manifest.json", "history.json"
 WEIGHT, OPTIMIZER = "weight/", "optimizer/"
+NAME = re.compile(r"checkpoint-\d{8,}(\.old)?")
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -160,7 +162,8 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 def _by_step(output_dir: Path) -> list[Path]:
     """All that is named as a checkpoint, oldest first; before that of the same step what it was to replace."""
-    return sorted((output_dir / "checkpoints").glob("checkpoint-*"), key=lambda p: (p.stem, p.suffix != ".old"))
+    found = [p for p in (output_dir / "checkpoints").glob("checkpoint-*") if NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: (p.stem, p.suffix != ".old"))
 
 
 def candidates(name: str, output_dir: Path) -> list[Path]:
@@ -200,7 +203,10 @@ def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path
             return path
         logger.warning("Skipping a damaged checkpoint: %s.", found)
     if found is not None:
-        raise ValueError(f"Expected an intact checkpoint, got damaged ones only: {found}. Start in another output_dir.")
+        raise ValueError(
+            f"Expected an intact checkpoint, got damaged ones only: {found}. Pass the folder of another "
+            "one, or start in another output_dir."
+        )
     return None
 
 
@@ -269,20 +275,27 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
-    """Copies the best checkpoint of the run that `resumed` belongs to, where it is resumed into another folder.
+    """Makes sure that the best checkpoint of the run that `resumed` belongs to is intact, while it can still be chosen
+    otherwise, and copies it where the run goes on in another folder.
 
     Raises:
         ValueError: that run no longer has it.
     """
-    if best_step is None or read_manifest(checkpoint_path(output_dir, best_step)) is not None:
+    if best_step is None:
         return
     target = checkpoint_path(output_dir, best_step)
-    best = resumed.parent / target.name
-    if read_manifest(best) is None:
+    best = target if read_manifest(target) is not None else resumed.parent / target.name
+    try:
+        manifest = open_checkpoint(best)
+        for name in manifest["files"] if best != resumed else ():
+            _verified(best, name, manifest)
+    except Damaged as damage:
         raise ValueError(
-            f"Expected the best checkpoint of the run, {best.name}, beside {resumed}, found none that is complete. "
-            "Resume from a checkpoint that has it beside it, or start anew."
-        )
+            f"Expected the best checkpoint of the run, {best.name}, beside {resumed}, found none that is intact "
+            f"({damage.reason}). Resume from a checkpoint that has it beside it, or start anew."
+        ) from None
+    if best == target:
+        return
     with removed_if_broken(target.with_name(f"tmp-{target.name}")) as aside:
         shutil.copytree(best, aside, dirs_exist_ok=True)
         for file in [*aside.iterdir(), aside]:

@@ -36,7 +36,7 @@ PER_BLOCK = (
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
-    "config.json", "checkpoints", "export.tmp", "report.json", "report.md", "plots", "training_config.yaml", "logs",
+    "config.json", "checkpoints", "export.*.tmp", "report.json", "report.md", "plots", "training_config.yaml", "logs",
     "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py",
     "encoders.py", "lstm.py", "objectives.py",
 )  # fmt: skip

@@ -146,7 +146,7 @@ class Stage:
         for message, rows in zip(messages, tqdm(batches, desc="Evaluating", disable=not show_progress), strict=True):
             inputs = self._inputs(data, rows)
             boundary = self.transport.receive(message, dict)
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
                 for block, out in walk(self.blocks.values(), boundary, inputs, exits=self.model.config.exits()):
                     if block.index == max(self.blocks):
                         self.transport.send(message, out.boundary)
