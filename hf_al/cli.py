@@ -17,7 +17,7 @@ from typing import NoReturn
 import shtab
 
 from .messages import last_line, nearest, table
-from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
+from .parallel.launch import is_for_others_to_start, is_launched, launch, said_once, speaks
 from .parsing import FlagParser, add_training_flags, reader, resolve
 
 MODEL = "folder of a trained model, or a Hub id"
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        if not speaks():
+        if is_launched():  # the process that launched it says so
             sys.exit(130)
         _stop(f"{program}: interrupted.", stop, 130)
     except Exception as error:

@@ -6,14 +6,16 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's elastic launcher
 LOCAL_RANK = "LOCAL_RANK"  # set by whatever starts several processes; 0 is the first one of a machine
+WORD = 3.0  # seconds in which the process that speaks says what went wrong
 ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`, also where it starts one process only
 
 
@@ -33,6 +35,12 @@ def speaks() -> bool:
     return os.environ.get(LOCAL_RANK, "0") == "0"
 
 
+def leave_the_word(status: int = 2) -> NoReturn:
+    """Ends a process whose mistake another one says; not at once, because the first end makes a launcher end all."""
+    time.sleep(WORD)
+    raise SystemExit(status)
+
+
 def said_once(work: Callable[[], Any]) -> Any:
     """`work()`, whose mistakes are those of every process: before they know of each other, one of a machine speaks.
 
@@ -45,7 +53,7 @@ def said_once(work: Callable[[], Any]) -> Any:
     except ValueError:
         if speaks():
             raise
-        raise SystemExit(2) from None
+        leave_the_word()
 
 
 @contextmanager
@@ -88,7 +96,10 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         raise ValueError(
             f"Expected a GPU for each of {stages} stages, found {gpus}. Pass --stages {gpus}, or --use_cpu."
         )
-    environment = {"torchelastic_signals_to_handle": ",".join(number.name for number in HANDLED)}
+    environment = {
+        "torchelastic_signals_to_handle": ",".join(number.name for number in HANDLED),
+        "torch_cpp_log_level": "ERROR",  # a process that is gone is said in one line, not in stacks of calls
+    }
     if not gpus:
         environment["accelerate_use_cpu"] = "1"
     with (
@@ -100,8 +111,9 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         warnings.simplefilter("ignore")  # that its usual port is taken: it finds another
         config = Path(folder) / "arguments.yaml"
         config.write_text(arguments, encoding="utf-8")
-        flags = ["--multi_gpu", f"--num_processes={stages}", "--num_machines=1", "--mixed_precision=no"]
-        program = ["--dynamo_backend=no", "--module", "hf_al.cli", "train", "--config", str(config)]
+        flags = ["--multi_gpu", f"--num_processes={stages}", "--num_machines=1", "--mixed_precision=no",
+                 f"--log_dir={folder}"]  # fmt: skip
+        program = ["--dynamo_backend=no", "--module", "hf_al_program", "train", "--config", str(config)]
         try:
             launch_command(launch_command_parser().parse_args([*flags, *program]))
         except ChildFailedError as error:

@@ -25,6 +25,9 @@ class Placement:
     def blocks(self, stage: int) -> list[int]:
         return [k for unit in self.stages[stage] for k in unit]
 
+    def blocks_by_stage(self) -> list[list[int]]:
+        return [self.blocks(stage) for stage in range(len(self.stages))]
+
     def table(self, blocks: Sequence[nn.Module], devices: Sequence[str] | None = None) -> str:
         """The placement as text: stage, rank, blocks, their parameters and share of all; the device where given."""
         stages = range(len(self.stages))
@@ -35,7 +38,7 @@ class Placement:
                     "stage": s,
                     "rank": len(self.stages) - 1 - s,
                     **({"device": devices[s]} if devices else {}),
-                    "blocks": f"{self.blocks(s)[0]}-{self.blocks(s)[-1]}",
+                    "blocks": "-".join(dict.fromkeys(str(self.blocks(s)[i]) for i in (0, -1))),
                     "parameters": f"{counts[s]:,}",
                     "share": f"{counts[s] / sum(counts):.1%}",
                 }

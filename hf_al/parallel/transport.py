@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..modeling.objectives import Boundary
+from .launch import leave_the_word
 from .schema import ALIGNMENT, Message, Schema
 
 AHEAD = 2  # receives that are posted before they are waited for, and sends in flight
@@ -111,10 +112,11 @@ class Neighbours(Alone):
         self.inbox, self.outbox = _Ring(AHEAD + 1, device), _Ring(AHEAD, device)
         self.in_flight: deque[dist.Work] = deque()
         self.signal = 0
+        self.store_is_gone = False
         self.next_question = 0.0
         self.at = "the start"
         self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each there were
-        self.count = dict.fromkeys(("sent_later_bytes", "sent_earlier_bytes", "received_bytes", "told_bytes"), 0)
+        self.count = dict.fromkeys(("sent_later_bytes", "received_bytes", "told_bytes"), 0)
         self.waited = {"receive": 0.0, "send": 0.0}
 
     # --- boundaries
@@ -174,8 +176,7 @@ class Neighbours(Alone):
         buffer = self.outbox.next(schema.size(message.rows, message.tokens))
         buffer[:ALIGNMENT].view(torch.int64).copy_(torch.tensor(message.header(self.signal)))
         schema.write(boundary, buffer, message.rows, message.tokens)
-        rank = self._rank(self.number + 1)
-        self.count["sent_later_bytes" if rank < dist.get_rank() else "sent_earlier_bytes"] += len(buffer)
+        self.count["sent_later_bytes"] += len(buffer)
         self.in_flight.append(self._start(dist.isend, buffer, self.number + 1))
 
     def stopping(self, signal: int) -> int:
@@ -206,7 +207,7 @@ class Neighbours(Alone):
         self.store.set(f"{name}/{self.number}", json.dumps(error is not None))
         failures = [s for s in range(self.stages) if json.loads(self._get(f"{name}/{s}", s))]
         if failures and failures[-1] != self.number:
-            raise SystemExit(2)  # the main process says why, or the last one that knows
+            leave_the_word()  # to the main process, or the last one that knows
         if error is not None:
             raise error
         return result
@@ -298,9 +299,13 @@ class Neighbours(Alone):
         self.waited[what] += time.perf_counter() - start
 
     def _end_with_failed(self) -> None:
-        with suppress(RuntimeError):
+        if self.store_is_gone:
+            return
+        try:
             if self.store.check(["failure"]):
-                raise SystemExit(int(self.store.get("failure")))
+                leave_the_word(int(self.store.get("failure")))
+        except RuntimeError:  # asked again, it would print a stack of calls each time
+            self.store_is_gone = True
 
     def _lost(self, peer: int, error: Exception | str) -> ConnectionError:
         """A silent end where another process has said, or says soon, what went wrong; else what is known here."""
@@ -308,7 +313,10 @@ class Neighbours(Alone):
         while time.monotonic() < end:
             self._end_with_failed()
             time.sleep(0.1)
-        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0]
+        with suppress(RuntimeError):
+            if not self.store_is_gone and self.store.add("lost", 1) > 1:
+                leave_the_word()  # somebody lost a peer before, and this one is the next in the row
+        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0].rstrip(".?")
         return ConnectionError(
             f"Stage {self.number} lost stage {peer} at {self.at}: {reason}. "
             "--resume_from_checkpoint last continues from the last checkpoint."

@@ -344,7 +344,7 @@ def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None 
 
 def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
     """Each key whose values differ, as a sentence, the architecture before all."""
-    keys = sorted(expected.keys() | got.keys(), key=lambda key: (key != "model_type", key))
+    keys = sorted(dict.fromkeys([*expected, *got]), key=lambda key: key != "model_type")
     return [
         f"{key} was {expected.get(key)!r} and is now {got.get(key)!r}"
         for key in keys

@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
+from ..data import sources
 from ..data.batching import Collator, token_lengths
 from ..metrics import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
@@ -41,6 +42,11 @@ from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
+# Arguments in which processes may differ: where a machine has its files, and what it shows
+OF_A_MACHINE = {
+    "train_file", "validation_file", "test_file", "word_vectors", "tokenizer_name", "preprocessing_num_workers",
+    "disable_tqdm", "report_to", "plots",
+}  # fmt: skip
 WIRES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -81,6 +87,8 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         logging.getLogger("hf_al").setLevel(logging.ERROR)  # the main process speaks for all
     output_dir = Path(args.output_dir)
     try:
+        values = {**args.to_dict(), **args.model}
+        _check_same("arguments", {n: v for n, v in values.items() if n not in {"model", *OF_A_MACHINE}}, transport)
         transport.together(partial(check_arguments, args, look=transport.is_last))
         set_threads(args)
         set_seed(args.seed)
@@ -92,7 +100,10 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         plan = transport.together(
             partial(make_plan, args, output_dir, model.config, tokenizer, data, placement, device)
         )
-        _check_same(plan, transport)
+        _check_same("data", {name: sources.fingerprint(split) for name, split in data.items()}, transport)
+        facts = {"protocol": PROTOCOL, "world": args.stages, "total_steps": plan.total_steps}
+        _check_same("run", {**facts, **plan.identity["run"], "placement": placement.blocks_by_stage()}, transport)
+        _check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
         run.resume()
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_last else None)
@@ -106,21 +117,18 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     return TrainResult(model, tokenizer, report)
 
 
-def _check_same(plan: Plan, transport: Alone) -> None:
+def _check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
     """Every process must have been started with the same arguments and found the same data."""
-    facts = {"protocol": {"version": PROTOCOL}, **plan.identity}
-    facts["run"] = {**facts["run"], "total_steps": plan.total_steps, "world": plan.args.stages}
     everywhere = transport.gather(facts)
 
     def compare() -> None:
         for stage, other in enumerate(everywhere):
-            for what in facts:
-                differences = checkpoint.differences(everywhere[-1][what], other[what])
-                if differences:
-                    raise ValueError(
-                        f"Expected the same {what} in all processes, got another at stage {stage}: {differences[0]}. "
-                        "Start all of them with the same arguments and data."
-                    )
+            differences = checkpoint.differences(everywhere[-1], other)
+            if differences:
+                raise ValueError(
+                    f"Expected the same {what} in all processes, got another at stage {stage}: {differences[0]}. "
+                    "Start all of them with the same arguments and data."
+                )
 
     transport.together(compare)
 
@@ -206,7 +214,8 @@ class Run:
     def fit(self) -> None:
         """The optimizer steps that are left, with evaluation, checkpoints and logs at their steps."""
         plan, progress = self.plan, self.progress
-        devices = self.transport.gather(str(self.stage.device))
+        device = self.stage.device
+        devices = self.transport.gather(device.type if device.type == "cpu" else str(device))
         logger.info(
             "Training %d units on %d rows: %d steps, %d per epoch.\n%s",
             len(self.model.config.units), len(plan.data["train"]), plan.total_steps, len(plan.order),

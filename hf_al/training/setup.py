@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +15,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
 from ..data import sources, tokenization
 from ..data.labels import label_names, problem_type_of
+from ..messages import last_line
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES
@@ -53,7 +57,7 @@ def check_model(args: TrainingArguments) -> None:
     """Refuses unknown config values, and those out of range, before any data is read."""
     check_model_keys(args)
     values = {name: value for name, value in args.model.items() if name not in NEED_LABELS}
-    config = MODEL_CLASSES[args.model_type][0](**values)
+    config = _make_config(args.model_type, values)
     for name in PER_BLOCK:
         value = getattr(args, name)
         if isinstance(value, list) and len(value) != config.num_blocks:
@@ -62,6 +66,14 @@ def check_model(args: TrainingArguments) -> None:
             )
     make_schedule(args, total_steps=100)
     make_optimizer(args, [{"params": [torch.zeros(1)], "lr": 1.0}])
+
+
+def _make_config(model_type: str, values: dict[str, Any]) -> ALConfig:
+    try:
+        config: ALConfig = MODEL_CLASSES[model_type][0](**values)
+    except StrictDataclassError as error:  # neither a ValueError nor one line
+        raise ValueError(last_line(error)) from None
+    return config
 
 
 def check_output_dir(args: TrainingArguments) -> Path:
@@ -127,6 +139,11 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"Could not start accelerate: {error}") from error
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"Expected {args.stages} processes to meet within {args.ddp_timeout} seconds, not all came: "
+            f"{str(error).splitlines()[0]}. Look at what the others said, and start all of them again."
+        ) from None
     _check_world(args, accelerator.num_processes)
     if accelerator.device.type not in ("cpu", "cuda"):
         raise ValueError(
@@ -146,7 +163,7 @@ def _check_world(args: TrainingArguments, processes: int) -> None:
         )
     raise ValueError(
         f"Expected {args.stages} processes, one per stage, got {processes}. On one machine: hf-al train --stages "
-        f"{args.stages} ..., or {launch_command(args)}"
+        f"{args.stages} ...; or: {launch_command(args)}"
     )
 
 
@@ -155,7 +172,7 @@ def launch_command(args: TrainingArguments) -> str:
     on_cpu = "ACCELERATE_USE_CPU=1 " if args.use_cpu or not torch.cuda.is_available() else ""
     return (
         f"{on_cpu}accelerate launch --multi_gpu --num_processes {args.stages} --num_machines 1 --mixed_precision no "
-        f"--dynamo_backend no recipes/train.py --stages {args.stages} ..."
+        f"--dynamo_backend no {shlex.join(sys.argv)}"
     )
 
 
@@ -222,10 +239,9 @@ def build_model(
             raise ValueError(
                 f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
             )
-    config_class, _, model_class = MODEL_CLASSES[args.model_type]
-    config = config_class(**values)
+    config = _make_config(args.model_type, values)
     torch.manual_seed(args.seed)
-    model = model_class(config)
+    model: Any = MODEL_CLASSES[args.model_type][2](config)
     if rows is not None:
         with torch.no_grad():
             model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))

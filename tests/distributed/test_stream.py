@@ -92,7 +92,8 @@ def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone
     counts = run_world(stages, jobs.train, run_flags(case, stages, tmp_path / "run"))
     assert sha256(tmp_path / "run") == expected
     assert len(expected) >= 7
-    assert [c["sent_earlier_bytes"] for c in counts] == [0] * stages
+    ranks = [stages - 1 - stage for stage in range(stages)]
+    assert [c["sent_to"] for c in counts] == [{rank - 1} if rank else set() for rank in ranks], "forward only"
     assert all(c["received_bytes"] > 1e5 for c in counts[1:])
 
 
@@ -212,19 +213,37 @@ def test_the_wrong_batch_is_noticed(run_flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "message"),
     [
-        (["--seed=43"], "Expected the same run in all processes, got another at stage 0: seed was 42 and is now 43."),
-        (["--wire_dtype=bf16"], "got another at stage 0: wire_dtype was 'float32' and is now 'bf16'."),
-        (["--max_train_samples=300"], "Expected the same data in all processes, got another at stage 0: train was"),
-        (["--target_size=13"], "Expected the same model in all processes, got another at stage 0: target_size was 12"),
-        (["--max_steps=61"], "got another at stage 0: total_steps was 60 and is now 61."),
+        ("--seed=43", "seed was 42 and is now 43"),
+        ("--wire_dtype=bf16", "wire_dtype was 'float32' and is now 'bf16'"),
+        ("--max_train_samples=300", "max_train_samples was 397 and is now 300"),
+        ("--target_size=13", "target_size was 12 and is now 13"),
+        ("--learning_rate=0.5", "learning_rate was 0.005 and is now 0.5"),
+        ("--eval_steps=11", "eval_steps was 22 and is now 11"),
+        ("--save_steps=14", "save_steps was 13 and is now 14"),
+        ("--logging_steps=7", "logging_steps was 5 and is now 7"),
+        ("--placement=0,1-3", "placement was 'equal' and is now '0,1-3'"),
+        ("--resume_from_checkpoint=last", "resume_from_checkpoint was None and is now 'last'"),
+        ("--output_dir=elsewhere", "and is now 'elsewhere'"),
     ],
 )
-def test_a_process_that_was_started_otherwise_is_refused_by_name(flags, message, run_flags, tmp_path):
+def test_a_process_that_was_started_otherwise_is_refused_by_name(flag, message, run_flags, tmp_path):
     given = run_flags("lstm_al_ce", 2, tmp_path / "run")
-    said = run_world(2, jobs.other_flags_at_the_first_stage, flags, given, check=False)
+    said = run_world(2, jobs.other_flags_at_the_first_stage, [flag], given, check=False)
+    assert "Expected the same arguments in all processes, got another at stage 0: " in said[1]
     assert message in said[1]
+    assert said[0].splitlines()[-1] == "SystemExit: 2"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_process_with_another_file_is_refused_by_the_split(split, run_flags, few_tweets, tmp_path):
+    other = tmp_path / "other.jsonl"
+    few_tweets[split].map(lambda row: {"text": row["text"] + "!"}).to_json(other)
+    given = run_flags("lstm_al_ce", 2, tmp_path / "run")
+    said = run_world(2, jobs.other_flags_at_the_first_stage, [f"--{split}_file={other}"], given, check=False)
+    assert f"Expected the same data in all processes, got another at stage 0: {split} was" in said[1]
     assert said[0].splitlines()[-1] == "SystemExit: 2"
     assert not (tmp_path / "run").exists()
 
@@ -234,6 +253,8 @@ def test_a_process_that_was_started_otherwise_is_refused_by_name(flags, message,
     [
         ("--train_file=no.csv", "no.csv"),
         ("--objective=backprop", "Expected a local objective with --stages 2, got backprop"),
+        ("--hidden_dropout_prob=2", "Expected hidden_dropout_prob in [0, 1), got 2.0"),
+        ("--objective=mine", "Expected objective to be one of"),
         ("--placement=0-1", "the blocks 0 to 3 of 2 stages, each block once and in order, got '0-1'"),
     ],
 )

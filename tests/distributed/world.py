@@ -45,7 +45,8 @@ def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, che
         finally:
             for child in children:
                 if child.pid is not None and child.is_alive():
-                    os.kill(child.pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it ends just now
+                        os.kill(child.pid, signal.SIGKILL)
                     child.join(10)
 
 
