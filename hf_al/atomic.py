@@ -93,6 +93,8 @@ def export(folder: Path) -> Iterator[Path]:
     config.json goes first and comes last: whenever the moving stops, `folder` holds the old model, the new one, or
     nothing that could be taken for a model.
     """
+    for leftover in folder.glob("export." + "[0-9a-f]" * 8 + ".tmp"):  # of a process that died
+        shutil.rmtree(leftover, ignore_errors=True)
     with removed_if_broken(folder / f"export.{secrets.token_hex(4)}.tmp") as aside:
         yield aside
         for path in aside.rglob("*"):

@@ -7,13 +7,13 @@ import platform
 import resource
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
+from typing import TYPE_CHECKING, Any
 
 from .atomic import write_atomically
 from .messages import table
+
+if TYPE_CHECKING:
+    import torch
 
 REPORTED = (
     "model_type", "objective", "num_blocks", "metric", "steps", "validation", "parameters", "data", "speed",
@@ -22,9 +22,11 @@ REPORTED = (
 MOST_ROWS = 20  # classes whose confusion matrix is also a table
 
 
-def peak_memory_mib(device: torch.device | None = None) -> float:
+def peak_memory_mib(device: "torch.device | None" = None) -> float:
     """Peak memory in MiB: what was allocated on `device` where it is a GPU, else the resident memory of the process."""
     if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
@@ -32,6 +34,9 @@ def peak_memory_mib(device: torch.device | None = None) -> float:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
+    import torch
+    import transformers
+
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -279,8 +279,8 @@ MISTAKES = {
     ),
     "unknown_command": (
         nothing, "trian",
-        "hf-al: error: Expected one of train, evaluate, predict, inspect, compare, got 'trian'. Did you mean train? "
-        "See hf-al --help.",
+        "hf-al: error: Expected one of train, evaluate, predict, inspect, compare, push, got 'trian'. Did you mean "
+        "train? See hf-al --help.",
     ),
     # --- folders
     "output_dir_not_empty": (
@@ -338,7 +338,7 @@ MISTAKES = {
         flip_a_bit_of_each_checkpoint, GOES_ON,
         "hf-al train: error: Expected an intact checkpoint, got damaged ones only: "
         "run/checkpoints/checkpoint-00000004/block-001.safetensors does not hold the bytes that were written "
-        "(sha256). Start in another output_dir.",
+        "(sha256). Pass the folder of another one, or start in another output_dir.",
     ),
     "resume_elsewhere_with_another_seed": (
         nothing,

@@ -469,7 +469,7 @@ def test_a_stopped_process_ends_with_the_status_of_its_signal_and_a_checkpoint(n
     said = (tmp_path / "log").read_text()
     step = steps_of(tmp_path / "run")[-1]
     assert f"Stopped by {number.name} after step {step} of 100000" in said
-    assert "the same signal again ends at once" in said
+    assert "Send the same signal again to stop at once" in said
     assert "Traceback" not in said
 
 

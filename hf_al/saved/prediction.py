@@ -204,9 +204,10 @@ def _check_files(source: str | None, destination: str | None) -> None:
         raise ValueError(f"Expected rows in {source}, got an empty file.")
     if destination is not None and Path(destination).is_dir():
         raise ValueError(f"Expected a file as --output, got the folder {destination}.")
-    if destination is not None and not Path(os.path.realpath(destination)).parent.is_dir():
-        folder = Path(os.path.realpath(destination)).parent
-        raise ValueError(f"Expected a folder for --output, found none at {folder}. Make it first.")
+    if destination is not None:
+        target = Path(os.path.realpath(destination) if Path(destination).is_symlink() else destination)
+        if not target.parent.is_dir():
+            raise ValueError(f"Expected a folder for --output, found none at {target.parent}. Make it first.")
 
 
 @contextmanager

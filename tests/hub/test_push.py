@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import jobs
+import hub_jobs as jobs
 import pytest
 import yaml
 from server import serve_in_thread
