@@ -20,6 +20,7 @@ import hf_al
 from hf_al import cli
 from hf_al.loading import load_model
 from hf_al.modeling import blocks, objectives
+from hf_al.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -199,7 +200,7 @@ def run(line: str, monkeypatch) -> None:
         done = subprocess.run([*argv, *SHORT], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return
-    if program == "accelerate":  # test_accelerate_launch_runs_as_shown starts it for real
+    if program == "accelerate":  # test_recipes starts it for real
         program, argv = "python", argv[1:]
     if program == "python" and "benchmarks" in argv[0]:
         short = ["--rounds=1", "--networks=lstm", "--threads=1"]
@@ -257,13 +258,14 @@ def test_every_make_target_that_is_shown_exists():
     assert {"quickstart", "test"} <= set(shown) <= set(targets)
 
 
-@pytest.mark.medium
-def test_accelerate_launch_runs_as_shown(room):
+def test_accelerate_launch_is_shown_as_it_is_run():
+    """By test_recipes, which starts this very program with these flags."""
     (line,) = [line for line in commands("README") if line.startswith("accelerate launch")]
-    program = [str(Path(sys.executable).with_name("accelerate")), *shlex.split(line)[1:], *SHORT]
-    done = subprocess.run(program, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (room / "out/tweets/report.md").is_file()
+    _, _, program, *flags = shlex.split(line)
+    assert program == "recipes/train.py"
+    args = parse_arguments(flags)
+    assert (args.output_dir, args.learning_rate) == ("out/tweets", 1e-3)
+    assert flags[:2] == ["--config", "recipes/tweets_lstm.yaml"]
 
 
 @pytest.mark.parametrize("page", PAGES)
