@@ -20,6 +20,8 @@ from .values import convert, numbers, type_name
 DATA = {"section": "data"}  # a data flag on the command line replaces a recipe's values of this whole section
 
 
+# Arguments that may name a file or folder of this machine
+FILES = ("train_file", "validation_file", "test_file", "tokenizer_name", "word_vectors")
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .arguments import TrainingArguments
+from .arguments import FILES, TrainingArguments
 from .messages import table
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
@@ -14,7 +14,6 @@ from .modeling.objectives import OBJECTIVES
 TEMPLATE = Path(__file__).with_name("model_card.md")
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 NOT_SHOWN = {"output_dir", "model", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to"}
-FILES = ("train_file", "validation_file", "test_file", "tokenizer_name", "word_vectors")
 USES = {
     "single_label_classification": "It gives each text one of the classes {names}.",
     "multi_label_classification": "It gives each text any number of the labels {names}.",

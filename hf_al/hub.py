@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
@@ -48,7 +49,7 @@ def push(
     """
     report = read_report(folder)
     with tempfile.TemporaryDirectory(prefix="hf_al_push_") as made:
-        prepare(folder, repo_id, Path(made), inference_only, language, license)
+        prepare(report, folder, repo_id, Path(made), inference_only, language, license)
         api = HfApi()
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -83,10 +84,15 @@ def _refused(repo_id: str, error: HfHubHTTPError) -> str:
 
 
 def prepare(
-    folder: str, repo_id: str, into: Path, inference_only: bool, language: str | None, license: str | None
+    report: dict[str, Any],
+    folder: str,
+    repo_id: str,
+    into: Path,
+    inference_only: bool,
+    language: str | None,
+    license: str | None,
 ) -> None:
     """Writes what is shared of a run into an empty folder; no path and no name of this machine is in it."""
-    report = read_report(folder)
     model, tokenizer = load_model(folder)
     model.save_pretrained(into, inference_only=inference_only)
     tokenizer.save_pretrained(into)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import TrainingArguments
+from ..arguments import FILES, TrainingArguments
 from ..data import sources
 from ..data.batching import Collator, token_lengths
 from ..metrics import SMALLER_IS_BETTER, exit_metrics
@@ -43,10 +43,7 @@ from .stage import Stage
 logger = logging.getLogger(__name__)
 
 # Arguments in which processes may differ: where a machine has its files, and what it shows
-OF_A_MACHINE = {
-    "train_file", "validation_file", "test_file", "word_vectors", "tokenizer_name", "preprocessing_num_workers",
-    "disable_tqdm", "report_to", "plots",
-}  # fmt: skip
+OF_A_MACHINE = {*FILES, "preprocessing_num_workers", "disable_tqdm", "report_to", "plots"}
 WIRES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -87,7 +84,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         logging.getLogger("hf_al").setLevel(logging.ERROR)  # the main process speaks for all
     output_dir = Path(args.output_dir)
     try:
-        values = {**args.to_dict(), **args.model}
+        values = {"protocol": PROTOCOL, **args.to_dict(), **args.model}
         _check_same("arguments", {n: v for n, v in values.items() if n not in {"model", *OF_A_MACHINE}}, transport)
         transport.together(partial(check_arguments, args, look=transport.is_last))
         set_threads(args)
@@ -101,8 +98,8 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
             partial(make_plan, args, output_dir, model.config, tokenizer, data, placement, device)
         )
         _check_same("data", {name: sources.fingerprint(split) for name, split in data.items()}, transport)
-        facts = {"protocol": PROTOCOL, "world": args.stages, "total_steps": plan.total_steps}
-        _check_same("run", {**facts, **plan.identity["run"], "placement": placement.blocks_by_stage()}, transport)
+        # what else makes the run follows from the arguments
+        _check_same("run", {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}, transport)
         _check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
         run.resume()

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,21 +20,6 @@ TOKEN = "hf_test"
 TEXTS = ["thank you so much", "you lost my bag", "which gate"]
 
 
-@contextmanager
-def environment(**values: str | None):
-    before = dict(os.environ)
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A Hub, and a client process that knows it: hub.run(job, ...), hub.state, hub.endpoint."""
@@ -43,9 +27,12 @@ def hub(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     values = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
     with (
-        environment(HF_HUB_OFFLINE=None, **values),
+        pytest.MonkeyPatch.context() as patch,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):
+        patch.delenv("HF_HUB_OFFLINE")
+        for name, value in values.items():
+            patch.setenv(name, value)
         pool.submit(jobs.set_token, TOKEN).result(100)  # starts it, with this environment
 
         def run(job, *args, **options):
