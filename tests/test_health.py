@@ -294,7 +294,7 @@ def test_codes_that_collapse_after_the_chosen_step_are_no_warning_of_the_report(
             torch.nn.init.zeros_(call.self.blocks[2].bridge.layers[0].weight)  # so that no later step is better
 
     hook(monkeypatch, Stage, "train_batch", after=collapse)
-    values = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5, "logging_steps": 5}
+    values = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5, "logging_steps": 5, "seed": 1}
     report = hf_al.train(arguments(tmp_path, **values), few_tweets).report
     assert report["best_step"] <= 10, "choose a seed whose later steps are worse"
     assert report["warnings"] == []

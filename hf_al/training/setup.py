@@ -22,6 +22,7 @@ from ..arguments import TrainingArguments
 from ..data import sources, tokenization
 from ..data.labels import label_names, problem_type_of
 from ..messages import last_line
+from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES
@@ -30,6 +31,7 @@ from ..parsing import check_model_keys
 from ..registration import MODEL_CLASSES
 from . import trackers
 from .checkpoint import clear_leftovers
+from .local_step import block_randomness
 from .optim import make_optimizer, make_schedule
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 PER_BLOCK = (
     "learning_rate", "target_learning_rate_factor", "weight_decay", "target_weight_decay", "max_grad_norm",
 )  # fmt: skip
+BEFORE_THE_FIRST_STEP = -1
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
@@ -212,7 +215,8 @@ def place_blocks(args: TrainingArguments, config: ALConfig, times: list[list[flo
 def build_model(
     args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
 ) -> ALForSequenceClassification:
-    """A new model: vocabulary, labels and problem type follow from tokenizer and data, its weights from `args.seed`."""
+    """A new model: vocabulary, labels and problem type follow from tokenizer and data, the weights of a block from
+    `args.seed` and its number."""
     names = label_names(train)
     problem_type = problem_type_of(train)
     values: dict[str, Any] = {
@@ -240,12 +244,22 @@ def build_model(
                 f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
             )
     config = _make_config(args.model_type, values)
-    torch.manual_seed(args.seed)
-    model: Any = MODEL_CLASSES[args.model_type][2](config)
+    with torch.device("meta"):
+        model: Any = MODEL_CLASSES[args.model_type][2](config)
+    for k in range(config.num_blocks):
+        model.model.blocks[k] = _new_block(model, k, args.seed)
     if rows is not None:
         with torch.no_grad():
             model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))
     return model
+
+
+def _new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock:
+    """Block k with the weights that follow from (seed, k), whoever builds it and beside how many others."""
+    with block_randomness(torch.device("cpu"), seed, k, BEFORE_THE_FIRST_STEP, micro_batch=0, replica=0):
+        block = ALBlock(model.config, k)
+        block.apply(model._init_weights)
+    return block
 
 
 def keep_blocks(model: ALForSequenceClassification, owned: list[int], device: torch.device) -> None:
