@@ -152,8 +152,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def check_model_keys(args: TrainingArguments) -> None:
-    """Refuses config values that the chosen architecture does not have; reads `1e-4` strings as numbers."""
-    known = {name: field.kind for name, field in config_fields(args.model_type).items()}
+    """Refuses config values that the chosen architecture does not have, and more stages than blocks; reads `1e-4`
+    strings as numbers."""
+    fields = config_fields(args.model_type)
+    known = {name: field.kind for name, field in fields.items()}
     for key, value in args.model.items():
         if key not in known:
             raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{nearest(str(key), list(known))}")
@@ -161,3 +163,9 @@ def check_model_keys(args: TrainingArguments) -> None:
             args.model[key] = convert(value, known[key])
         except (TypeError, ValueError):
             raise ValueError(f"Expected {key} as {type_name(known[key])}, got {value!r}.") from None
+    blocks = args.model.get("num_blocks", fields["num_blocks"].default)
+    if args.stages > max(1, blocks):
+        raise ValueError(
+            f"Expected 1 to {blocks} stages, one or more blocks each, got {args.stages}. Pass fewer --stages, or more "
+            "--num_blocks."
+        )

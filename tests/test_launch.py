@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import assert_mistake, run_program, wait_for_a_checkpoint
 
+from hf_al import cli
 from hf_al.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +33,13 @@ def weights(folder: Path) -> bytes:
 
 @pytest.mark.medium
 def test_stages_start_their_processes_and_leave_the_bytes_of_one(data, shell, tmp_path):
+    """Even if somebody else has the port that accelerate's launcher takes first."""
     flags = [*data, *SMALL, "--max_steps=6"]
-    done = run_program("train", *flags, "--stages=2", f"--output_dir={tmp_path / 'two'}")
+    with socket.socket() as taken:
+        with suppress(OSError):  # taken anyway
+            taken.bind(("127.0.0.1", 29500))
+            taken.listen()
+        done = run_program("train", *flags, "--stages=2", f"--output_dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation metrics by exit") == 1
     assert done.stderr.count("Saved to") == 1
@@ -48,7 +55,8 @@ def test_a_launch_leaves_its_process_as_it_was(data, shell, tmp_path):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]
     environment = dict(os.environ)
-    status, _, _ = shell("train", *data, *SMALL, "--stages=3", f"--output_dir={tmp_path / 'run'}")
+    flags = [*data, *SMALL, "--objective=backprop", f"--output_dir={tmp_path / 'run'}"]
+    status, _, _ = shell("train", *flags, "--stages=2")
     assert status == 2
     assert [signal.getsignal(number) for number in numbers] == before
     assert dict(os.environ) == environment
@@ -104,15 +112,26 @@ def test_two_launchers_meet_and_train_one_model(data, shell, tmp_path):
 
 @pytest.mark.medium
 def test_a_mistake_of_several_processes_is_one_line_and_status_2(data, tmp_path):
-    flags = [*data, *SMALL, "--max_steps=6", f"--output_dir={tmp_path / 'run'}"]
-    done = run_program("train", *flags, "--stages=3")
+    flags = [*data, *SMALL, "--objective=backprop", f"--output_dir={tmp_path / 'run'}"]
+    done = run_program("train", *flags, "--stages=2")
     assert done.returncode == 2
     assert done.stdout == ""
     assert [line for line in done.stderr.splitlines() if "Threads" not in line] == [
-        "hf-al train: error: Expected 1 to 2 stages, one or more blocks each, got 3. Pass fewer --stages, or more "
-        "--num_blocks."
+        "hf-al train: error: Expected a local objective with --stages 2, got backprop: its gradients cross all blocks. "
+        "Train it in one process, or pass another --objective."
     ]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [["--stages=3"], ["--stages=5", "--num_blocks=4"]])
+def test_more_stages_than_blocks_are_refused_before_any_process_starts(more, data, shell, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *args: pytest.fail("started"))
+    result = shell("train", *data, *SMALL, f"--output_dir={tmp_path / 'run'}", *more)
+    blocks, stages = (2, 3) if len(more) == 1 else (4, 5)
+    assert_mistake(
+        result, f"Expected 1 to {blocks} stages, one or more blocks each, got {stages}.",
+        "Pass fewer --stages, or more --num_blocks.",
+    )  # fmt: skip
 
 
 def test_a_launch_of_one_process_for_two_stages_is_refused_with_the_command(data, shell, tmp_path, monkeypatch):

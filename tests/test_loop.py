@@ -92,6 +92,16 @@ def test_the_first_weights_of_a_block_follow_from_the_seed_and_its_number(model_
     assert not torch.equal(three[1]["decode_target.weight"], three[2]["decode_target.weight"])
 
 
+def test_a_batch_is_on_its_way_to_the_device_while_the_one_before_is_trained(few_tweets, tmp_path, monkeypatch):
+    order = []
+    hook(monkeypatch, Stage, "_inputs", after=lambda call: order.append("copied"))
+    hook(monkeypatch, Stage, "train_batch", before=lambda call: order.append(f"trained {len(call.parts)}"))
+    hook(monkeypatch, Stage, "evaluate", before=lambda call: order.append("evaluated"))
+    hf_al.train(arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, eval_strategy="no"), few_tweets)
+    steps = order[: order.index("evaluated")]
+    assert steps == [*["copied"] * 4, "trained 2", *["copied"] * 2, "trained 2", "trained 2"]
+
+
 def test_training_loss_falls_on_real_text(trained):
     """That of every block: codes that move apart may be harder to hit at first."""
     _, result = trained

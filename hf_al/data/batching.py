@@ -4,15 +4,16 @@ The order belongs to (seed, epoch) and to nothing else, so that every stage can 
 finds its place by counting.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
+Item = TypeVar("Item")
 BUCKET_BATCHES = 50  # batches that are sorted by length together: little padding, still well mixed
 
 
@@ -58,6 +59,16 @@ class BatchOrder:
 def micro_batches(rows: np.ndarray, parts: int) -> list[np.ndarray]:
     """A batch in `parts` parts of equal count, up to one row; fewer parts where there are fewer rows."""
     return [part for part in np.array_split(rows, parts) if len(part)]
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each handed out only when the next one has been made."""
+    made: list[Item] = []
+    for item in items:
+        made.append(item)
+        if len(made) == 2:
+            yield made.pop(0)
+    yield from made
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -38,7 +38,7 @@ from .progress import Progress
 from .record import Record
 from .setup import check_arguments, keep_blocks, load, make_accelerator, place_blocks, prepare_output_dir, set_threads
 from .signals import StopSignals
-from .stage import Stage
+from .stage import Stage, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -238,15 +238,15 @@ class Run:
     def _train_steps(self, bar: tqdm, stop: StopSignals) -> None:
         plan, progress, record = self.plan, self.progress, self.record
         stopping, announced = 0, progress.step
-        for step, parts in plan.steps(progress.step, plan.total_steps):
+        for step, parts in self.stage.batches(plan.data["train"], plan.steps(progress.step, plan.total_steps)):
             if progress.out_of_patience(self.args.early_stopping_patience, plan.metric):
                 break
             if step == announced:  # what will be received until the next evaluation
                 announced = plan.next_evaluation(step)
                 self.stage.expect_training(plan.order.lengths, plan.steps(step, announced))
-            losses, norms = self.stage.train_batch(plan.data["train"], parts, step, self.args.seed)
+            losses, norms = self.stage.train_batch(parts, step, self.args.seed)
             progress.step = step + 1
-            record.add(losses, norms, sum(map(len, parts)))
+            record.add(losses, norms, sum(map(rows_of, parts)))
             bar.update()
             stopping = self.transport.stopping(stop.received or 0)
             evaluate, save = plan.evaluates_after(step + 1), plan.saves_after(step + 1) or stopping != 0

@@ -4,7 +4,7 @@ With one stage, what it receives is the data and what it sends is dropped: the s
 The stage never asks how many there are; its transport knows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.batching import Collator, evaluation_batches, token_lengths
+from ..data.batching import Collator, evaluation_batches, one_ahead, token_lengths
 from ..modeling.blocks import ALBlock, BlockOutput, walk
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary, cut
@@ -23,6 +23,11 @@ from ..parallel.transport import ALONE, Alone
 from .local_step import local_steps
 from .measure import throw_away_inputs
 from .optim import BlockOptimizers
+
+
+def rows_of(inputs: dict[str, Tensor]) -> int:
+    """Examples of a micro-batch."""
+    return len(inputs["attention_mask"])
 
 
 class Stage:
@@ -101,21 +106,26 @@ class Stage:
         tokens = min(max(1, int(lengths.max())), self.model.config.max_position_embeddings)
         return Message(kind, step, micro_batch, len(lengths), tokens)
 
+    def batches(
+        self, data: Dataset, steps: Iterable[tuple[int, list[np.ndarray]]]
+    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        """Each step with the inputs of its micro-batches on the device. Those of the next step are made, and their
+        copies are under way, before a step is handed out."""
+        return one_ahead((step, [self._inputs(data, rows) for rows in parts]) for step, parts in steps)
+
     def train_batch(
-        self, data: Dataset, parts: Iterable[np.ndarray], step: int, seed: int
+        self, parts: Sequence[dict[str, Tensor]], step: int, seed: int
     ) -> tuple[dict[int, dict[str, Tensor]], dict[range, Tensor]]:
-        """One optimizer step of every unit on one global batch, given in micro-batches.
+        """One optimizer step of every unit on one global batch, given as the inputs of its micro-batches.
 
         Returns the named losses by block, the mean over the batch's examples, and the gradient norms by unit.
         """
         assert self.optimizers is not None
-        parts = list(parts)
-        examples = sum(len(rows) for rows in parts)
+        examples = sum(map(rows_of, parts))
         losses: dict[int, dict[str, Tensor]] = {}
         norms: dict[range, Tensor] = {}
-        for micro_batch, rows in enumerate(parts):
-            weight = len(rows) / examples
-            inputs = self._inputs(data, rows)
+        for micro_batch, inputs in enumerate(parts):
+            weight = rows_of(inputs) / examples
             message = Message("train", step, micro_batch, *inputs["attention_mask"].shape)
             boundary = self.transport.receive(message, partial(self._start, inputs["labels"]))
             for block, out in self._local_steps(boundary, inputs, (seed, step, micro_batch, 0)):
@@ -143,8 +153,8 @@ class Stage:
         batches = evaluation_batches(lengths, batch_size)
         messages = [self._message("evaluate", 0, i, lengths[rows]) for i, rows in enumerate(batches)]
         self.transport.expect(messages)
-        for message, rows in zip(messages, tqdm(batches, desc="Evaluating", disable=not show_progress), strict=True):
-            inputs = self._inputs(data, rows)
+        ahead = one_ahead(zip(messages, (self._inputs(data, rows) for rows in batches), strict=True))
+        for message, inputs in tqdm(ahead, "Evaluating", len(batches), disable=not show_progress):
             boundary = self.transport.receive(message, dict)
             with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
                 for block, out in walk(self.blocks.values(), boundary, inputs, exits=self.model.config.exits()):

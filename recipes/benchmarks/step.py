@@ -61,11 +61,11 @@ def make_step(
     if torch_compile:
         stage.compile()
     rows = [np.arange(BATCH) + BATCH * n for n in range(len(data) // BATCH)]
-    steps = iter(range(1_000_000))
+    batches = stage.batches(data, ((number, [rows[number % len(rows)]]) for number in range(1_000_000)))
 
     def step() -> None:
-        number = next(steps)
-        stage.train_batch(data, [rows[number % len(rows)]], number, seed=0)
+        number, parts = next(batches)
+        stage.train_batch(parts, number, seed=0)
 
     return step
 

@@ -96,23 +96,23 @@ def sends_after_the_update(stage: int, flags: list[str]) -> dict:
     return train(stage, flags)
 
 
-def signalled_in_step(stage: int, step: int, where: int, flags: list[str]) -> tuple[int, int]:
-    """SIGTERM at stage `where`, before its update `step` (from 1); (status, step of the last checkpoint)."""
+def signalled_in_step(stage: int, number: int, step: int, where: int, flags: list[str]) -> tuple[int, int]:
+    """A signal at stage `where`, before its update `step` (from 1); (status, step of the last checkpoint)."""
     sent = []
 
     def send(call):
         if call.step + 1 == step and stage == where and not sent:
             sent.append(step)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     PATCH.setattr(transport, "ASK_EVERY", 0.0)
     hook(PATCH, BlockOptimizers, "update", before=send)
     try:
         train(stage, flags)
-    except SystemExit as stop:
+    except (SystemExit, KeyboardInterrupt) as stop:
         time.sleep(0.5)  # the last stage commits
         path = checkpoint.complete_checkpoints(Path(parse_arguments(flags).output_dir))[-1]
-        return stop.code, checkpoint.read_manifest(path)["progress"]["step"]
+        return getattr(stop, "code", 130), checkpoint.read_manifest(path)["progress"]["step"]
     return 0, -1
 
 

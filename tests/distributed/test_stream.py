@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 from pathlib import Path
 
 import jobs
@@ -138,6 +139,11 @@ def test_early_stopping_is_one_decision(run_flags, tmp_path):
     reports = [json.loads((tmp_path / f"{stages}" / "report.json").read_text()) for stages in (1, 3)]
     assert reports[0]["steps"] == reports[1]["steps"] < STEPS
     assert reports[0]["test"] == reports[1]["test"]
+    goes_on = ["--resume_from_checkpoint=last", "--early_stopping_patience=99"]
+    for stages in (1, 2):
+        folder = tmp_path / ("3" if stages == 2 else "whole")
+        run_world(stages, jobs.train, run_flags("lstm_al_ce", stages, folder, *more, *goes_on))
+    assert sha256(tmp_path / "3") == sha256(tmp_path / "whole")
 
 
 def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
@@ -194,13 +200,13 @@ def test_an_error_is_said_once_and_ends_all(run_flags, tmp_path):
     assert [words.splitlines()[-1] for words in said[1:]] == ["SystemExit: 2"] * 2
 
 
-@pytest.mark.parametrize("where", [0, 2])
-def test_a_signal_at_any_stage_stops_all_after_the_same_step(where, run_flags, alone, tmp_path):
+@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_signal_at_any_stage_stops_all_after_the_same_step(number, where, run_flags, alone, tmp_path):
     flags = run_flags("lstm_al_ce", 3, tmp_path / "run", "--resume_from_checkpoint=last")
-    said = run_world(3, jobs.signalled_in_step, 20, where, flags)
+    said = run_world(3, jobs.signalled_in_step, number, 20, where, flags)
     assert len(set(said)) == 1
     status, step = said[0]
-    assert status == 143
+    assert status == 128 + number
     assert 20 < step < STEPS
     run_world(2, jobs.train, run_flags("lstm_al_ce", 2, tmp_path / "run", "--resume_from_checkpoint=last"))
     assert sha256(tmp_path / "run") == alone("lstm_al_ce")

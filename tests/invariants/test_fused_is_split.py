@@ -52,8 +52,9 @@ def own_loop(model, data, optimizers_class=BlockOptimizers, parts: int = 1, **va
     optimizers = optimizers_class(blocks, model.config.units, args, STEPS)
     collator = Collator(model.config.pad_token_id, model.config.classes)
     stage = Stage(model.train(), place(model.config.units), 0, torch.device("cpu"), collator, optimizers)
-    for step, rows in enumerate(batches()):
-        stage.train_batch(data, np.array_split(rows, parts), step, SEED)
+    steps = ((step, np.array_split(rows, parts)) for step, rows in enumerate(batches()))
+    for step, inputs in stage.batches(data, steps):
+        stage.train_batch(inputs, step, SEED)
     return model.state_dict()
 
 
