@@ -191,24 +191,16 @@ def room(few_tweets, tmp_path, monkeypatch):
 
 
 def run(line: str, monkeypatch) -> None:
-    """Runs a command line in this process, a training for three steps only."""
+    """Runs a command line in this process, a training for three steps only. test_launch and test_recipes start
+    `accelerate launch` and stages for real; here the recipe that is launched runs, in one process."""
     line, _, source = line.partition(" < ")
-    program, *argv = shlex.split(line)
-    if program == "ACCELERATE_USE_CPU=1":  # several processes: for real
-        argv[0] = str(Path(sys.executable).with_name(argv[0]))
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-        done = subprocess.run([*argv, *SHORT], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return
-    if program == "accelerate":  # test_recipes starts it for real
-        program, argv = "python", argv[1:]
-    if program == "python" and "benchmarks" in argv[0]:
-        short = ["--rounds=1", "--networks=lstm", "--threads=1"]
-        done = subprocess.run([sys.executable, *argv, *short], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return
+    program, *argv = shlex.split(re.sub(r"^.*accelerate launch( --config_file \S+)?|--stages \d+", "", line))
+    if program.endswith(".py"):
+        program, argv = "python", [program, *argv]
     if program == "python":
-        monkeypatch.setattr(sys, "argv", [*argv, *SHORT])
+        short = ["--rounds=1", "--networks=lstm", "--threads=1"] if "benchmarks" in argv[0] else SHORT
+        monkeypatch.setattr(sys, "argv", [*argv, *short])
+        monkeypatch.syspath_prepend(Path(argv[0]).parent)
         runpy.run_path(argv[0], run_name="__main__")
         return
     assert program == "hf-al", line
@@ -256,6 +248,14 @@ def test_every_make_target_that_is_shown_exists():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     shown = [line.split()[1] for page in PAGES for line in commands(page) if line.startswith("make ")]
     assert {"quickstart", "test"} <= set(shown) <= set(targets)
+
+
+def test_a_launch_of_two_processes_is_shown_as_it_is_run():
+    """By test_launch."""
+    (line,) = [line for line in commands("stages") if " accelerate launch" in line]
+    config = "recipes/accelerate/two_cpu_processes.yaml"
+    assert line.startswith(f"ACCELERATE_USE_CPU=1 accelerate launch --config_file {config} recipes/train.py --config ")
+    assert line.endswith(" --stages 2")
 
 
 def test_accelerate_launch_is_shown_as_it_is_run():
