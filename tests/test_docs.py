@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification
 import hf_al
 from hf_al import cli
 from hf_al.loading import load_model
-from hf_al.modeling import blocks, objectives
+from hf_al.modeling import objectives
+from hf_al.modeling.modeling_al import ALModel
 from hf_al.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ PLOT = DOCS / "images" / "five_minutes.png"
 @pytest.fixture(scope="module")
 def examples():
     """The modules of docs/examples, imported as a user's own; what they register is taken back afterwards."""
-    tables = (objectives.OBJECTIVES, blocks.ENCODERS, hf_al.MODEL_CLASSES)
+    tables = (objectives.OBJECTIVES, hf_al.MODEL_CLASSES)
     before = [dict(table) for table in tables]
     modules = {}
     for path in sorted((DOCS / "examples").glob("*.py")):
@@ -141,9 +142,19 @@ def test_what_nobody_registered_is_refused_with_the_names_there_are():
 def test_classes_that_do_not_belong_together_are_not_registered(examples):
     own = examples["own_encoder"]
     with pytest.raises(ValueError, match="Expected ALLstmForSequenceClassification to name its config, ConvConfig"):
-        hf_al.register_architecture(
-            own.ConvEncoder, own.ConvConfig, own.ConvModel, hf_al.ALLstmForSequenceClassification
-        )
+        hf_al.register_architecture(own.ConvConfig, own.ConvModel, hf_al.ALLstmForSequenceClassification)
+
+    class NoEncoder(ALModel):
+        config: own.ConvConfig
+
+    with pytest.raises(ValueError, match="Expected NoEncoder to name its encoder, got none"):
+        hf_al.register_architecture(own.ConvConfig, NoEncoder, own.ConvForSequenceClassification)
+
+    class Another(own.ConvModel):
+        config: own.ConvConfig
+
+    with pytest.raises(ValueError, match="Expected ConvForSequenceClassification to name its model, Another, got Conv"):
+        hf_al.register_architecture(own.ConvConfig, Another, own.ConvForSequenceClassification)
 
 
 # --- every command and every Python block

@@ -44,6 +44,7 @@ class ConvEncoder(Encoder):
 
 class ConvModel(ALModel):
     config: ConvConfig
+    encoder_class = ConvEncoder
 
 
 class ConvForSequenceClassification(ALForSequenceClassification):
@@ -51,7 +52,7 @@ class ConvForSequenceClassification(ALForSequenceClassification):
     base_class = ConvModel
 
 
-hf_al.register_architecture(ConvEncoder, ConvConfig, ConvModel, ConvForSequenceClassification)
+hf_al.register_architecture(ConvConfig, ConvModel, ConvForSequenceClassification)
 
 if __name__ == "__main__":
     hf_al.train(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .encoders import ENCODERS, Inputs
+from .encoders import Encoder, Inputs
 from .objectives import OBJECTIVES, Boundary, Losses, activate, cut, read_out, unstandardise
 
 
@@ -162,7 +162,7 @@ class ALBlock(nn.Module):
     target codes (`local_ce`) each block decodes straight to classes and has no `encode_target`.
     """
 
-    def __init__(self, config, index: int):
+    def __init__(self, config, index: int, encoder_class: type[Encoder]):
         super().__init__()
         self.config = config
         self.index = index
@@ -171,7 +171,7 @@ class ALBlock(nn.Module):
         self.reads_labels = index == 0 or not target_codes
         is_last = index == config.num_blocks - 1
         label_size = config.num_labels if self.reads_labels else config.target_size
-        self.encode = ENCODERS[config.model_type](config, index)
+        self.encode = encoder_class(config, index)
         has_bridge = is_last or not config.inference_only
         normalize = self.encode.normalize_pooled
         self.bridge = Bridge(config, self.encode.output_size, normalize) if has_bridge else None

@@ -45,7 +45,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What the encoder of block `index` provides: inherit, and add a row to `ENCODERS`.
+    """What the encoder of block `index` provides: inherit, and name it as `encoder_class` of a model.
 
     Args:
         config: the model's config.
@@ -272,9 +272,6 @@ class TransformerEncoder(Encoder):
         if output_attentions:
             out["attentions"] = tuple(attentions)
         return out
-
-
-ENCODERS: dict[str, type[Encoder]] = {"al_lstm": LstmEncoder, "al_transformer": TransformerEncoder}
 
 
 def _encoder_input_size(config, index: int) -> int:

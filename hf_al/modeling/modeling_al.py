@@ -5,6 +5,7 @@ Legend: N batch, T tokens, D hidden size, C classes, K blocks.
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .blocks import ALBlock, layout, refuse_gradients, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
-from .encoders import ENCODERS, Inputs
+from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
 
 logger = logging.get_logger(__name__)
@@ -97,20 +98,6 @@ class ALPreTrainedModel(PreTrainedModel):
     def _wants(self, what: str, said: bool | None) -> bool:
         return bool(getattr(self.config, what, False) if said is None else said)
 
-    def _wants_attentions(self, said: bool | None) -> bool:
-        if not self._wants("output_attentions", said):
-            return False
-        if not ENCODERS[self.config.model_type].has_attention:
-            raise ValueError(
-                f"Expected output_attentions=False, got True: the blocks of {self.config.model_type} have no attention."
-            )
-        if self.config._attn_implementation != "eager":
-            logger.warning_once(
-                f"{self.config._attn_implementation} attention returns no weights: `attentions` stays empty. For "
-                "output_attentions=True call model.set_attn_implementation('eager') first."
-            )
-        return True
-
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, from safetensors only: pickled weights can run any code when they are read.
@@ -160,10 +147,12 @@ class ALPreTrainedModel(PreTrainedModel):
 class ALModel(ALPreTrainedModel):
     """The blocks. As an encoder (`AutoModel`) it returns the hidden states; the classifier adds losses and exits."""
 
+    encoder_class: ClassVar[type[Encoder]]  # what its blocks do with the text
+
     def __init__(self, config):
         super().__init__(config)
         self.gradient_checkpointing = False
-        self.blocks = nn.ModuleList(ALBlock(config, k) for k in range(config.num_blocks))
+        self.blocks = nn.ModuleList(ALBlock(config, k, self.encoder_class) for k in range(config.num_blocks))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -215,11 +204,25 @@ class ALModel(ALPreTrainedModel):
         longest = self.config.max_position_embeddings
         inputs = truncate(inputs, longest, self.config.sep_token_id)
         inputs |= layout(inputs["attention_mask"], None if lengths is None else lengths.clamp(1, longest))
-        return ENCODERS[self.config.model_type].prepare_inputs(self.config, inputs)
+        return self.encoder_class.prepare_inputs(self.config, inputs)
 
     def initial_boundary(self, labels: Tensor | None = None) -> Boundary:
         """What block 0 receives: nothing but t_0 (N, C) in training."""
         return {} if labels is None else {"target": first_target(labels, self.config).to(self.dtype)}
+
+    def _wants_attentions(self, said: bool | None) -> bool:
+        if not self._wants("output_attentions", said):
+            return False
+        if not self.encoder_class.has_attention:
+            raise ValueError(
+                f"Expected output_attentions=False, got True: the blocks of {self.config.model_type} have no attention."
+            )
+        if self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"{self.config._attn_implementation} attention returns no weights: `attentions` stays empty. For "
+                "output_attentions=True call model.set_attn_implementation('eager') first."
+            )
+        return True
 
     @can_return_tuple
     def forward(
@@ -294,7 +297,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
             config.problem_type = kind  # type: ignore[assignment]
         learning = self.training and labels is not None
         last = self._last_block(exit_block, learning)
-        wants_attentions = self._wants_attentions(output_attentions)
+        wants_attentions = self.model._wants_attentions(output_attentions)
         inputs = self.model.prepare_inputs(input_ids, attention_mask, inputs_embeds, labels)
         boundary = self.model.initial_boundary(labels if learning else None)
         exits = [k for k in range(last + 1) if k == last or (output_exit_logits and k in config.exits())]
@@ -353,6 +356,7 @@ class ALLstmModel(ALModel):
     """Bidirectional LSTM blocks without the losses; see [`ALModel`]."""
 
     config: ALLstmConfig
+    encoder_class = LstmEncoder
     supports_gradient_checkpointing = False
 
 
@@ -360,6 +364,7 @@ class ALTransformerModel(ALModel):
     """Transformer blocks without the losses; see [`ALModel`]."""
 
     config: ALTransformerConfig
+    encoder_class = TransformerEncoder
 
 
 class ALLstmForSequenceClassification(ALForSequenceClassification):

@@ -257,7 +257,7 @@ def build_model(
 def _new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock:
     """Block k with the weights that follow from (seed, k), whoever builds it and beside how many others."""
     with block_randomness(torch.device("cpu"), seed, k, BEFORE_THE_FIRST_STEP, micro_batch=0, replica=0):
-        block = ALBlock(model.config, k)
+        block = ALBlock(model.config, k, model.model.encoder_class)
         block.apply(model._init_weights)
     return block
 
