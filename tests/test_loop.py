@@ -332,18 +332,21 @@ def test_fp16_is_refused_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world", "stages", "message"),
+    ("world", "stages", "objective", "message"),
     [
-        ("2", 1, "Expected one process, got 2: .* Pass --stages 2, or launch with --num_processes 1."),
-        ("2", 3, "Expected 3 processes, one per stage, got 2. .* hf-al train --stages 3"),
-        ("1", 2, "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1"),
+        ("2", 1, "al_ce", "Expected one process, got 2: .* Pass --stages 2, or launch with --num_processes 1."),
+        ("2", 1, "backprop", "got 2: .* says so. backprop trains in one process: launch with --num_processes 1."),
+        ("2", 3, "al_ce", "Expected 3 processes, one per stage, got 2. .* hf-al train --stages 3"),
+        ("1", 2, "al_ce", "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1"),
     ],
 )
-def test_another_number_of_processes_than_stages_is_refused(world, stages, message, few_tweets, tmp_path, monkeypatch):
+def test_another_number_of_processes_than_stages_is_refused(
+    world, stages, objective, message, few_tweets, tmp_path, monkeypatch
+):
     """Also where a launcher started one process without a word, as `accelerate launch --cpu` does."""
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match=message):
-        hf_al.train(arguments(tmp_path, stages=stages), few_tweets)
+        hf_al.train(arguments(tmp_path, stages=stages, model={"objective": objective}), few_tweets)
 
 
 def test_a_folder_with_files_is_not_overwritten_unless_asked(few_tweets, tmp_path):

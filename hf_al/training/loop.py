@@ -210,12 +210,12 @@ class Run:
 
     def fit(self) -> None:
         """The optimizer steps that are left, with evaluation, checkpoints and logs at their steps."""
-        plan, progress = self.plan, self.progress
+        plan, progress, units = self.plan, self.progress, len(self.model.config.units)
         device = self.stage.device
         devices = self.transport.gather(device.type if device.type == "cpu" else str(device))
         logger.info(
-            "Training %d units on %d rows: %d steps, %d per epoch.\n%s",
-            len(self.model.config.units), len(plan.data["train"]), plan.total_steps, len(plan.order),
+            "Training %d %s on %d rows: %d steps, %d per epoch.\n%s",
+            units, "unit" if units == 1 else "units", len(plan.data["train"]), plan.total_steps, len(plan.order),
             plan.placement.table(self.model.model.blocks, devices),
         )  # fmt: skip
         self.record.start()

@@ -160,9 +160,12 @@ def _check_world(args: TrainingArguments, processes: int) -> None:
     if processes == args.stages:
         return
     if args.stages == 1:
+        objective = args.model.get("objective")
+        can_be_split = objective not in OBJECTIVES or not OBJECTIVES[objective].end_to_end
+        split = f"Pass --stages {processes}, or launch" if can_be_split else f"{objective} trains in one process: launch"
         raise ValueError(
-            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. Pass "
-            f"--stages {processes}, or launch with --num_processes 1."
+            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. {split} with "
+            "--num_processes 1."
         )
     raise ValueError(
         f"Expected {args.stages} processes, one per stage, got {processes}. On one machine: hf-al train --stages "
@@ -185,7 +188,8 @@ def set_threads(args: TrainingArguments) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = args.threads or max(1, cores // local)
     torch.set_num_threads(threads)
-    logger.info("Threads: %d of %d cores (%d processes here).", threads, cores, local)
+    each = f", in each of {local} processes here" if local > 1 else ""
+    logger.info("Threads: %d of %d cores%s.", threads, cores, each)
 
 
 def load(
