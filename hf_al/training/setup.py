@@ -162,9 +162,9 @@ def _check_world(args: TrainingArguments, processes: int) -> None:
     if args.stages == 1:
         objective = args.model.get("objective")
         can_be_split = objective not in OBJECTIVES or not OBJECTIVES[objective].end_to_end
-        split = f"Pass --stages {processes}, or launch" if can_be_split else f"{objective} trains in one process: launch"
+        fix = f"Pass --stages {processes}, or launch" if can_be_split else f"{objective} trains in one process: launch"
         raise ValueError(
-            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. {split} with "
+            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. {fix} with "
             "--num_processes 1."
         )
     raise ValueError(
