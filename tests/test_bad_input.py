@@ -193,7 +193,7 @@ MISTAKES = {
     ),
     "fewer_examples_than_classes": (
         nothing, f"{TRAIN} --train_file=train.csv --max_train_samples=2",
-        "hf-al train: error: Expected a training example of each class at least, got 2 examples of 3 classes. Add "
+        "hf-al train: error: Expected at least one training example of each class, got 2 examples of 3 classes. Add "
         "examples, raise --max_train_samples, or name the label column: --label_column_name.",
     ),
     "each_label_once": (
@@ -432,7 +432,7 @@ def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_c
     status, out, err = shell(line)
     assert err.splitlines()[-1] == (
         f"hf-al train: error: Expected finite losses and gradients, got {value} as the associated loss of block 1 at "
-        "step 7. Lower the learning rate, or clip: --max_grad_norm 1. The last checkpoint is from before: "
+        "step 7. Lower the learning rate, or clip: --max_grad_norm 1. The last checkpoint was written before that: "
         "new/checkpoints/checkpoint-00000006."
     )
     assert "Traceback" not in err
@@ -467,7 +467,7 @@ def test_a_learning_rate_that_is_too_high_ends_with_advice(place, shell):
     assert re.fullmatch(
         r"hf-al train: error: Expected finite losses and gradients, got (nan|inf) as the \w+ (loss|grad_norm) of block "
         r"\d at step [23]\. Lower the learning rate, or clip: --max_grad_norm 1\. (There is no checkpoint yet\.|The "
-        r"last checkpoint is from before: new/checkpoints/checkpoint-0000000\d\.)",
+        r"last checkpoint was written before that: new/checkpoints/checkpoint-0000000\d\.)",
         err.splitlines()[-1],
     )
     assert "Traceback" not in err
