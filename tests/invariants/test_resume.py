@@ -267,8 +267,9 @@ def test_a_run_that_goes_on_under_other_conditions_says_which_once(run_flags, ne
         hf_al.train(parse_arguments(run_flags("al_lstm", "associated", tmp_path / "run", *more)))
     said = [r.message for r in caplog.records if "other conditions" in r.message]
     assert said == [
-        "The run continues under other conditions, so it will not end where it would have: learning_rate was 0.005 and "
-        f"is now 0.001; max_grad_norm was 0.5 and is now 1.0; total_steps was {STEPS} and is now {STEPS + 1}."
+        "The run continues under other conditions, so its result will not be that of an uninterrupted run: "
+        "learning_rate was 0.005 and is now 0.001; max_grad_norm was 0.5 and is now 1.0; "
+        f"total_steps was {STEPS} and is now {STEPS + 1}."
     ]
 
 
