@@ -1,4 +1,4 @@
-"""The architectures: the one table of them, registered with the Auto classes.
+"""The table of architectures, registered with the Auto classes.
 
 Registered models load through `AutoModelForSequenceClassification` and `pipeline`, and their code is saved beside the
 weights (`trust_remote_code=True` loads it elsewhere).
@@ -28,7 +28,7 @@ def register_architecture(
     model: type[ALModel],
     classifier: type[ALForSequenceClassification],
 ) -> None:
-    """Makes an encoder an architecture: for the `model_type` of TrainingArguments and for the Auto classes.
+    """Registers an encoder as an architecture, for the `model_type` of TrainingArguments and for the Auto classes.
 
     Args:
         encoder: what a block does with the text.
