@@ -31,7 +31,7 @@ GOOD = csv(["red", "green", "blue"] * 20)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A finished run with its data beside it: train.csv and run/."""
+    """A folder with a finished run and its data: run/ and train.csv."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.csv").write_text(GOOD)
     main(["train", f"--train_file={folder / 'train.csv'}", f"--output_dir={folder / 'run'}", *SMALL])
@@ -40,7 +40,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(trained, tmp_path, monkeypatch) -> Path:
-    """The folder a user stands in: train.csv, and the finished run in run/."""
+    """The user's current folder: train.csv, and the finished run in run/."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,7 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def write(name: str, text: str | bytes):
-    """What is wrong, put where the user stands."""
+    """Writes the faulty file into the user's current folder."""
 
     def make(folder: Path) -> None:
         path = folder / name
@@ -79,7 +79,7 @@ def write(name: str, text: str | bytes):
 
 
 def nothing(folder: Path) -> None:
-    """All is there already."""
+    """Nothing needs to be put there."""
 
 
 def cut_the_weights(folder: Path) -> None:
@@ -420,7 +420,7 @@ def assert_finite_checkpoints(folder: Path, steps: list[int]) -> None:
 def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_checkpoint(
     value, place, shell, monkeypatch
 ):
-    """The step is named to the number, although losses are read at steps 4, 8, ... only."""
+    """The exact step is named, although losses are read only at steps 4, 8, ..."""
 
     def poison(call):
         if call.step + 1 == 7:
@@ -442,7 +442,7 @@ def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_c
 
 @pytest.mark.parametrize("save_steps", [1, 3])
 def test_no_checkpoint_holds_weights_from_after_a_loss_that_was_not_finite(save_steps, place, shell, monkeypatch):
-    """Not even one that is written before the next log, nor the extra one of a signal that comes just then."""
+    """Not even one written before the next log, or the extra one for a signal that arrives just then."""
 
     def signal_and_poison(call):
         if call.step + 1 == 5:

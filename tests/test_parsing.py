@@ -87,7 +87,7 @@ def test_num_blocks_alone_works_with_every_recipe(blocks, path):
 
 
 def test_the_table_of_config_values_is_made_of_the_classes():
-    """If not: `python -m hf_al.config_fields`."""
+    """If this fails, run `python -m hf_al.config_fields`."""
     assert TABLE.read_text(encoding="utf-8") == made_anew()
 
 
