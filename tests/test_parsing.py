@@ -113,7 +113,7 @@ def test_help_shows_what_a_config_value_means_and_its_default(shell):
     _, out, _ = shell("train", "--help")
     text = " ".join(out.split())
     assert "width of the hidden states between blocks. (default: 128)" in text
-    assert "al_transformer: heads; hidden_size is a multiple of it. (default: 4)" in text
+    assert "al_transformer: heads; hidden_size must be a multiple of it. (default: 4)" in text
     assert "al_lstm: mean, max or final" in text
     assert text.count("padding excluded") == 1
 

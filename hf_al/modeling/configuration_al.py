@@ -73,7 +73,7 @@ class ALConfig(PreTrainedConfig):
         label_activation (`str`, defaults to `"tanh"`): activation of the target codes. Class logits have none.
         bridge_activation (`str`, defaults to `"tanh"`): activation of the bridge.
         bridge_layers (`int`, defaults to 1): linear layers in a bridge.
-        pooling (`str`, defaults to `"mean"`): how the bridge summarises the T hidden states of a text, without padding.
+        pooling (`str`, defaults to `"mean"`): how the bridge combines the T hidden states of a text, padding excluded.
         hidden_dropout_prob (`float`, defaults to 0.1): dropout inside the encoders.
         embedding_dropout_prob (`float`, defaults to 0.1): dropout on the input of the first encoder layer.
         bridge_dropout_prob (`float`, defaults to 0.1): dropout on the input of a bridge.
