@@ -15,9 +15,9 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 NOT_SHOWN = {"output_dir", "model", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to"}
 USES = {
-    "single_label_classification": "It gives each text one of the classes {names}.",
-    "multi_label_classification": "It gives each text any number of the labels {names}.",
-    "regression": "It gives each text a value: {names}.",
+    "single_label_classification": "It assigns each text one of the classes {names}.",
+    "multi_label_classification": "It assigns each text any number of the labels {names}.",
+    "regression": "It predicts a value for each text: {names}.",
 }
 
 

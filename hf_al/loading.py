@@ -20,7 +20,7 @@ from .modeling.modeling_al import ALForSequenceClassification
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository: config, weights, tokenizer; no pickles
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-MIXED = "Config and weights are of different models: copy both from one run."
+MIXED = "Config and weights are from different models: copy both from one run."
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -64,7 +64,7 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"Expected a tokenizer of at most {config.vocab_size} tokens (vocab_size) in {name}, got {len(tokenizer)}. "
-            "Model and tokenizer are of different runs: copy both from one."
+            "Model and tokenizer are from different runs: copy both from one."
         )
     return model, tokenizer
 

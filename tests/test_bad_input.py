@@ -371,7 +371,7 @@ MISTAKES = {
     "weights_of_another_shape": (
         reshape_a_weight, EVALUATE,
         "hf-al evaluate: error: Expected in run/model.safetensors the weights that run/config.json describes, got "
-        "others: blocks.1.bridge.layers.0.bias has shape [3] instead of [12]. Config and weights are of different "
+        "others: blocks.1.bridge.layers.0.bias has shape [3] instead of [12]. Config and weights are from different "
         "models: copy both from one run.",
     ),
     "weights_pickled": (

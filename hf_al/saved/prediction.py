@@ -189,7 +189,7 @@ def _input_format(path: str | None, said: str | None) -> str:
     ending = Path(path.removesuffix(".gz")).suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(
-            f"Expected a .txt, .csv, .tsv or .jsonl file (also .gz), got {path}. Say what it is: --input_format."
+            f"Expected a .txt, .csv, .tsv or .jsonl file (also .gz), got {path}. Pass its format: --input_format."
         )
     return ENDINGS[ending]
 

@@ -131,7 +131,7 @@ def _wandb_mode() -> dict[str, str]:
 
     if wandb.login(prompt=False):
         return {}
-    logger.info("No wandb key: logging offline. Later: wandb login, and wandb sync of the folder that it names.")
+    logger.info("No wandb key: logging offline. To upload later: wandb login, then wandb sync FOLDER.")
     return {"mode": "offline"}
 
 
