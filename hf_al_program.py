@@ -1,5 +1,5 @@
-"""The program `hf-al`. Not a module of the package, because it asks for the models to wait before the package is
-imported: they take seconds, and no `--help` needs them."""
+"""The program `hf-al`. Not a module of the package, because it must defer the import of the models before the package
+is imported: they take seconds, and no `--help` needs them."""
 
 import os
 

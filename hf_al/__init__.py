@@ -1,7 +1,7 @@
 """hf_al: Associated Learning for text classification, in the formats of Hugging Face.
 
 Importing the package registers its models with the Auto classes, so that `AutoModelForSequenceClassification` and
-`pipeline` load them, and marks their code to be saved beside the weights (`trust_remote_code=True` elsewhere).
+`pipeline` load them, and marks their code to be saved beside the weights (for `trust_remote_code=True` elsewhere).
 """
 
 import os
@@ -52,7 +52,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
 
 
-if os.environ.get("HF_AL_MODELS") != "later":  # as hf_al_program.py says: its commands import them when needed
+if os.environ.get("HF_AL_MODELS") != "later":  # set by hf_al_program.py: its commands import them when needed
     from . import registration  # noqa: F401
 
 __all__ = [

@@ -17,10 +17,10 @@ from .config_fields import built_in
 from .messages import nearest
 from .values import convert, numbers, type_name
 
-DATA = {"section": "data"}  # a data flag on the command line replaces a recipe's values of this whole section
+DATA = {"section": "data"}  # one data flag on the command line replaces all of a recipe's values in this section
 
 
-# Arguments that may name a file or folder of this machine
+# Arguments that may name a file or folder on this machine
 FILES = ("train_file", "validation_file", "test_file", "tokenizer_name", "word_vectors")
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -36,7 +36,7 @@ def _arg(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def _architectures(wanted: str) -> tuple[str, ...]:
-    """What `model_type` may be. The table of those that do not come with hf_al needs torch: asked for them alone."""
+    """The allowed values of `model_type`. Reads the table that needs torch only if `wanted` is not built in."""
     if wanted in built_in():
         return tuple(built_in())
     from .registration import MODEL_CLASSES
@@ -60,7 +60,7 @@ class TrainingArguments:
     dataset_name: str | None = _arg(None, "A Hub id, or 'tweets' for the embedded data set.", **DATA)
     dataset_config_name: str | None = _arg(None, "Configuration of the Hub data set.", **DATA)
     train_file: str | None = _arg(None, "csv, tsv, json lines or parquet, also .gz.", **DATA)
-    validation_file: str | None = _arg(None, "As train_file; without it a part of train is cut off.", **DATA)
+    validation_file: str | None = _arg(None, "As train_file; without it, a part of train is cut off.", **DATA)
     test_file: str | None = _arg(None, "As train_file; read once, after training.", **DATA)
     train_split_name: str | None = _arg(None, "Split of the Hub data set to train on (default: train).", **DATA)
     validation_split_name: str | None = _arg(None, "Split of the Hub data set to choose on.", **DATA)
@@ -70,15 +70,15 @@ class TrainingArguments:
     problem_type: str | None = _arg(
         None, "single_label_classification, multi_label_classification or regression; guessed from the labels.", **DATA
     )
-    validation_fraction: float = _arg(0.1, "Share of train cut off where there is no validation split.", **DATA)
-    validation_seed: int = _arg(0, "Seed of that cut; not the seed of the run, so that seeds share one cut.", **DATA)
+    validation_fraction: float = _arg(0.1, "Share of train cut off if there is no validation split.", **DATA)
+    validation_seed: int = _arg(0, "Seed of that cut; apart from the run's seed, so that seeds share one cut.", **DATA)
     max_train_samples: int | None = _arg(None, "Use only the first N training rows.")
     max_eval_samples: int | None = _arg(None, "Use only the first N validation rows.")
     max_predict_samples: int | None = _arg(None, "Use only the first N test rows.")
     # --- tokenizer
     tokenizer_name: str | None = _arg(None, "Hub id or folder of a tokenizer to load, instead of training one.")
     tokenizer_type: str = _arg("word", "Tokenizer to train: word, wordpiece, bpe or unigram.")
-    tokenizer_vocab_size: int = _arg(30000, "Most entries of the trained vocabulary.")
+    tokenizer_vocab_size: int = _arg(30000, "Most entries in the trained vocabulary.")
     min_frequency: int = _arg(2, "Words or pairs seen less often in train get no entry (word, wordpiece, bpe).")
     lowercase: bool = _arg(True, "Lower-case the text (trained tokenizers).")
     text_style: str = _arg("plain", "plain, or tweets: addresses, users and numbers become one token each.")
@@ -88,16 +88,16 @@ class TrainingArguments:
     preprocessing_num_workers: int | None = _arg(None, "Processes for tokenization.")
     # --- optimisation
     optim: str = _arg("adamw", "Optimizer of every block: adamw, adam, sgd or adafactor.")
-    optim_args: dict = _arg({}, "More values for it, as torch names them: momentum=0.9,nesterov=true.")
+    optim_args: dict = _arg({}, "Further arguments for it, by torch's names: momentum=0.9,nesterov=true.")
     embedding_optimizer: str = _arg(
-        "same", "sparse_adam: a step touches the embedding rows of its batch only; same: as everything else."
+        "same", "sparse_adam: a step updates only the embedding rows of its batch; same: as for everything else."
     )
     learning_rate: float | list[float] = _arg(1e-3, "Peak learning rate; a list has one for each block.")
     target_learning_rate_factor: float | list[float] = _arg(
         1.0, "Label side's learning rate = this times learning_rate; a list has one for each block."
     )
     embedding_learning_rate_factor: float = _arg(
-        1.0, "Embedding rows' learning rate = this times learning_rate; 0 = they stay as they are."
+        1.0, "Embedding rows' learning rate = this times learning_rate; 0 = they are frozen."
     )
     weight_decay: float | list[float] = _arg(
         0.0, "Weight decay (matrices only; not biases, norms and embeddings); a list has one for each block."
@@ -107,18 +107,18 @@ class TrainingArguments:
     adam_beta2: float = _arg(0.999, "Second beta.")
     adam_epsilon: float = _arg(1e-8, "Epsilon.")
     max_grad_norm: float | list[float] = _arg(
-        1.0, "Clip the gradient norm of each block (of the network under backprop); 0 = off; a list has one for each."
+        1.0, "Clip each block's gradient norm (the network's under backprop); 0 = off; a list has one for each block."
     )
     lr_scheduler_type: str = _arg(
-        "linear", "A schedule of transformers (linear, cosine, constant, ...), or reduce_lr_on_plateau of each exit."
+        "linear", "A schedule of transformers (linear, cosine, constant, ...), or reduce_lr_on_plateau by each exit."
     )
-    lr_scheduler_kwargs: dict = _arg({}, "More values for the schedule: num_cycles=2; factor=0.5,patience=1.")
+    lr_scheduler_kwargs: dict = _arg({}, "Further arguments for the schedule: num_cycles=2; factor=0.5,patience=1.")
     warmup_steps: float = _arg(0, "Warm-up: optimizer steps, or a share of all steps if below 1.")
     num_train_epochs: float = _arg(10.0, "Passes over train.")
-    max_steps: int = _arg(-1, "Optimizer steps; above 0 it replaces num_train_epochs.")
-    per_device_train_batch_size: int = _arg(32, "Examples of a micro-batch.")
-    per_device_eval_batch_size: int = _arg(128, "Examples of an evaluation batch.")
-    gradient_accumulation_steps: int = _arg(1, "Micro-batches of an optimizer step.")
+    max_steps: int = _arg(-1, "Optimizer steps; if above 0, replaces num_train_epochs.")
+    per_device_train_batch_size: int = _arg(32, "Examples per micro-batch.")
+    per_device_eval_batch_size: int = _arg(128, "Examples per evaluation batch.")
+    gradient_accumulation_steps: int = _arg(1, "Micro-batches per optimizer step.")
     # --- evaluation, checkpoints, logs
     eval_strategy: str = _arg("epoch", "epoch, steps (every eval_steps) or no.")
     eval_steps: int | None = _arg(None, "Evaluate every N optimizer steps, with eval_strategy=steps.")
@@ -127,28 +127,28 @@ class TrainingArguments:
     )
     early_stopping_patience: int | None = _arg(None, "Stop after N evaluations in a row without a better metric.")
     save_steps: int | None = _arg(None, "Also write a checkpoint every N optimizer steps.")
-    save_total_limit: int = _arg(2, "Newest checkpoints to keep; the best one is kept besides.")
+    save_total_limit: int = _arg(2, "Newest checkpoints to keep; the best one is kept as well.")
     resume_from_checkpoint: str | None = _arg(None, "'last', or the folder of a checkpoint.")
-    overwrite_output_dir: bool = _arg(False, "Empty an output_dir that holds an earlier run.")
+    overwrite_output_dir: bool = _arg(False, "Remove an earlier run from output_dir.")
     logging_steps: int = _arg(50, "Log losses every N optimizer steps.")
     report_to: str = _arg(
         "none", "Trackers, comma-separated: tensorboard, wandb, trackio, mlflow (output_dir/logs); none, all."
     )
-    plots: bool = _arg(True, "Draw the report's plots, which takes a second.")
+    plots: bool = _arg(True, "Draw the report's plots; takes a second.")
     disable_tqdm: bool = _arg(False, "No progress bar.")
     # --- machine
-    stages: int = _arg(1, "Processes that the blocks are split over; more than 1 are started here, or by a launcher.")
+    stages: int = _arg(1, "Processes to split the blocks over; if above 1, hf-al train or a launcher starts them.")
     placement: str = _arg(
         "balanced", "Blocks of each stage: balanced (by measured time), equal (in number), or a list: 0-2,3,4-5."
     )
-    wire_dtype: str = _arg("float32", "What blocks send each other in training is rounded to: float32 or bf16.")
-    ddp_timeout: int = _arg(1800, "Seconds that another process may keep silent.")
+    wire_dtype: str = _arg("float32", "Type that signals between blocks are rounded to in training: float32 or bf16.")
+    ddp_timeout: int = _arg(1800, "Seconds that another process may be silent.")
     seed: int = _arg(42, "Seed of weights, dropout and batch order.")
-    threads: int | None = _arg(None, "CPU threads of a process; default: cores // processes on this machine.")
+    threads: int | None = _arg(None, "CPU threads per process; default: cores // processes on this machine.")
     bf16: bool = _arg(False, "Forward passes in bfloat16 (autocast).")
-    fp16: bool = _arg(False, "Refused: one loss scaler cannot serve blocks that are updated apart. Use bf16.")
+    fp16: bool = _arg(False, "Refused: one loss scaler cannot serve blocks that are updated separately. Use bf16.")
     torch_compile: bool = _arg(False, "torch.compile for training steps (al_transformer; needs a C++ compiler).")
-    use_cpu: bool = _arg(False, "Train on the CPU even where there is a GPU.")
+    use_cpu: bool = _arg(False, "Train on the CPU even if there is a GPU.")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -234,7 +234,7 @@ class TrainingArguments:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """What `--config` reads back as the same arguments."""
+        """YAML that `--config` reads back as the same arguments."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def save(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes that a full disk, a signal or a kill cannot leave half done: aside, to the disk, then under the name."""
+"""Writes that a full disk, a signal or a kill cannot leave half done: written aside, synced to disk, then renamed."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-CONFIG = "config.json"  # a folder without it is no model to transformers
+CONFIG = "config.json"  # to transformers, a folder without it is not a model
 
 
 def fsync(path: Path) -> None:
@@ -22,23 +22,23 @@ def fsync(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part."""
+    """Writes `text`; the file holds the old text or the new one, never a part."""
     with replacing(path) as file:
         file.write(text)
 
 
 @contextmanager
 def replacing(path: Path, keep_part: bool = False) -> Iterator[TextIO]:
-    """A text file to write that gets the name `path` when it is complete, on the disk.
+    """A text file to write, which gets the name `path` once it is complete and on the disk.
 
-    Links are followed. What is no file (a device, a pipe, `/dev/stdout`) is written as it is.
+    Links are followed. If `path` is not a file (a device, a pipe, `/dev/stdout`), it is written to directly.
 
     Args:
         path: the name.
-        keep_part: where writing stops halfway, leave the part beside it, under a name of its own.
+        keep_part: if writing stops halfway, keep the part beside it, under another name.
     """
     if _is_stream(path):
-        with path.open("a", encoding="utf-8") as stream:  # what a shell opened with >> keeps what it had
+        with path.open("a", encoding="utf-8") as stream:  # appends, in case a shell opened it with >>
             yield stream
         return
     target = Path(os.path.realpath(path))
@@ -60,7 +60,7 @@ def replacing(path: Path, keep_part: bool = False) -> Iterator[TextIO]:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether there is something that a rename must not take the place of.
+    """Whether `path` is something that a rename must not replace.
 
     Raises:
         OSError: links that lead in a circle.
@@ -76,7 +76,7 @@ def _is_stream(path: Path) -> bool:
 
 @contextmanager
 def removed_if_broken(folder: Path) -> Iterator[Path]:
-    """A new, empty folder to write into, which is removed where that fails, so that a full disk is not left full."""
+    """A new, empty folder to write into. It is removed if that fails, so that a full disk is not left full."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -88,12 +88,12 @@ def removed_if_broken(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def export(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write a model and all that belongs to it into; moves its files to `folder` when all is there.
+    """Yields a folder for a model and all its files; moves them to `folder` once all are written.
 
-    config.json goes first and comes last: whenever the moving stops, `folder` holds the old model, the new one, or
-    nothing that could be taken for a model.
+    The old config.json is removed first and the new one comes last: whenever the move stops, `folder` holds the old
+    model, the new one, or nothing that could be taken for a model.
     """
-    for leftover in folder.glob("export." + "[0-9a-f]" * 8 + ".tmp"):  # of a process that died
+    for leftover in folder.glob("export." + "[0-9a-f]" * 8 + ".tmp"):  # left by a process that died
         shutil.rmtree(leftover, ignore_errors=True)
     with removed_if_broken(folder / f"export.{secrets.token_hex(4)}.tmp") as aside:
         yield aside
@@ -108,7 +108,7 @@ def export(folder: Path) -> Iterator[Path]:
             target = folder / path.name
             if path.name == CONFIG:
                 fsync(folder)
-            if target.is_symlink():  # what it leads to is somebody else's
+            if target.is_symlink():  # its target may belong to something else
                 target.unlink()
             elif target.is_dir():
                 shutil.rmtree(target)
@@ -120,7 +120,7 @@ def export(folder: Path) -> Iterator[Path]:
 def disk_error(error: BaseException) -> str | None:
     """Why the disk refused, in the system's words; None for an error of another kind.
 
-    safetensors and tokenizers write in Rust and raise exceptions of their own, with the number in the text.
+    safetensors and tokenizers write in Rust and raise exceptions of their own, with the error number in the text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)

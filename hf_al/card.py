@@ -15,9 +15,9 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 NOT_SHOWN = {"output_dir", "model", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to"}
 USES = {
-    "single_label_classification": "It gives each text one of the classes {names}.",
-    "multi_label_classification": "It gives each text any number of the labels {names}.",
-    "regression": "It gives each text a value: {names}.",
+    "single_label_classification": "It assigns each text one of the classes {names}.",
+    "multi_label_classification": "It assigns each text any number of the labels {names}.",
+    "regression": "It predicts a value for each text: {names}.",
 }
 
 
@@ -35,8 +35,8 @@ def model_card(
         report: of the run.
         model: the chosen one, as it is shared.
         repo_id: `user/name`.
-        plots: names of those in plots/.
-        language, license: of the model, as the Hub names them (`en`, `apache-2.0`); left out where not given.
+        plots: names of the plots in plots/.
+        language, license: of the model, as the Hub names them (`en`, `apache-2.0`); left out if None.
     """
     split = "test" if "test" in report else "validation"
     exits = [row for row in report[split] if row["block"] in model.config.exits()]
@@ -98,7 +98,7 @@ def card_data(
 
 
 def exit_parameters(model: ALForSequenceClassification, last: int) -> int:
-    """How many parameters an answer at exit `last` needs: encoders and decoders up to there, and its bridge."""
+    """The number of parameters needed to answer at exit `last`: encoders and decoders up to there, and its bridge."""
     blocks = list(model.model.blocks[: last + 1])
     decoding = [blocks[-1]] if blocks[-1].reads_labels else blocks
     parts = [*(block.encode for block in blocks), blocks[-1].bridge, *(block.decode_target for block in decoding)]
@@ -106,7 +106,7 @@ def exit_parameters(model: ALForSequenceClassification, last: int) -> int:
 
 
 def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a run without what is of this machine alone: files by their names, no folders."""
+    """The arguments of a run without those specific to this machine: files by name only, no folders."""
     shown = {**arguments, "output_dir": "", "resume_from_checkpoint": None}
     for name in FILES:
         if shown[name] and Path(shown[name]).exists():
@@ -115,7 +115,7 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments that are not the defaults, and all values of the model that were given."""
+    """The arguments that differ from the defaults, and all config values that were given."""
     defaults = TrainingArguments().to_dict()
     shown = {n: v for n, v in shared_arguments(arguments).items() if n not in NOT_SHOWN and v != defaults[n]}
     return [{"argument": name, "value": value} for name, value in {**shown, **arguments["model"]}.items()]

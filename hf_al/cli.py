@@ -1,7 +1,7 @@
 """The command line: hf-al train | evaluate | predict | inspect | compare | push.
 
 Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
-What a command needs is imported when it runs: no `--help` waits for torch.
+A command's imports happen when it runs: no `--help` waits for torch.
 """
 
 import json
@@ -71,7 +71,7 @@ def _evaluate_flags(parser: FlagParser) -> None:
         type=positive,
         default=128,
         metavar="N",
-        help="examples of a batch (default: 128)",
+        help="examples per batch (default: 128)",
     )
     _add_machine_flags(parser)
 
@@ -102,16 +102,16 @@ def _evaluate(flags: Namespace) -> None:
 def _predict_flags(parser: FlagParser) -> None:
     _add_model(parser, MODEL)
     _add_file(parser, "--input", "text to classify, .txt, .csv, .tsv or .jsonl, also .gz (default: standard input)")
-    _add_file(parser, "--output", "json lines, one a row (default: standard output)")
+    _add_file(parser, "--output", "json lines, one per row (default: standard output)")
     parser.add_argument(
         "--input_format",
         choices=["text", "csv", "tsv", "jsonl"],
-        help="text is one text a line (default: by the ending of --input; text for standard input)",
+        help="text: one text per line (default: from the ending of --input; text for standard input)",
     )
     parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
-    parser.add_argument("--all_scores", action="store_true", help="the scores of all classes, not only the answer's")
+    parser.add_argument("--all_scores", action="store_true", help="give scores of all classes, not just the answer's")
     parser.add_argument("--exit_block", type=reader(int), metavar="K", help="stop after block K, counted from 0")
-    parser.add_argument("--batch_size", type=positive, default=64, metavar="N", help="texts of a batch (default: 64)")
+    parser.add_argument("--batch_size", type=positive, default=64, metavar="N", help="texts per batch (default: 64)")
     _add_machine_flags(parser)
 
 
@@ -155,13 +155,13 @@ def _compare(flags: Namespace) -> None:
 
 def _push_flags(parser: FlagParser) -> None:
     _add_model(parser, "folder of a finished run (output_dir of hf-al train)")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; made where there is none")
-    parser.add_argument("--private", action="store_true", help="make it private, where it is made")
-    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none (default: main)")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; created if there is none")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
+    parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--inference_only", action="store_true", help="without the parameters that only training needs")
-    parser.add_argument("--language", metavar="CODE", help="of the texts, for the card: en, for example")
-    parser.add_argument("--license", metavar="NAME", help="of the model, for the card: apache-2.0, for example")
+    parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")
+    parser.add_argument("--language", metavar="CODE", help="of the texts, for the card, such as en")
+    parser.add_argument("--license", metavar="NAME", help="of the model, for the card, such as apache-2.0")
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
 
 
@@ -223,7 +223,7 @@ def build_parser() -> tuple[FlagParser, dict[str, FlagParser]]:
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    shtab.add_argument_to(parser, "--print_completion", help="print the completion script of a shell, and stop")
+    shtab.add_argument_to(parser, "--print_completion", help="print a shell's completion script and stop")
     group = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=FlagParser)
     commands = {}
     for name, command in COMMANDS.items():
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        if is_launched():  # the process that launched it says so
+        if is_launched():  # the process that launched it reports it
             sys.exit(130)
         _stop(f"{program}: interrupted.", stop, 130)
     except Exception as error:
@@ -276,7 +276,7 @@ def _run(argv: list[str]) -> None:
 
 
 def set_up_output(disable_tqdm: bool = False) -> None:
-    """Messages to standard error; no progress bars of libraries where nobody watches."""
+    """Messages go to standard error; libraries show no progress bars when nobody watches."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hf_al").setLevel(logging.INFO)
     from datasets import disable_progress_bars
@@ -284,19 +284,19 @@ def set_up_output(disable_tqdm: bool = False) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    set_verbosity(logging.CRITICAL)  # what goes wrong with a file is raised as well, and said once
+    set_verbosity(logging.CRITICAL)  # errors with a file are raised as well, and reported once
     if disable_tqdm or not sys.stderr.isatty():
         disable_progress_bars()
 
 
 def _stop(message: str, error: BaseException, status: int) -> NoReturn:
-    """One message: what went wrong, and what those that it passed through had to say (`add_note`)."""
+    """Prints one message: the error and the notes that were added to it (`add_note`). Then ends with `status`."""
     print(" ".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr)
     sys.exit(status)
 
 
 def _is_closed(standard_output: int) -> bool:
-    """Whether the reader of our output is gone (`| head`). If so, the rest goes nowhere, without a complaint."""
+    """Whether the reader of our output is gone (`| head`). If so, the rest is silently dropped."""
     poll = select.poll()
     poll.register(standard_output, 0)
     if not poll.poll(0):
@@ -310,7 +310,7 @@ def _is_users_mistake(error: Exception) -> bool:
 
 
 def _is_strict(error: Exception) -> bool:
-    """Of transformers' strict configs, which put lines of their own before the sentence that was raised."""
+    """Whether it comes from transformers' strict configs, which put lines of their own before the message raised."""
     from huggingface_hub.errors import StrictDataclassError
 
     return isinstance(error, StrictDataclassError)

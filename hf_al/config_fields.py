@@ -1,6 +1,6 @@
-"""The config values that a user may set, as `hf-al train --help` shows them: no help waits for the models' classes.
+"""The config values that a user may set, as `hf-al train --help` shows them without importing the models' classes.
 
-They are in config_fields.json, which is made from the classes: `python -m hf_al.config_fields` writes it anew.
+They are in config_fields.json, which `python -m hf_al.config_fields` generates from the classes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ KINDS: dict[str, Any] = {
     str(getattr(kind, "__name__", kind)): kind
     for kind in (int, float, bool, str, int | None, float | int, str | None, list[float] | None)
 }
-# What the data and the tokenizer decide, or the way a model is saved
+# Decided by the data, the tokenizer, or the way a model is saved
 DECIDED = {
     "vocab_size", "pad_token_id", "sep_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
     "label_mean", "label_deviation",
@@ -26,7 +26,7 @@ DECIDED = {
 
 @dataclass(frozen=True)
 class ConfigField:
-    """A config value: its type, its default, and what the docstrings say: the shared config's, the architecture's."""
+    """A config value: its type, its default, and its text in the docstrings (shared config's, architecture's)."""
 
     kind: Any
     default: Any
@@ -35,7 +35,7 @@ class ConfigField:
 
 @cache
 def built_in() -> dict[str, dict[str, ConfigField]]:
-    """Architecture -> its config values by name, of those that come with hf_al."""
+    """Architecture -> its config values by name, for those that come with hf_al."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     return {
         model_type: {
@@ -46,7 +46,7 @@ def built_in() -> dict[str, dict[str, ConfigField]]:
 
 
 def config_fields(model_type: str) -> dict[str, ConfigField]:
-    """The config values of an architecture by name, also of one of your own."""
+    """The config values of any architecture by name, including your own."""
     if model_type in built_in():
         return built_in()[model_type]
     from .registration import MODEL_CLASSES
@@ -55,7 +55,7 @@ def config_fields(model_type: str) -> dict[str, ConfigField]:
 
 
 def describe(config_class: Any) -> dict[str, ConfigField]:
-    """The config values of a class, from its fields and the docstrings of it and its parents."""
+    """The config values of a class, from its fields and from its own and its parents' docstrings."""
     from transformers import PreTrainedConfig
 
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
@@ -78,13 +78,13 @@ def _described(docstring: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     for entry in entries:
         found = re.fullmatch(r"([\w, ]+?)(?: \(.*?\))?: (.*)", " ".join(entry.split()))
-        if found is not None:  # else it is not the description of values
+        if found is not None:  # otherwise it does not describe values
             texts |= {name.strip(): found[2].replace("`", "") for name in found[1].split(",")}
     return texts
 
 
 def made_anew() -> str:
-    """What config_fields.json holds, from the classes."""
+    """The content of config_fields.json, generated from the classes."""
     from .registration import MODEL_CLASSES
 
     table = {

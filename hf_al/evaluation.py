@@ -31,18 +31,18 @@ def evaluate(
 
     Args:
         model: a folder, a Hub id, or a model (then pass its tokenizer).
-        dataset: rows with text and label; labels by name, or by id where the model's names are numbers.
-        tokenizer: of a model that is passed as an object.
-        text_column_names, label_column_name: as in TrainingArguments; guessed where unambiguous.
-        batch_size: examples of a batch.
-        show_progress: a progress bar on standard error.
-        device: where to compute; default: where the model is, or a GPU where there is one for a model that is loaded.
+        dataset: rows with text and label; labels by name, or by id if the model's names are numbers.
+        tokenizer: required if the model is passed as an object.
+        text_column_names, label_column_name: as in TrainingArguments; guessed if unambiguous.
+        batch_size: examples per batch.
+        show_progress: show a progress bar on standard error.
+        device: where to compute; default: where the model is; for a model that is loaded here, a GPU if there is one.
 
     Returns:
         The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
 
     Raises:
-        ValueError: columns that cannot be told apart, empty texts, missing labels or labels that the model lacks.
+        ValueError: ambiguous columns, empty texts, missing labels or labels that the model lacks.
     """
     if isinstance(model, str):
         model, tokenizer = load_model(model)

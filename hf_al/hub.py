@@ -14,7 +14,7 @@ from .card import model_card, shared_arguments
 from .loading import load_model
 from .report import read_report
 
-STALE = ["*.safetensors", "*.safetensors.index.json", "plots/*", "*.py"]  # of an earlier push, where not pushed again
+STALE = ["*.safetensors", "*.safetensors.index.json", "plots/*", "*.py"]  # of an earlier push, unless pushed again
 
 
 def push(
@@ -28,15 +28,15 @@ def push(
     license: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Puts a finished run on the Hub in one commit; what is there already and the same is not sent again.
+    """Puts a finished run on the Hub in one commit; files that are there unchanged are not sent again.
 
     Args:
         folder: `output_dir` of the run.
-        repo_id: `user/name`; the repository is made where there is none.
-        private: of a repository that is made.
-        revision: the branch; made where there is none. Default: main.
+        repo_id: `user/name`; the repository is created if there is none.
+        private: make the repository private if it is created.
+        revision: the branch; created if there is none. Default: main.
         create_pr: open a pull request instead of committing.
-        inference_only: without the parameters that only training needs.
+        inference_only: leave out the parameters that only training needs.
         language, license: for the card, as the Hub names them.
         commit_message: its first line.
 
@@ -44,8 +44,8 @@ def push(
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: a folder that is no finished run, a name that is no repo id, no token or one that may not write, or
-            a Hub that refuses or cannot be reached. The repository is then as it was.
+        ValueError: a folder that is not a finished run, a name that is not a repo id, no token or one that may not
+            write, or a Hub that refuses or cannot be reached. The repository is then unchanged.
     """
     report = read_report(folder)
     with tempfile.TemporaryDirectory(prefix="hf_al_push_") as made:
@@ -65,7 +65,7 @@ def push(
             raise ValueError("Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN.") from None
         except HfHubHTTPError as error:
             raise ValueError(_refused(repo_id, error)) from error
-        except Exception as error:  # of the network: the client's transport has errors of its own
+        except Exception as error:  # network errors: the client's transport raises its own
             raise ValueError(
                 f"Could not reach the Hub at {api.endpoint}: {error}. Push again later: hf-al push {folder} {repo_id}"
             ) from error
@@ -92,7 +92,7 @@ def prepare(
     language: str | None,
     license: str | None,
 ) -> None:
-    """Writes what is shared of a run into an empty folder; no path and no name of this machine is in it."""
+    """Writes the shared files of a run into an empty folder, without any path or name of this machine."""
     model, tokenizer = load_model(folder)
     model.save_pretrained(into, inference_only=inference_only)
     tokenizer.save_pretrained(into)

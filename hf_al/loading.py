@@ -1,6 +1,6 @@
-"""A saved model, checked before its weights are read: safetensors only, and the tensors that its config asks for.
+"""A saved model, checked before its weights are read: safetensors only, with the tensors that its config describes.
 
-transformers would find the same faults, but only after it has made room for the weights, and in many lines.
+transformers would find the same faults, but only after allocating memory for the weights, and in many lines.
 """
 
 import json
@@ -20,7 +20,7 @@ from .modeling.modeling_al import ALForSequenceClassification
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository: config, weights, tokenizer; no pickles
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-MIXED = "Config and weights are of different models: copy both from one run."
+MIXED = "Config and weights are from different models: copy both from one run."
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -48,7 +48,7 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
     _check_counts(values, {n: shape for shapes in saved.values() for n, shape in shapes.items()}, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
         raise ValueError(f"Could not load {name}: {last_line(error)}") from error
     try:
         with torch.device("meta"):
@@ -64,20 +64,20 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"Expected a tokenizer of at most {config.vocab_size} tokens (vocab_size) in {name}, got {len(tokenizer)}. "
-            "Model and tokenizer are of different runs: copy both from one."
+            "Model and tokenizer are from different runs: copy both from one."
         )
     return model, tokenizer
 
 
 def device_of(model: ALForSequenceClassification) -> torch.device:
-    """Where a model takes its inputs, also one whose blocks are offloaded (`device_map`)."""
+    """The device for a model's inputs, even if its blocks are offloaded (`device_map`)."""
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     device = torch.device(model.device if device in (None, "disk") else device)
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def check_model_name(name: str) -> None:
-    """ValueError for what is neither a model folder nor, by its form, a Hub id."""
+    """ValueError unless `name` is a model folder or has the form of a Hub id."""
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(
@@ -94,7 +94,7 @@ def _folder(name: str) -> Path:
         return Path(name)
     try:
         copy = Path(snapshot_download(name, allow_patterns=WANTED))
-    except Exception as error:  # no network, no such repository, no right to read it
+    except Exception as error:  # no network, no such repository, no permission to read it
         raise ValueError(f"Could not load {name}: {error}") from error
     if not (copy / "config.json").is_file():
         raise ValueError(f"Expected a model with config.json on the Hub, got {name}.")
@@ -124,7 +124,7 @@ def _saved_shapes(folder: Path) -> dict[Path, Shapes]:
 
 
 def read_header(file: Path) -> Shapes:
-    """Names and shapes of the tensors in a safetensors file; reads its header only.
+    """Names and shapes of the tensors in a safetensors file; reads only its header.
 
     Raises:
         ValueError: a file that is missing, cut off or corrupt.
@@ -140,7 +140,7 @@ def read_header(file: Path) -> Shapes:
 
 
 def difference(expected: Shapes, got: Shapes) -> str | None:
-    """The first tensor, in the order of `expected`, that `got` lacks, has in another shape, or has besides."""
+    """The first tensor, in the order of `expected`, that `got` lacks or has in another shape, else an extra one."""
     for name, shape in expected.items():
         if name not in got:
             return f"{name} of shape {list(shape)} is missing"
@@ -151,7 +151,7 @@ def difference(expected: Shapes, got: Shapes) -> str | None:
 
 
 def _check_counts(values: dict[str, Any], saved: Shapes, folder: Path) -> None:
-    """Building a model is quick whatever its widths, but not whatever its depth: each layer has a tensor at least."""
+    """Refuses an impossible depth, which would take long to build (width would not): each layer has a tensor."""
 
     def count(key: str, default: int) -> int:
         return values[key] if isinstance(values.get(key), int) else default

@@ -1,4 +1,4 @@
-"""Words for users: the nearest known name, the last line of a library's error, rows as a table."""
+"""Text for users: the nearest known name, the last line of a library's error, rows as a table."""
 
 import difflib
 import re
@@ -7,24 +7,24 @@ from typing import Any
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean ...?` where one of the known names is like this one, else nothing."""
+    """` Did you mean ...?` if a known name resembles this one, else nothing."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def last_line(error: Exception) -> str:
-    """The last line of what an error says, without the name of an error class: the sentence that was raised, where a
-    library put lines of its own before it."""
+    """The last line of an error's text, without the name of an error class: the original message if a library put
+    lines of its own before it."""
     lines = str(error).strip().splitlines()
     return re.sub(r"^\w*Error: ", "", lines[-1].strip()) if lines else type(error).__name__
 
 
 def table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str:
-    """Rows as a table, their keys as its head.
+    """Rows as a table, with their keys as its header.
 
     Args:
-        rows: what is missing in one shows as a dash, or as an empty cell in Markdown.
-        markdown: in Markdown; else as aligned columns, numbers to the right.
+        rows: a missing value shows as a dash, or as an empty cell in Markdown.
+        markdown: Markdown if True, else aligned columns with numbers to the right.
     """
     if not rows:
         return "(none)"

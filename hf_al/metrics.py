@@ -1,4 +1,4 @@
-"""Metrics of an exit: plain functions of logits and labels, and the same as `evaluate.Metric`, without a download.
+"""Metrics of an exit: plain functions of logits and labels, also as `evaluate.Metric`s that need no download.
 
 Legend: N examples, C classes.
 """
@@ -17,17 +17,17 @@ SMALLER_IS_BETTER = {"log_loss", "ece", "mse"}
 
 
 def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
-    """Log-probabilities (N, C) in nats and float64, of logits (N, C)."""
+    """Log-probabilities (N, C) in nats and float64, from logits (N, C)."""
     shifted = logits_NC.astype(np.float64) - logits_NC.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Mean distance of confidence and accuracy over bins of equal mass (Nixon et al., 2019, arXiv 1904.01685).
+    """Mean distance between confidence and accuracy over bins of equal mass (Nixon et al., 2019, arXiv 1904.01685).
 
     Args:
         confidence_N: probability (N,) of the predicted class.
-        correct_N: whether (N,) it was right.
+        correct_N: whether it was right (N,).
         bins (defaults to 15): how many.
 
     Returns:
@@ -39,7 +39,7 @@ def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, 
 
 
 def confusion_matrix(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> np.ndarray:
-    """(C, C) counts: a row a true class, a column a predicted one."""
+    """Counts (C, C): one row per true class, one column per predicted class."""
     return np.bincount(labels_N * classes + predicted_N, minlength=classes**2).reshape(classes, classes)
 
 
@@ -79,7 +79,7 @@ def multi_label_metrics(logits_NC: np.ndarray, labels_NC: np.ndarray) -> dict[st
 
 
 def regression_metrics(values_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str, float]:
-    """mse, and the Pearson correlation (0 where one side is constant); means over outputs."""
+    """mse, and the Pearson correlation (0 if one side is constant); means over outputs."""
     predicted_NC, actual_NC = values_NC.astype(np.float64), labels_NC.astype(np.float64)
     p, a = predicted_NC - predicted_NC.mean(0), actual_NC - actual_NC.mean(0)
     scale = np.sqrt((p**2).sum(0) * (a**2).sum(0))
@@ -100,7 +100,7 @@ METRIC_NAMES = {
 
 
 def chosen_metric(name: str | None, problem_type: str) -> str:
-    """The metric that chooses the checkpoint: `name`, or the usual one where it is None.
+    """The metric that chooses the checkpoint: `name`, or the usual one if None.
 
     Raises:
         ValueError: a metric that this kind of problem does not have.
@@ -142,7 +142,7 @@ def is_better(metric: str, new: float, old: float | None) -> bool:
     return new < old if metric in SMALLER_IS_BETTER else new > old
 
 
-# --- the same for users of the evaluate library, who add batches and combine metrics
+# --- the same for users of the evaluate library, for example to add batches and combine metrics
 
 
 class _LogitMetric(hf_evaluate.Metric):

@@ -33,7 +33,7 @@ class FlagParser(ArgumentParser):
         raise ValueError(message[:1].upper() + message[1:] + ".")
 
     def refuse(self, unknown: list[str]) -> None:
-        """ValueError for the first argument that `parse_known_args` did not know, with the flag that is nearest."""
+        """ValueError for the first argument that `parse_known_args` did not know, with the nearest flag."""
         if not unknown:
             return
         if not unknown[0].startswith("-"):
@@ -43,7 +43,7 @@ class FlagParser(ArgumentParser):
 
 
 def reader(kind: Any) -> Callable[[str], Any]:
-    """For argparse's `type`: the text of a flag as the annotated type."""
+    """For argparse's `type`: converts a flag's text to the annotated type."""
 
     def read(text: str) -> Any:
         try:
@@ -104,8 +104,8 @@ def parse_arguments(argv: list[str], prog: str = "hf-al train") -> TrainingArgum
 
 
 def resolve(flags: dict[str, Any]) -> TrainingArguments:
-    """The arguments of a run from the flags that were given: over those of `--config`, over the defaults. A flag that
-    names data replaces the whole data section of the YAML file.
+    """The arguments of a run: the flags given override `--config`, which overrides the defaults. A flag that names data
+    replaces the whole data section of the YAML file.
 
     Raises:
         ValueError: a key, a config value or a combination that does not exist or cannot work.
@@ -130,7 +130,7 @@ def resolve(flags: dict[str, Any]) -> TrainingArguments:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The values of a YAML file, its keys checked against TrainingArguments."""
+    """The values of a YAML file, with keys checked against TrainingArguments."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"Expected a YAML file at {path}, found none. Check --config.")

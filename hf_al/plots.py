@@ -1,7 +1,7 @@
 """The plots of a run, drawn from the content of report.json alone.
 
-Each function takes the report and returns a figure, or None where the run has nothing to show there. matplotlib is
-imported only here and only when something is drawn; its global state (pyplot) is never touched.
+Each function takes the report and returns a figure, or None if the run has nothing to show there. matplotlib is
+imported only here, and only to draw; its global state (pyplot) is never touched.
 """
 
 import math
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart; beyond six blocks a scale from dark to light instead
+# Okabe & Ito's colours, which colour-blind readers can tell apart; for more than six blocks, a scale from dark to light
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SIDES = {
     "associated": "hidden side: associated",
@@ -23,8 +23,8 @@ SIDES = {
     "reconstruction": "label side: reconstruction",
 }
 MOST_POINTS = 400  # of a line; a longer one is thinned
-SMOOTHED_FROM = 40  # points; a longer line gets a running mean, and is itself drawn faint
-MOST_NUMBERED = 20  # classes whose confusion matrix shows its counts
+SMOOTHED_FROM = 40  # points; a longer line is drawn faint, under its running mean
+MOST_NUMBERED = 20  # classes; with more, the confusion matrix shows no counts
 MOST_TICKS = 25  # class names along an axis
 MOST_IN_LEGEND = 8
 
@@ -55,14 +55,14 @@ def _figure(title: str, panels: int = 1, height: float = 3.6) -> tuple["Figure",
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over a twentieth of the line, of what there is at its ends."""
+    """Running mean over a twentieth of the line, fewer points at its ends."""
     width = max(3, len(values) // 20) | 1
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
 def _line(ax: "Axes", steps: list[int], values: list[float], colour: Any, label: str, smooth: bool = True) -> None:
-    """One line; points where there are few, and a running mean over a faint line where there are many."""
+    """One line: with points if there are few, a faint line under its running mean if there are many."""
     x, y = np.asarray(steps), np.asarray(values, float)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not len(x):
@@ -76,7 +76,7 @@ def _line(ax: "Axes", steps: list[int], values: list[float], colour: Any, label:
 
 
 def _finish(ax: "Axes", log: bool = False, legend: bool = True) -> None:
-    """Scale, ticks and legend, once all lines are there."""
+    """Sets scale, ticks and legend, once all lines are drawn."""
     from matplotlib.ticker import MaxNLocator
 
     lines = ax.get_lines()
@@ -228,7 +228,7 @@ def memory(report: dict[str, Any]) -> "Figure | None":
 
 
 def confusion(report: dict[str, Any]) -> "Figure | None":
-    """Confusion matrix of the last exit: a row a true class, its shares as colour, counts where there is room."""
+    """Confusion matrix of the last exit: one row per true class, shares as colour, counts if there is room."""
     if "confusion_matrix" not in report:
         return None
     from matplotlib.ticker import PercentFormatter
@@ -282,7 +282,7 @@ PLOTS = {
 
 
 def write_plots(folder: Path, report: dict[str, Any]) -> list[str]:
-    """Draws what the report has into `folder`/<name>.png; returns the names, in order. Removes plots of before."""
+    """Draws what the report has into `folder`/<name>.png; returns the names, in order. Removes earlier plots."""
     folder.mkdir(exist_ok=True)
     drawn = []
     for name, plot in PLOTS.items():
@@ -293,7 +293,7 @@ def write_plots(folder: Path, report: dict[str, Any]) -> list[str]:
             continue
         aside = folder / f"{name}.tmp.png"
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a class name in a script it lacks
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names in a script it lacks
             figure.savefig(aside)
         aside.replace(path)
         drawn.append(name)

@@ -1,4 +1,4 @@
-"""The architectures: the one table of them, registered with the Auto classes.
+"""The table of architectures, registered with the Auto classes.
 
 Registered models load through `AutoModelForSequenceClassification` and `pipeline`, and their code is saved beside the
 weights (`trust_remote_code=True` loads it elsewhere).

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: report.json, and drawn from it report.md and the plots beside it."""
+"""What a run leaves for its reader: report.json, and made from it report.md and its plots."""
 
 import json
 import math
@@ -19,11 +19,11 @@ REPORTED = (
     "model_type", "objective", "num_blocks", "metric", "steps", "validation", "parameters", "data", "speed",
     "arguments",
 )  # fmt: skip
-MOST_ROWS = 20  # classes whose confusion matrix is also a table
+MOST_ROWS = 20  # classes; with more, the confusion matrix is not also a table
 
 
 def peak_memory_mib(device: "torch.device | None" = None) -> float:
-    """Peak memory in MiB: what was allocated on `device` where it is a GPU, else the resident memory of the process."""
+    """Peak memory in MiB: allocated on `device` if it is a GPU, else the resident memory of the process."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def without_nan(value: Any) -> Any:
-    """`value` with None for numbers that are not finite, which json has no word for."""
+    """`value` with None for numbers that are not finite, which json cannot express."""
     if isinstance(value, dict):
         return {key: without_nan(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -61,9 +61,9 @@ def write_report(folder: Path, report: dict[str, Any], draw: bool = True) -> Non
     """Writes report.json, plots/*.png and report.md from the same values.
 
     Args:
-        folder: the folder of the run, which exists.
-        report: as `train` returns it, or the content of a report.json: the plots and the page follow from it alone.
-        draw: False for no plots, which take a second.
+        folder: the folder of the run, which must exist.
+        report: as `train` returns it, or the content of a report.json: the plots and the page are made from it alone.
+        draw: whether to draw the plots, which takes a second.
     """
     write_atomically(folder / "report.json", json.dumps(report, indent=1))
     drawn = []
@@ -78,7 +78,7 @@ def read_report(folder: str) -> dict[str, Any]:
     """report.json of a finished run.
 
     Raises:
-        ValueError: there is none, or it is no report.
+        ValueError: there is none, or it is not a report.
     """
     path = Path(folder) / "report.json"
     if not path.is_file():
@@ -115,7 +115,7 @@ CAPTIONS = {
 
 
 def markdown(report: dict[str, Any], drawn: list[str]) -> str:
-    """The report as a page: results first, then how they came about. `drawn`: the plots that lie in plots/."""
+    """The report as a page: results first, then how they came about. `drawn`: names of the plots in plots/."""
     lines = [
         f"# {report['model_type']}, objective `{report['objective']}`: {report['data']['name']}",
         "",
@@ -179,7 +179,7 @@ def _memory(speed: dict[str, Any]) -> str:
 
 
 def _code_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `code_health` for readers."""
+    """A row of `code_health`, formatted for readers."""
     state = "collapsed" if row["collapsed"] else "partly collapsed" if row["partly_collapsed"] else "alive"
     shown = {"block": row["block"], "state": state, "spread": row["spread"]}
     shown |= {"rank": f"{row['rank']} of {row['possible_rank']}", "separation": row["separation"]}

@@ -1,4 +1,4 @@
-"""Values of arguments and config fields, read as the annotated type."""
+"""Values of arguments and config fields, converted to the annotated type."""
 
 import types
 import typing
@@ -69,5 +69,5 @@ def _number(value: Any) -> Any:
 
 
 def numbers(value: Any) -> list[float]:
-    """The numbers in an argument that is one, a list of them, or None."""
+    """The numbers in an argument that is a number, a list of numbers, or None."""
     return value if isinstance(value, list) else [] if value is None else [value]

@@ -3,7 +3,7 @@
     make quickstart                    # or: python recipes/quickstart.py --output_dir out/quickstart
 
 Trains the recipe's network block by block (AL) and by backpropagation, and TF-IDF + logistic regression, all on the
-same train split, each choosing on the same validation split; reads the test split once; then loads the AL model back
+same train split, with choices made on the same validation split. Reads the test split once, and then loads the AL model
 through transformers' pipeline.
 """
 
@@ -37,7 +37,7 @@ def train(output_dir: str, flags: list[str]) -> dict[str, Any]:
 
 
 def tfidf_baseline(extra: list[str]) -> dict[str, Any]:
-    """TF-IDF of words and word pairs into logistic regression, its one setting chosen on validation."""
+    """Logistic regression on TF-IDF of words and word pairs; its one setting is chosen on validation."""
     data = load_text_datasets(parse_arguments(["--config", str(RECIPE), "--output_dir", "unused", *extra]))
     clock = time.perf_counter()
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)

@@ -1,4 +1,4 @@
-"""Training for `accelerate launch`; `hf-al train` is the same with the same flags.
+"""Training for `accelerate launch`; `hf-al train` does the same with the same flags.
 
 accelerate launch recipes/train.py --config recipes/tweets_lstm.yaml --output_dir out/tweets --learning_rate 1e-3
 """

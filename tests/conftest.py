@@ -17,7 +17,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
 )
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it puts into the background
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # shells start background processes like this
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
@@ -32,7 +32,7 @@ from hf_al.data import sources
 from hf_al.modeling import objectives
 from hf_al.training import checkpoint
 
-# All that there are, so that a new one is tested without being named here
+# All of them, so that a new one is tested without being named here
 ARCHITECTURES = tuple(hf_al.MODEL_CLASSES)
 OBJECTIVES = tuple(objectives.OBJECTIVES)
 
@@ -45,7 +45,7 @@ def _one_thread():
 
 
 class Sketch:
-    """In the place of a figure: a file where the plot would be."""
+    """Stands in for a figure: writes a file where the plot would be."""
 
     def savefig(self, path: Path) -> None:
         path.write_bytes(b"a plot")
@@ -53,7 +53,7 @@ class Sketch:
 
 @pytest.fixture(scope="module", autouse=True)
 def _sketches(request):
-    """Drawing is most of a short run: only the tests of what is drawn draw."""
+    """Drawing takes most of a short run's time: only tests of plots draw."""
     if request.module.__name__ == "test_report":
         yield
         return
@@ -139,7 +139,7 @@ def start():
 
 
 def wait_for_a_checkpoint(process, output_dir: Path, log: Path, seconds: float = 120) -> None:
-    """Until the run in `process`, whose messages go to `log`, has written one; it must not end before."""
+    """Waits until the run in `process`, whose messages go to `log`, has written one; it must not end before."""
     deadline = time.monotonic() + seconds
     while not checkpoint.complete_checkpoints(output_dir):
         assert process.poll() is None, log.read_text()

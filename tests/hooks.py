@@ -1,4 +1,4 @@
-"""What a test does ahead of a call and behind it, without replacing what is called."""
+"""Lets a test act before and after a call, without replacing what is called."""
 
 import functools
 import inspect
@@ -17,7 +17,7 @@ def named(function: Callable, args: tuple, kwargs: dict) -> SimpleNamespace:
 
 
 def hook(patch: pytest.MonkeyPatch, owner: Any, name: str, before: Any = None, after: Any = None) -> None:
-    """Calls `before(call)` ahead of `owner.name` and `after(call)` behind it; `call.result` is what it returned."""
+    """Calls `before(call)` before `owner.name` and `after(call)` after it; `call.result` is what it returned."""
     function = getattr(owner, name)
 
     @functools.wraps(function)

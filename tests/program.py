@@ -1,6 +1,6 @@
-"""`hf-al` in a process of its own, started in a fraction of a second: forked from one that has imported all.
+"""`hf-al` in a process of its own, started in a fraction of a second: forked from one that has imported everything.
 
-For tests of what happens around a run; those of the start itself use `conftest.run_program`.
+For tests of what happens around a run; tests of the start itself use `conftest.run_program`.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 class Program:
-    """`hf-al ARGV`; used like a subprocess.Popen with three pipes, or one that says everything into the file `log`."""
+    """`hf-al ARGV`; used like a subprocess.Popen with three pipes, or with all output going to the file `log`."""
 
     def __init__(self, *argv: str, log: Path | None = None):
         if log is None:
@@ -52,7 +52,7 @@ class Program:
         os.kill(self.pid, number)
 
     def communicate(self, text: str = "") -> tuple[str, str]:
-        """Sends the text as all that comes; (standard output, standard error), which must be short."""
+        """Sends the text as the whole input; returns (standard output, standard error), which must be short."""
         self.stdin.write(text.encode())
         self.stdin.close()
         return self.stdout.read().decode(), self.stderr.read().decode()
@@ -68,7 +68,7 @@ class Program:
 def _run(argv: tuple[str, ...], ends: list[Connection]) -> None:
     from hf_al.cli import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has the tests in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also if a shell runs the tests in the background
     for number, end in enumerate(ends):
         os.dup2(end.fileno(), number)
         end.close()

@@ -1,4 +1,4 @@
-"""Files that get their name when they are whole, and what has a name already."""
+"""Files that get their name once they are complete, and what may have that name already."""
 
 import os
 import subprocess

@@ -31,7 +31,7 @@ GOOD = csv(["red", "green", "blue"] * 20)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A finished run with its data beside it: train.csv and run/."""
+    """A folder with a finished run and its data: run/ and train.csv."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.csv").write_text(GOOD)
     main(["train", f"--train_file={folder / 'train.csv'}", f"--output_dir={folder / 'run'}", *SMALL])
@@ -40,7 +40,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(trained, tmp_path, monkeypatch) -> Path:
-    """The folder a user stands in: train.csv, and the finished run in run/."""
+    """The user's current folder: train.csv, and the finished run in run/."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,7 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def write(name: str, text: str | bytes):
-    """What is wrong, put where the user stands."""
+    """Writes the faulty file into the user's current folder."""
 
     def make(folder: Path) -> None:
         path = folder / name
@@ -79,7 +79,7 @@ def write(name: str, text: str | bytes):
 
 
 def nothing(folder: Path) -> None:
-    """All is there already."""
+    """Nothing needs to be put there."""
 
 
 def cut_the_weights(folder: Path) -> None:
@@ -193,7 +193,7 @@ MISTAKES = {
     ),
     "fewer_examples_than_classes": (
         nothing, f"{TRAIN} --train_file=train.csv --max_train_samples=2",
-        "hf-al train: error: Expected a training example of each class at least, got 2 examples of 3 classes. Add "
+        "hf-al train: error: Expected at least one training example of each class, got 2 examples of 3 classes. Add "
         "examples, raise --max_train_samples, or name the label column: --label_column_name.",
     ),
     "each_label_once": (
@@ -371,7 +371,7 @@ MISTAKES = {
     "weights_of_another_shape": (
         reshape_a_weight, EVALUATE,
         "hf-al evaluate: error: Expected in run/model.safetensors the weights that run/config.json describes, got "
-        "others: blocks.1.bridge.layers.0.bias has shape [3] instead of [12]. Config and weights are of different "
+        "others: blocks.1.bridge.layers.0.bias has shape [3] instead of [12]. Config and weights are from different "
         "models: copy both from one run.",
     ),
     "weights_pickled": (
@@ -420,7 +420,7 @@ def assert_finite_checkpoints(folder: Path, steps: list[int]) -> None:
 def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_checkpoint(
     value, place, shell, monkeypatch
 ):
-    """The step is named to the number, although losses are read at steps 4, 8, ... only."""
+    """The exact step is named, although losses are read only at steps 4, 8, ..."""
 
     def poison(call):
         if call.step + 1 == 7:
@@ -432,7 +432,7 @@ def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_c
     status, out, err = shell(line)
     assert err.splitlines()[-1] == (
         f"hf-al train: error: Expected finite losses and gradients, got {value} as the associated loss of block 1 at "
-        "step 7. Lower the learning rate, or clip: --max_grad_norm 1. The last checkpoint is from before: "
+        "step 7. Lower the learning rate, or clip: --max_grad_norm 1. The last checkpoint was written before that: "
         "new/checkpoints/checkpoint-00000006."
     )
     assert "Traceback" not in err
@@ -442,7 +442,7 @@ def test_a_loss_that_is_not_finite_names_its_block_and_step_and_keeps_the_last_c
 
 @pytest.mark.parametrize("save_steps", [1, 3])
 def test_no_checkpoint_holds_weights_from_after_a_loss_that_was_not_finite(save_steps, place, shell, monkeypatch):
-    """Not even one that is written before the next log, nor the extra one of a signal that comes just then."""
+    """Not even one written before the next log, or the extra one for a signal that arrives just then."""
 
     def signal_and_poison(call):
         if call.step + 1 == 5:
@@ -467,7 +467,7 @@ def test_a_learning_rate_that_is_too_high_ends_with_advice(place, shell):
     assert re.fullmatch(
         r"hf-al train: error: Expected finite losses and gradients, got (nan|inf) as the \w+ (loss|grad_norm) of block "
         r"\d at step [23]\. Lower the learning rate, or clip: --max_grad_norm 1\. (There is no checkpoint yet\.|The "
-        r"last checkpoint is from before: new/checkpoints/checkpoint-0000000\d\.)",
+        r"last checkpoint was written before that: new/checkpoints/checkpoint-0000000\d\.)",
         err.splitlines()[-1],
     )
     assert "Traceback" not in err

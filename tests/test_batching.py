@@ -1,4 +1,4 @@
-"""The batch order: every row once an epoch, the same for the same seed and epoch, little padding, resumable."""
+"""The batch order: every row once per epoch, the same for the same seed and epoch, little padding, resumable."""
 
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ relaxed = settings(deadline=None, max_examples=50)
 
 
 def real_lengths(rows: int = 14_000) -> np.ndarray:
-    """As skewed as the lengths of texts are."""
+    """As skewed as the lengths of real texts."""
     return np.random.default_rng(0).lognormal(3, 0.6, rows).clip(2, 128).astype(int)
 
 
@@ -104,7 +104,7 @@ def test_there_is_far_less_padding_than_in_random_order(epoch):
 
 
 def test_lengths_are_mixed_over_an_epoch():
-    """Not from short to long: the mean length of neighbouring batches is unrelated."""
+    """Not sorted from short to long: the mean lengths of neighbouring batches are unrelated."""
     lengths = real_lengths()
     means = [lengths[rows].mean() for rows in BatchOrder(lengths, 32, 42).epoch(0)]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2

@@ -24,7 +24,7 @@ class Broken(OSError):
 
 @pytest.fixture
 def make_run(make_model):
-    """A model with optimizer state; the seed tells two of them apart: make_run(seed) -> (blocks, optimizers)."""
+    """A model with optimizer state, different for each seed: make_run(seed) -> (blocks, optimizers)."""
 
     def make(seed: int = 0, steps: int = 1):
         model = make_model(seed=seed, num_blocks=2)
@@ -49,7 +49,7 @@ def save(folder: Path, step: int, run, **manifest) -> Path:
 
 @pytest.fixture
 def find(make_run):
-    """The checkpoint that a run would go on from: find("last" or a folder, output_dir) -> path or None."""
+    """The checkpoint that a run would resume from: find("last" or a folder, output_dir) -> path or None."""
     blocks, _ = make_run(2)
 
     def fault(path: Path) -> str | None:
@@ -68,8 +68,8 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def fail_at(patch: pytest.MonkeyPatch, call: int, once: bool = False) -> list[str]:
-    """Lets what touches the disk fail from the given call on, as when the process is killed there; or only that call,
-    as on a full disk, where deleting still works."""
+    """Makes everything that touches the disk fail from the given call on, as if the process were killed there; or, with
+    `once`, only that call, as on a full disk, where deleting still works."""
     calls: list[str] = []
 
     def guard(owner, name):
@@ -116,7 +116,7 @@ def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(find, 
             save(folder, before, old)
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, call, once)
-            with suppress(Broken) if once else pytest.raises(Broken):  # a deletion that fails once may be no fault
+            with suppress(Broken) if once else pytest.raises(Broken):  # a single failed deletion need not raise
                 save(folder, 20, new)
         if once and before != 20:  # the disk is not left full
             assert not list((folder / "checkpoints").glob("tmp-*"))
@@ -150,7 +150,7 @@ def test_a_text_that_breaks_while_written_is_the_old_or_the_new_one(tmp_path):
 
 
 def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(make_run, tmp_path, monkeypatch):
-    """What a power cut leaves, not only a kill: bytes first, name last, then the folder that holds the name."""
+    """Survives a power cut, not only a kill: bytes first, name last, then the folder that holds the name."""
     events = []
     fsync, rename = os.fsync, os.rename
 
@@ -318,7 +318,7 @@ def test_last_passes_over_a_flipped_bit_and_says_so(find, make_run, tmp_path, ca
 
 
 def test_last_does_not_start_anew_over_damaged_checkpoints(find, make_run, tmp_path):
-    """Whoever made them may still mend them; a run from step 0 would delete them."""
+    """The user may still be able to repair them; a run from step 0 would delete them."""
     flip_a_bit(save(tmp_path, 10, make_run()) / "block-000.safetensors")
     with pytest.raises(ValueError, match=r"Expected an intact checkpoint, got damaged ones only: .*block-000"):
         find("last", tmp_path)
@@ -438,7 +438,7 @@ def test_rotation_keeps_the_newest_and_the_best(keep, best, left, make_run, tmp_
 
 
 def test_checkpoints_of_an_abandoned_future_go_and_not_the_one_just_written(make_run, tmp_path):
-    """After a resume from step 20 with checkpoints up to 50 there, `last` must find step 30 of the new run."""
+    """After a resume from step 20 while checkpoints up to 50 exist, `last` must find step 30 of the new run."""
     run = make_run()
     for step in (20, 40, 50, 30):
         save(tmp_path, step, run)

@@ -75,7 +75,7 @@ def test_help_waits_for_no_large_package(program, command):
 
 @pytest.mark.medium
 def test_every_public_name_is_there_in_the_command_line_too():
-    """Which imports the package without the models at first."""
+    """The command line first imports the package without the models."""
     code = (
         "import sys, hf_al_program, hf_al; assert 'torch' not in sys.modules\n"
         "for name in hf_al.__all__: getattr(hf_al, name)\n"

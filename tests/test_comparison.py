@@ -27,7 +27,7 @@ REPORT = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Writes a run that differs from REPORT as said: run("b", seed=2, model={...}) -> its folder."""
+    """Writes a run that differs from REPORT in the given values: run("b", seed=2, model={...}) -> its folder."""
 
     def write(name: str, validation: float = 0.6, report: dict | None = None, **arguments) -> str:
         values = copy.deepcopy({**REPORT, **(report or {})})

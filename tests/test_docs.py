@@ -33,7 +33,7 @@ PLOT = DOCS / "images" / "five_minutes.png"
 
 @pytest.fixture(scope="module")
 def examples():
-    """The modules of docs/examples, imported as a user's own; what they register is taken back afterwards."""
+    """The modules of docs/examples, imported like a user's own; what they register is removed afterwards."""
     tables = (objectives.OBJECTIVES, hf_al.MODEL_CLASSES)
     before = [dict(table) for table in tables]
     modules = {}
@@ -218,7 +218,7 @@ def run(line: str, monkeypatch) -> None:
     argv += SHORT if argv[0] == "train" else ["--threads=1"] if argv[0] in ("evaluate", "predict") else []
     with open(source or os.devnull, encoding="utf-8") as stdin, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stdin)
-        cli.main(argv)  # SystemExit, with the message on standard error, where it refuses
+        cli.main(argv)  # SystemExit, with the message on standard error, if it refuses
 
 
 @pytest.mark.medium
@@ -242,7 +242,7 @@ def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, caps
 @pytest.mark.medium
 @pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p, "python") and p not in RUN_BY_TEST_README])
 def test_the_python_blocks_of_a_page_run_in_their_order(page, examples, room, monkeypatch, capsys):
-    """After the page's first command, which makes the model that they load."""
+    """Run after the page's first command, which creates the model that they load."""
     first = next((line for line in commands(page) if line.startswith("hf-al train")), None)
     if first:
         run(first, monkeypatch)
@@ -270,7 +270,7 @@ def test_a_launch_of_two_processes_is_shown_as_it_is_run():
 
 
 def test_accelerate_launch_is_shown_as_it_is_run():
-    """By test_recipes, which starts this very program with these flags."""
+    """test_recipes starts this program with these flags."""
     (line,) = [line for line in commands("README") if line.startswith("accelerate launch")]
     _, _, program, *flags = shlex.split(line)
     assert program == "recipes/train.py"
@@ -281,7 +281,7 @@ def test_accelerate_launch_is_shown_as_it_is_run():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_page_hides_code_from_these_tests(page):
-    """Every block names its language; what is not run is `text`."""
+    """Every block names its language; blocks that are not run are `text`."""
     fences = re.findall(r"^```(.*)$", PAGES[page].read_text(encoding="utf-8"), re.MULTILINE)
     if page != "README":  # drawings of the README have no language
         assert set(fences[::2]) <= {"bash", "python", "text"}

@@ -1,4 +1,4 @@
-"""Metrics against the libraries and the definitions that everybody knows."""
+"""Metrics compared with libraries and well-known definitions."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def softmax(logits):
 
 
 def slow_calibration_error(confidence, correct, bins=15):
-    """Sorted by confidence, cut into bins that differ by one example at most, the larger ones first."""
+    """Sorted by confidence, cut into bins whose sizes differ by at most one, larger ones first."""
     pairs = sorted(zip(confidence, correct, strict=True), key=lambda pair: pair[0])
     error, start = 0.0, 0
     for i in range(bins):
@@ -92,7 +92,7 @@ def test_known_calibration_errors(confidence, accuracy, expected):
 
 
 def test_bins_have_equal_mass_and_not_equal_width():
-    """One bin of equal width would not see the wrong order; of 15 bins of equal mass only the middle one agrees."""
+    """A single bin of equal width would miss the wrong order; of 15 bins of equal mass only the middle one agrees."""
     confidence = np.linspace(0.50, 0.51, 150)
     correct = np.arange(150) < 75
     assert expected_calibration_error(confidence, correct) == pytest.approx(0.5 * 14 / 15, abs=0.01)

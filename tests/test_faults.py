@@ -51,7 +51,7 @@ def files(few_tweets, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(files, tmp_path_factory) -> Path:
-    """The folder of a run that nothing befell."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     main(["train", *files, *FLAGS, f"--output_dir={folder}"])
     return folder
@@ -101,7 +101,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 @contextmanager
 def no_file_above(size: int):
-    """A limit that the system enforces on this process, as a quota would: no rights are needed to set it."""
+    """A limit that the system enforces on this process, like a quota; setting it needs no privileges."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -134,7 +134,7 @@ def test_a_save_without_room_ends_with_one_message_and_the_run_goes_on_later(
 
 
 def test_an_export_without_room_keeps_the_checkpoints_and_the_old_model(files, undisturbed, shell, tmp_path):
-    """tokenizer.json and the weights are written by libraries with exceptions of their own."""
+    """tokenizer.json and the weights are written by libraries that raise exceptions of their own."""
     shutil.copytree(undisturbed, tmp_path / "run")
     old = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     argv = ["train", *files, *FLAGS, f"--output_dir={tmp_path / 'run'}", LAST]
@@ -219,7 +219,7 @@ def test_a_disk_that_is_really_full_keeps_the_last_checkpoint(files, tmp_path):
 
 @contextmanager
 def as_an_ordinary_user():
-    """Root may write everywhere, whatever the mode of a folder says."""
+    """As another user than root, who may write everywhere, whatever a folder's mode."""
     if os.geteuid() != 0:
         yield
         return
@@ -232,7 +232,7 @@ def as_an_ordinary_user():
 
 @pytest.fixture
 def open_folder(monkeypatch):
-    """A folder that every user may write to, with a cache in it: pytest's own are for one user."""
+    """A folder that every user may write to, with a cache in it: pytest's folders are for one user only."""
     folder = Path(tempfile.mkdtemp(prefix="hf_al_open_"))
     (folder / "cache").mkdir()
     for path in (folder, folder / "cache"):
@@ -284,7 +284,7 @@ class Broken(OSError):
 
 
 def fail_at(patch: pytest.MonkeyPatch, folder: Path, call: int, once: bool) -> list[str]:
-    """Lets the n-th call that changes the disk fail, or all from that one on."""
+    """Makes the n-th call that changes the disk fail, or all from that one on."""
     calls: list[str] = []
 
     def guard(owner, name, counts=lambda *args, **kwargs: True):
@@ -478,7 +478,7 @@ def test_a_stopped_process_ends_with_the_status_of_its_signal_and_a_checkpoint(n
 
 @pytest.mark.medium
 def test_no_secret_of_the_environment_is_written_anywhere(files, tmp_path):
-    """Not by a run with checkpoints and a tracker, nor by evaluate, an export, a mistake or a crash."""
+    """Not by a run with checkpoints and a tracker, by evaluate, an export, a mistake or a crash."""
     secrets = {
         "HF_TOKEN": "hf_PlantedSecretNumberOne", "WANDB_API_KEY": "PlantedSecretNumberTwo" * 2,
         "AWS_SECRET_ACCESS_KEY": "PlantedSecret/Number+Three", "MY_PASSWORD": "PlantedSecretNumberFour",

@@ -124,7 +124,7 @@ def test_one_changed_weight_is_an_update(make_model):
 
 
 def test_parts_that_backprop_does_not_train_are_not_expected_to_move(make_model):
-    """Its target codes and inner bridges are no part of the network; its last bridge is."""
+    """Its target codes and inner bridges are not part of the trained network; its last bridge is."""
     model = make_model(objective="backprop")
     at_start = health.part_sums(model)
     names = set(health.never_updated(model, at_start))
@@ -187,7 +187,7 @@ def test_health_is_plain_json(make_model):
 
 # --- collapses of real runs, each with the cure that its warning names
 
-TOPICS = 40  # classes, each told by a word of its own
+TOPICS = 40  # classes, each recognisable by a word of its own
 
 
 @pytest.fixture(scope="module")

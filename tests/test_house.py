@@ -1,4 +1,4 @@
-"""Data goes down the rooms once: nothing imports what comes after it."""
+"""The subpackages ("rooms") are in order: none imports one that comes after it."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 
 
 def imported(file: Path) -> set[str]:
-    """The rooms that a module imports from, wherever in it."""
+    """The rooms that a module imports from, at any depth in the file."""
     depth = len(file.relative_to(PACKAGE).parts)
     rooms = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""`hf-al inspect`: the numbers of the page are those of the model."""
+"""`hf-al inspect`: the numbers shown are those of the model."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Several processes as users start them: `hf-al train --stages`, `accelerate launch`; what they leave and say."""
+"""Several processes as users start them (`hf-al train --stages`, `accelerate launch`): what they leave and print."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ def test_stages_start_their_processes_and_leave_the_bytes_of_one(data, shell, tm
 
 @pytest.mark.medium
 def test_a_launch_leaves_its_process_as_it_was(data, shell, tmp_path):
-    """A notebook that starts a run goes on afterwards."""
+    """A notebook that starts a run continues afterwards."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]
     environment = dict(os.environ)
@@ -79,7 +79,7 @@ def test_accelerate_launch_takes_stages(data, shell, tmp_path):
 
 @pytest.mark.medium
 def test_two_launchers_meet_and_train_one_model(data, shell, tmp_path):
-    """Two machines, as far as loopback can tell."""
+    """Two machines, as far as loopback can show."""
     flags = [*data, *SMALL, "--max_steps=6"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

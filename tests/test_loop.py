@@ -41,7 +41,7 @@ def arguments(output_dir, model_type="al_lstm", **values) -> hf_al.TrainingArgum
 
 @pytest.fixture(scope="module")
 def topics() -> DatasetDict:
-    """Three words a text, all of one topic: nothing is left to doubt."""
+    """Three words per text, all of one topic, so that labels are unambiguous."""
     rows = []
     for first in range(5):
         for second in range(5):
@@ -194,7 +194,7 @@ def test_a_metric_that_does_not_exist_is_refused_with_those_that_do(topics, tmp_
 
 
 def test_test_labels_choose_nothing(few_tweets, tmp_path):
-    """Chosen by the log loss of wrong labels, which grows, the first evaluation would be the best one."""
+    """The test labels are wrong, so their log loss grows: if it chose, the first evaluation would be the best."""
     names = sorted(set(few_tweets["test"]["label"]))
     turned = few_tweets["test"].map(lambda row: {"label": names[(names.index(row["label"]) + 1) % len(names)]})
     reports = []
@@ -343,7 +343,7 @@ def test_fp16_is_refused_with_the_reason(tmp_path):
 def test_another_number_of_processes_than_stages_is_refused(
     world, stages, objective, message, few_tweets, tmp_path, monkeypatch
 ):
-    """Also where a launcher started one process without a word, as `accelerate launch --cpu` does."""
+    """Also if a launcher silently started only one process, as `accelerate launch --cpu` does."""
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match=message):
         hf_al.train(arguments(tmp_path, stages=stages, model={"objective": objective}), few_tweets)
@@ -468,7 +468,7 @@ def test_multi_label_end_to_end(objective, topics, tmp_path):
     assert report["problem_type"] == "multi_label_classification"
     assert report["metric"] == "f1_micro"
     assert report["label_names"] == ["food", "sky", "sport"]
-    assert report["test"][-1]["f1_micro"] > 0.8  # the share of labels is a half: 0.67 for saying yes to all
+    assert report["test"][-1]["f1_micro"] > 0.8  # half of all labels are set: answering yes to all gives 0.67
     assert hf_al.evaluate(str(tmp_path), data["test"])["f1_micro"] == pytest.approx(report["test"][-1]["f1_micro"])
 
 

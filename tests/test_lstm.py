@@ -1,4 +1,4 @@
-"""The LSTM for CPUs: torch's results, and no work for gradients that nobody wants."""
+"""The LSTM for CPUs: torch's results, and no work for gradients that are not needed."""
 
 from itertools import pairwise
 

@@ -47,7 +47,7 @@ def count_calls(model) -> list[int]:
 
 
 class Messages(logging.Handler):
-    """What a library says on its logger."""
+    """What a library logs."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class Messages(logging.Handler):
 
 @pytest.fixture
 def transformers_messages():
-    """Warnings that transformers logs (not `warnings`), which the user reads all the same."""
+    """Warnings that transformers logs (without `warnings`), which users see as well."""
     handler = Messages()
     logger = logging.getLogger("transformers")
     level = logger.level
@@ -477,7 +477,7 @@ def test_the_order_of_the_words_matters_to_the_transformer(positions, make_model
 
 
 def test_rotary_attention_depends_on_distances_only(make_model):
-    """Padding on the left moves a text to other columns; only a shift of all positions by one may not matter."""
+    """Left padding moves a text to other columns; a shift of all positions must not matter."""
     model = make_model("al_transformer", attn_implementation="eager").eval()
     texts = torch.tensor([[3, 4, 5, 6]])
     inputs = model.model.prepare_inputs(texts)
@@ -581,7 +581,7 @@ def test_no_activation_bounds_the_logits(activation, make_model, make_batch):
 
 
 def matrices(model) -> dict[str, torch.Tensor]:
-    """The matrices that `initialization` is about: of linear layers, and of each gate of the LSTMs."""
+    """The matrices that `initialization` applies to: of linear layers, and of each LSTM gate."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -265,7 +265,7 @@ def test_backprop_has_the_gradients_of_the_network_without_cuts(model_type, make
 
 
 def test_all_objectives_but_local_ce_have_the_same_parameters(make_model):
-    """The baseline is the same network, and the same seed starts it from the same weights."""
+    """The baseline is the same network, and with the same seed it starts from the same weights."""
     states = {objective: make_model(objective=objective).state_dict() for objective in OBJECTIVES}
     for objective in ("al_ce", "backprop"):
         assert states[objective].keys() == states["associated"].keys()

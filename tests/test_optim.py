@@ -1,4 +1,4 @@
-"""One AdamW and schedule a block: values, factors, clipping block by block, and state by name."""
+"""One AdamW and schedule per block: values, factors, clipping block by block, and state by name."""
 
 import math
 
@@ -221,7 +221,7 @@ def test_a_part_without_a_gradient_stays_as_it_is(make_model):
 
 @pytest.mark.parametrize("objective", ["associated", "backprop"])
 def test_state_by_name_continues_the_run(objective, make_model):
-    """Loaded into the optimizers of another process, whose blocks may be grouped in another way."""
+    """Loaded into the optimizers of another process, which may group its blocks differently."""
     args = arguments(max_grad_norm=0)
     model = make_model(objective=objective)
     optimizers = optimizers_of(model, args)

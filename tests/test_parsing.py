@@ -87,7 +87,7 @@ def test_num_blocks_alone_works_with_every_recipe(blocks, path):
 
 
 def test_the_table_of_config_values_is_made_of_the_classes():
-    """If not: `python -m hf_al.config_fields`."""
+    """If this fails, run `python -m hf_al.config_fields`."""
     assert TABLE.read_text(encoding="utf-8") == made_anew()
 
 
@@ -113,7 +113,7 @@ def test_help_shows_what_a_config_value_means_and_its_default(shell):
     _, out, _ = shell("train", "--help")
     text = " ".join(out.split())
     assert "width of the hidden states between blocks. (default: 128)" in text
-    assert "al_transformer: heads; hidden_size is a multiple of it. (default: 4)" in text
+    assert "al_transformer: heads; hidden_size must be a multiple of it. (default: 4)" in text
     assert "al_lstm: mean, max or final" in text
     assert text.count("padding excluded") == 1
 

@@ -41,7 +41,7 @@ def classifier(make_model, tokenizer):
 
 @pytest.fixture
 def texts(few_tweets) -> list[str]:
-    """Of many lengths, one of them longer than the model takes."""
+    """Texts of many lengths, one of them longer than the model accepts."""
     texts = few_tweets["test"]["text"][:39]
     return [*texts[:20], " ".join(texts), *texts[20:]]
 
@@ -291,12 +291,12 @@ def test_an_input_that_cannot_be_read_is_one_message_and_status_2(name, content,
 @pytest.mark.medium
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory from /proc")
 def test_memory_does_not_grow_with_the_input(trained, start):
-    """Rows are sent through a pipe without end, each chunk only after the answers to the one before."""
+    """Rows are sent through an endless pipe, each chunk only after the answers to the one before."""
     process = start("predict", str(trained[0]), "--batch_size=16", "--threads=1")
     chunk = b"".join(b"row %d is a text of some length, and then some\n" % i for i in range(16 * CHUNK_BATCHES))
 
     def answer(chunks: int) -> int:
-        """Sends so many chunks, and returns the memory of the process in KiB afterwards."""
+        """Sends this many chunks, and returns the memory of the process in KiB afterwards."""
         for _ in range(chunks):
             process.stdin.write(chunk)
             process.stdin.flush()

@@ -34,7 +34,7 @@ def test_the_promised_recipes_are_there():
 
 @pytest.fixture
 def data_flags(tweet_files):
-    """Files in the place of a recipe's data set, which lies on the Hub; the tweets are at hand."""
+    """Files to use instead of a recipe's data set, which is on the Hub; the tweets are local."""
     return lambda path: [] if path.stem.startswith("tweets") else tweet_files
 
 

@@ -18,7 +18,7 @@ from hf_al.data.tokenization import build_tokenizer
 
 TEXTS = ["a lovely flight", "the worst airline of all", "late late late " * 50]
 INFERENCE_ONLY = "inference_only"
-# One process for all folders: importing transformers takes longer than everything else in it
+# One process for all folders: importing transformers takes most of the time
 ELSEWHERE = '''
 import sys
 
@@ -106,7 +106,7 @@ def folders(few_tweets, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def elsewhere(folders, tmp_path_factory) -> dict:
-    """What a process of its own, in another folder and without hf_al, makes of them."""
+    """The answers of a separate process, in another folder and without hf_al."""
     room = tmp_path_factory.mktemp("elsewhere")
     (room / "script.py").write_text(ELSEWHERE)
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: numbers as plain json, a page, and plots that follow from the json alone."""
+"""What a run leaves for its reader: numbers as plain json, a page, and plots that are made from the json alone."""
 
 import copy
 import json
@@ -83,7 +83,7 @@ def test_the_history_has_speed_memory_and_codes(content):
 
 
 def test_speed_is_of_training_alone(few_tweets, tmp_path, monkeypatch):
-    """By a clock of this test's own: a step takes 2 seconds; evaluations and checkpoints take 100, in no number."""
+    """With a fake clock: a step takes 2 seconds; evaluations and checkpoints take 100, which no number includes."""
     seconds = []
 
     def takes(number, owner, name):

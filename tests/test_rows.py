@@ -9,7 +9,7 @@ from hf_al.saved.rows import LONGEST_ROW, Unusable, choose_text_columns, read_ro
 
 
 def read(data: bytes, kind: str = "text", named: str | None = None) -> list:
-    """The rows, an unusable one as the last words of its reason."""
+    """The rows; an unusable one is shown as the last words of its reason."""
     rows = read_rows(io.BytesIO(data), kind, named)
     return [f"!{row.reason}" if isinstance(row, Unusable) else row for row in rows]
 
@@ -132,7 +132,7 @@ def test_a_wrong_column_is_said_before_the_first_row(data, kind, named, said):
 
 
 def test_no_more_is_read_than_is_asked_for():
-    """Flow control: the sender of an endless stream is not read ahead of."""
+    """Flow control: an endless stream is not read ahead."""
     for kind, line in (("text", b"one\n"), ("csv", b"text\n"), ("jsonl", b'{"text": "one"}\n')):
         stream = io.BytesIO(line * 1000)
         rows = read_rows(stream, kind)

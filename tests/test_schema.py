@@ -1,4 +1,4 @@
-"""A boundary as bytes: what is written is read, on aligned addresses; what the wire would change is refused."""
+"""A boundary as bytes: what is written can be read, at aligned addresses; what the wire would change is refused."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def boundary(rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Of an LSTM with carried state, with an odd width, so that tensors would not be aligned by themselves."""
+    """The boundary of an LSTM with carried state and an odd width, so that tensors are not aligned by chance."""
     generator = torch.Generator().manual_seed(rows * 100 + tokens)
 
     def normal(*shape):

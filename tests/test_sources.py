@@ -1,4 +1,4 @@
-"""Where labelled text comes from: files, splits, columns and labels; and every way in which they can be wrong."""
+"""Where labelled text comes from: files, splits, columns and labels, and every way in which they can be wrong."""
 
 import gzip
 import importlib.metadata
@@ -32,7 +32,7 @@ def arguments(**values) -> TrainingArguments:
 
 
 def write(path, rows) -> str:
-    """Rows to a file of the kind that its name says."""
+    """Writes rows to a file in the format of its ending."""
     data = Dataset.from_list(rows)
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     kind = plain.suffix
@@ -62,7 +62,7 @@ def load(rows, **values) -> DatasetDict:
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.json", "a.parquet"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_every_format_gives_the_same_rows(name, zipped, tmp_path):
-    """Cells stay what they are: 'NA', 'null' and '3' are texts, quotes and letters beyond ASCII survive."""
+    """Cells stay as they are: 'NA', 'null' and '3' are texts, quotes and letters beyond ASCII survive."""
     rows = ROWS
     if name == "a.txt":
         path = tmp_path / name

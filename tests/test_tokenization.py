@@ -50,7 +50,7 @@ def toy(*texts) -> Dataset:
 
 @pytest.fixture(scope="module")
 def trained_twice(few_tweets, tmp_path_factory):
-    """The folders of two processes that trained all kinds on the same data, at the same time."""
+    """The folders of two processes that trained tokenizers of all kinds on the same data at the same time."""
     folder = tmp_path_factory.mktemp("twice")
     few_tweets["train"].save_to_disk(folder / "data")
     program = [sys.executable, "-c", TRAIN_AND_SAVE, str(folder / "data")]
@@ -110,7 +110,7 @@ def test_a_long_text_is_cut_and_keeps_its_special_tokens(kind, tokenizers):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_characters_that_train_lacks_are_tokens_all_the_same(kind, tokenizers):
-    """As unknown ones, or as bytes where the tokenizer has those."""
+    """As unknown tokens, or as bytes if the tokenizer has those."""
     seen = tokens(tokenizers[kind], "漢字")[1:-1]
     assert seen
     if kind == "bpe":

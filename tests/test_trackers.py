@@ -41,7 +41,7 @@ def arguments(output_dir, **values) -> hf_al.TrainingArguments:
 
 @pytest.fixture(scope="module")
 def command(few_tweets, tmp_path_factory):
-    """Command line and environment of a short run in a home of its own: command(output_dir, report_to, **variables)."""
+    """Command line and environment of a short run with its own home: command(output_dir, report_to, **variables)."""
     folder = tmp_path_factory.mktemp("tweets")
     files = []
     for split in ("train", "validation"):
@@ -73,7 +73,7 @@ def tracked(command, tmp_path_factory):
 
 
 def history(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (step, value) as the run's own report has them, under the names of the trackers."""
+    """Metric -> (step, value) from the run's own report, under the trackers' names."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in json.loads((folder / "report.json").read_text())["history"]:
         values = {k: v for k, v in row.items() if k not in ("step", "validation", "codes")}
@@ -98,7 +98,7 @@ def wandb_records(data: bytes) -> list[bytes]:
         _, length, kind = struct.unpack_from("<IHB", data, at)
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or the last part of one
             records.append(parts)
             parts = b""
     return records
@@ -151,7 +151,7 @@ def test_wandb_has_the_history_and_the_config_offline(tracked):
 
 @pytest.mark.medium
 def test_trackio_has_the_history_and_the_config(tracked):
-    """Where all its projects lie, so that `trackio show` compares them."""
+    """In the folder of all its projects, so that `trackio show` compares them."""
     folder, _ = tracked
     with sqlite3.connect(folder.parent / "hf" / "trackio" / "hf_al.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
@@ -278,7 +278,7 @@ def test_trackers_get_flat_plain_values():
 
 
 def test_a_failed_run_does_not_keep_the_next_from_starting(few_tweets, tmp_path, monkeypatch):
-    """mlflow allows one run at a time; and each run of a process has a store of its own."""
+    """mlflow allows one run at a time, and each run of a process has its own store."""
     import mlflow
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -30,7 +30,7 @@ def tokenizer(few_tweets):
 
 @pytest.fixture
 def make_tweet_model(make_model, tokenizer):
-    """A tiny model for the tokenizer; biases are not zero, so that texts get scores that tell them apart."""
+    """A tiny model for the tokenizer; biases are not zero, so that texts get different scores."""
 
     def make(model_type: str, **config):
         names = {"id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}, "num_labels": None}
@@ -108,7 +108,7 @@ def test_trainer_trains_evaluates_and_saves(model_type, objective, make_tweet_mo
 
 @pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
 def test_a_trainer_that_keeps_the_labels_for_itself_is_told_so(how, make_tweet_model, tokenizer, tokenized, tmp_path):
-    """It would train the blocks end to end, on the logits of the last exit."""
+    """Otherwise it would train the blocks end to end, on the logits of the last exit."""
     smoothing = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
     args = TrainingArguments(
         str(tmp_path), max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", **smoothing
@@ -191,7 +191,7 @@ def test_a_pipeline_gives_the_value_of_a_regression(model_type, given, make_twee
 
 @pytest.mark.parametrize("positions", ["rotary", "learned", None])
 def test_a_pipeline_truncates_a_text_beyond_the_maximum_length(positions, make_tweet_model, tokenizer, tmp_path):
-    """transformers' pipeline hands over all tokens; the model cuts them as the tokenizer would have."""
+    """transformers' pipeline passes on all tokens; the model cuts them as the tokenizer would have."""
     config = {"position_embedding_type": positions} if positions else {}
     model = make_tweet_model("al_transformer" if positions else "al_lstm", **config)
     folder = saved(model, tokenizer, tmp_path)

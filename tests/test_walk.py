@@ -1,4 +1,4 @@
-"""One walk over the blocks: what enters and leaves a block, wherever the block is and whoever drives."""
+"""One walk over the blocks: what enters and leaves a block, wherever the block is and whatever calls it."""
 
 import importlib.util
 from functools import partial
@@ -96,7 +96,7 @@ def test_an_offloaded_encoder_gives_the_same_hidden_states(model_type, make_mode
 
 
 def test_blocks_on_several_devices_take_labels_and_return_attentions(make_model, make_batch):
-    """As far as one machine without GPUs can tell: the last block runs on the device "meta"."""
+    """As far as one machine without GPUs can show: the last block runs on the device "meta"."""
     model = make_model("al_transformer", attn_implementation="eager").eval()
     last = model.model.blocks[2].to("meta")
     add_hook_to_module(last, AlignDevicesHook(execution_device=torch.device("meta")))
@@ -146,7 +146,7 @@ def test_a_device_map_never_splits_a_block(model_type, make_model):
 
 @pytest.fixture
 def own_objective(monkeypatch):
-    """The one of the documentation, which puts its row into the table."""
+    """The objective of the documentation, which adds its row to the table."""
     monkeypatch.setattr("hf_al.modeling.objectives.OBJECTIVES", dict(ROWS))
     spec = importlib.util.spec_from_file_location("own_objective", EXAMPLES / "own_objective.py")
     module = importlib.util.module_from_spec(spec)
@@ -155,7 +155,7 @@ def own_objective(monkeypatch):
 
 
 def sends_views(own, block, pooled_ND, received, labels):
-    """What an objective of one's own may send: views of weights, as they are before the update."""
+    """A user's objective may send this: views of weights, as they are before the update."""
     losses, sent = own(block, pooled_ND, received, labels)
     weight = block.bridge.layers[0].weight
     return losses, {**sent, "turned": weight.t(), "slice": weight[:2], "whole": weight, "detached": weight.detach()}
@@ -258,7 +258,7 @@ def test_dir_names_what_is_public():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_no_step_asks_its_device_for_a_number(model_type, objective, problem, make_model, make_batch):
-    """Which would wait for all that is queued there. The device "meta" has no numbers to give: asked, it raises."""
+    """Reading one would wait for all that is queued there. The device "meta" has no values: reading raises."""
     model = make_model(model_type, objective=objective, **problem).train().to("meta")
     batch = make_batch()
     lengths = batch["attention_mask"].sum(1)

@@ -1,4 +1,4 @@
-"""An encoder of one's own: blocks of depthwise convolutions over the words.
+"""A user's own encoder: blocks of depthwise convolutions over the words.
 
 Legend: N batch, T tokens, D hidden size, E embedding size.
 """

@@ -1,4 +1,4 @@
-"""An objective of one's own: a head a block, and texts of one class shall look alike (after Nøkland & Eidnes, 2019).
+"""A user's own objective: one head per block; texts of one class become similar (after Nøkland & Eidnes, 2019).
 
 Legend: N batch, D hidden size, V target-code size, C classes.
 """

@@ -1,6 +1,6 @@
 """The batch order: deterministic, length-bucketed, resumable; and the collator.
 
-The order belongs to (seed, epoch) and to nothing else, so that every stage can compute it alone and a resumed run
+The order depends on (seed, epoch) and nothing else, so that every stage can compute it alone and a resumed run
 finds its place by counting.
 """
 
@@ -23,7 +23,7 @@ class BatchOrder:
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows of a global batch (micro-batch x accumulation x replicas).
+        batch_size: rows per global batch (micro-batch x accumulation x replicas).
         seed: of the run.
     """
 
@@ -32,11 +32,11 @@ class BatchOrder:
     seed: int
 
     def __len__(self) -> int:
-        """Batches, and so optimizer steps, of an epoch; the last batch of an epoch may be smaller."""
+        """Batches, and so optimizer steps, per epoch; the last batch of an epoch may be smaller."""
         return -(-len(self.lengths) // self.batch_size)
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The batches of an epoch, as row numbers. Every row comes once."""
+        """The batches of an epoch, as row numbers. Every row appears once."""
         rng = np.random.default_rng([self.seed, number])
         rows = rng.permutation(len(self.lengths))
         batches = []
@@ -57,7 +57,7 @@ class BatchOrder:
 
 
 def micro_batches(rows: np.ndarray, parts: int) -> list[np.ndarray]:
-    """A batch in `parts` parts of equal count, up to one row; fewer parts where there are fewer rows."""
+    """A batch in `parts` parts whose sizes differ by at most one row; fewer parts if there are fewer rows."""
     return [part for part in np.array_split(rows, parts) if len(part)]
 
 
@@ -72,7 +72,7 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """All rows in batches of similar length, short first; a function of the lengths alone."""
+    """All rows in batches of similar length, shortest first; depends on the lengths alone."""
     rows = np.argsort(lengths, kind="stable")
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
@@ -87,7 +87,7 @@ def token_lengths(data: Dataset) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of a tokenized split -> `input_ids`, `attention_mask` (N, T) and `labels`, padded to the longest of them."""
+    """Rows of a tokenized split -> `input_ids`, `attention_mask` (N, T) and `labels`, padded to the longest row."""
 
     pad_token_id: int
     num_labels: int

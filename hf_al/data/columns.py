@@ -1,4 +1,4 @@
-"""Which columns hold text and label, guessed from their names where there is one reading only."""
+"""Which columns hold text and label, guessed from their names if there is only one reading."""
 
 from collections.abc import Collection
 
@@ -11,7 +11,7 @@ LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "i
 
 
 def guess_label(columns: Collection[str]) -> str | None:
-    """The label column among `columns`; None where there is none, or more than one reading."""
+    """The label column among `columns`; None if there is none, or more than one reading."""
     known = [c for c in columns if c.lower() in LABEL_NAMES]
     if len(known) == 1:
         return known[0]
@@ -22,11 +22,11 @@ def guess_label(columns: Collection[str]) -> str | None:
 
 
 def guess_text(columns: Collection[str], others: Collection[str]) -> list[str] | None:
-    """The text column among `columns`, or the two of a pair; None where there is none, or more than one reading.
+    """The text column among `columns`, or the two of a pair; None if there is none, or more than one reading.
 
     Args:
-        columns: all that it may be.
-        others: those of them that are candidates even without a name that says so.
+        columns: all candidates.
+        others: those of them that are candidates even if their name is not a known one.
     """
     for pair in PAIR_NAMES:
         if all(name in columns for name in pair):

@@ -1,4 +1,4 @@
-"""Labels of every kind as ids or numbers; what they are called comes from the train split, or from a trained model.
+"""Labels of every kind as ids or numbers; their names come from the train split, or from a trained model.
 
 The encoded column `label` is a class id with a `ClassLabel` feature (single label), a list of such ids (multi-label) or
 a float (regression), so that its feature alone tells the problem type and the names.
@@ -24,8 +24,8 @@ def encode_labels(
 
     Args:
         data: split name -> rows with a column `label`.
-        problem_type: guessed from the values of the first split where it is None.
-        names: classes of a trained model; those of the split `train` where it is None.
+        problem_type: guessed from the values of the first split if None.
+        names: classes of a trained model; those of the split `train` if None.
 
     Raises:
         ValueError: missing labels, labels that are not among the names, fewer than two classes.
@@ -62,7 +62,7 @@ def encode_labels(
 
 
 def guess_problem_type(rows: Dataset) -> str:
-    """Lists are multi-label, numbers with a fraction regression, everything else single label."""
+    """Lists are multi-label, numbers with a fraction are regression, everything else is single label."""
     feature = rows.features["label"]
     if _is_list(feature):
         return MULTI
@@ -72,7 +72,7 @@ def guess_problem_type(rows: Dataset) -> str:
 
 
 def problem_type_of(rows: Dataset) -> str:
-    """The problem type that an encoded `label` column stands for."""
+    """The problem type of an encoded `label` column."""
     feature = rows.features["label"]
     if isinstance(feature, ClassLabel):
         return SINGLE
@@ -80,7 +80,7 @@ def problem_type_of(rows: Dataset) -> str:
 
 
 def label_names(rows: Dataset) -> list[str]:
-    """The class names of an encoded `label` column; one made-up name for regression."""
+    """The class names of an encoded `label` column; a placeholder for regression."""
     return _class_names(rows) or ["value"]
 
 
@@ -139,7 +139,7 @@ def _missing(value: Any) -> bool:
 
 
 def _sort_key(name: str) -> tuple[int, float, str]:
-    """Numbers by value, then words."""
+    """Sorts numbers by value, then words."""
     try:
         return (0, float(name), name)
     except ValueError:

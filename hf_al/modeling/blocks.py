@@ -20,7 +20,7 @@ from .objectives import OBJECTIVES, Boundary, Losses, activate, cut, read_out, u
 
 
 def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
-    """One vector (N, D) a text; padding (mask 0) has no part in it.
+    """One vector per text (N, D); padding (mask 0) is ignored.
 
     Args:
         hidden_NTD: hidden states (N, T, D).
@@ -37,7 +37,7 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     rows_N = torch.arange(len(hidden_NTD), device=hidden_NTD.device)
     if how == "first":
         return hidden_NTD[rows_N, first_N]
-    assert how == "final", how  # the forward half where the text ends, the backward half where it begins
+    assert how == "final", how  # the forward half at the end of the text, the backward half at its start
     last_N = mask_NT.shape[1] - 1 - mask_NT.flip(1).argmax(1)
     half = hidden_NTD.shape[-1] // 2
     return torch.cat([hidden_NTD[rows_N, last_N, :half], hidden_NTD[rows_N, first_N, half:]], -1)
@@ -46,15 +46,15 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
 def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inputs:
     """Texts of more than `longest` tokens, cut as a tokenizer cuts them.
 
-    Of one text the first tokens and the closing one stay. Of a pair, `[CLS] a [SEP] b [SEP]`, the longer text loses
-    tokens first, as with `longest_first` of transformers. Padding, on either side, does not count; where something is
-    cut, it ends up on the right.
+    A single text keeps its first tokens and the closing one. In a pair, `[CLS] a [SEP] b [SEP]`, the longer text loses
+    tokens first, as with transformers' `longest_first`. Padding on either side does not count; if anything is cut,
+    padding ends up on the right.
 
     Args:
         inputs: `attention_mask` (N, T) and `input_ids` (N, T) or `inputs_embeds` (N, T, E).
-        longest: tokens that stay, 5 or more for pairs.
-        separator: the token id behind each text of a pair; None: there are no pairs. A single text that holds it once
-            before its end is taken for a pair, and a pair that holds it once more for a single text.
+        longest: most tokens to keep, at least 5 for pairs.
+        separator: the token id after each text of a pair; None if there are no pairs. A single text that contains it
+            once before its end is taken for a pair; a pair that contains it once more is taken for a single text.
     """
     mask_NT = inputs["attention_mask"]
     if mask_NT.shape[1] <= longest:
@@ -67,7 +67,7 @@ def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inpu
         ends_NT = (inputs["input_ids"].gather(1, order_NT) == separator) & (place_1T < lengths_N1)
         middle_N1 = ends_NT.long().argmax(1, keepdim=True)
         first_N1, second_N1 = middle_N1 - 1, lengths_N1 - 2 - middle_N1
-        room, half = longest - 3, (longest - 3) // 2  # the shorter text stays whole up to a half
+        room, half = longest - 3, (longest - 3) // 2  # the shorter text stays whole up to half of the room
         kept_N1 = torch.where(first_N1 <= second_N1, first_N1.clamp(max=half), room - second_N1.clamp(max=half))
         in_first_NT = place_1T <= kept_N1
         in_second_NT = (place_1T >= middle_N1) & (place_1T <= middle_N1 + room - kept_N1)
@@ -83,12 +83,12 @@ def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inpu
 
 
 def layout(mask_NT: Tensor, lengths_N: Tensor | None = None) -> Inputs:
-    """Where the padding is: `lengths` (N,) on the CPU, and `padding`, which is `none`, `right`, or `mixed` where some
-    is on the left.
+    """Where the padding is: `lengths` (N,) on the CPU, and `padding`, which is `none`, `right`, or `mixed` if some
+    of it is on the left.
 
     Args:
         mask_NT: 1 for text, 0 for padding.
-        lengths_N: tokens of each text, on the CPU, where it is known that all padding is on the right.
+        lengths_N: tokens of each text, on the CPU, if all padding is known to be on the right.
     """
     if torch.compiler.is_compiling():  # a graph cannot branch on what is in the mask
         return {"lengths": mask_NT.sum(1), "padding": "mixed"}
@@ -103,7 +103,7 @@ def layout(mask_NT: Tensor, lengths_N: Tensor | None = None) -> Inputs:
 
 class Bridge(nn.Module):
     """Pooled hidden state (N, D = `input_size`) -> a guess of the target code (N, V): `bridge_layers` linear layers
-    with activation, after a layer norm where `normalize` says so (for pre-norm encoders)."""
+    with activation, after a layer norm if `normalize` is true (for pre-norm encoders)."""
 
     def __init__(self, config, input_size: int, normalize: bool):
         super().__init__()
@@ -121,27 +121,27 @@ class Bridge(nn.Module):
 
 
 class TargetLayer(nn.Linear):
-    """One linear layer of the label side, (N, V or C) -> (N, V or C), and its activation, a name that `activate` knows;
-    the decoder of block 0 has none: its output are logits."""
+    """One linear layer of the label side, (N, V or C) -> (N, V or C), and its activation, a name that `activate` knows.
+    The decoder of block 0 has no activation: its outputs are logits."""
 
     def __init__(self, input_size: int, output_size: int, activation: str):
         super().__init__(input_size, output_size)
         self.activation = activation
 
     def forward(self, x: Tensor | None = None):
-        """The layer's output; without an input its weight and bias, which travel to later blocks. They are asked for
+        """The layer's output; without an input, its weight and bias, which travel to later blocks. They are read
         here, because offloaded parameters (`device_map`) exist only inside a forward."""
         return (self.weight, self.bias) if x is None else activate(super().forward(x), self.activation)
 
 
 class BlockOutput(NamedTuple):
-    """What a block makes of a batch.
+    """What a block computes for a batch.
 
     Args:
         boundary: for the next block: `hidden` (N, T, D) and what the objective sends; not cut.
-        losses: the local losses by name, scalars, attached; empty inside a unit and where nothing is learned.
-        logits: (N, C) of this block's exit, in the units of the labels; None where it was not asked for.
-        attentions: weights (N, heads, T, T), one a layer; empty where they were not asked for.
+        losses: the local losses by name, scalars, attached; empty inside a unit and when nothing is learned.
+        logits: (N, C) of this block's exit, in the units of the labels; None if not requested.
+        attentions: weights (N, heads, T, T), one per layer; empty if not requested.
     """
 
     boundary: Boundary
@@ -194,12 +194,12 @@ class ALBlock(nn.Module):
         """One block on one batch.
 
         Args:
-            boundary: from the block before, cut where the units are learning; for block 0 `{"target": t_0}` where they
-                are, else `{}`.
-            inputs: what every block knows of the batch, with `labels` where something is learned.
-            learning: whether the objective is asked for a loss. A block inside a unit has none; it hands its decoder
+            boundary: from the block before, cut if the units are learning; for block 0 `{"target": t_0}` if learning,
+                else `{}`.
+            inputs: what every block knows about the batch, with `labels` if learning.
+            learning: whether the objective is asked for a loss. A block inside a unit has none; it passes its decoder
                 on, so that the last block of the unit can train it.
-            exits: blocks whose logits are wanted. The decoders that they need travel in the boundary.
+            exits: blocks whose logits are requested. The decoders that they need travel in the boundary.
             output_attentions: return the encoder's attention weights.
         """
         encoded = self.encode(boundary, inputs, **({"output_attentions": True} if output_attentions else {}))
@@ -217,7 +217,7 @@ class ALBlock(nn.Module):
         return BlockOutput({**encoded, **sent}, losses, logits_NC, attentions)
 
     def pool(self, hidden_NTD: Tensor, inputs: Inputs) -> Tensor:
-        """One vector (N, D) a text from its hidden states (N, T, D), as the config says."""
+        """One vector per text (N, D) from its hidden states (N, T, D), pooled as in the config."""
         return pool(hidden_NTD, inputs["attention_mask"], self.pooling)
 
     def decoders(self, boundary: Boundary) -> Boundary:
@@ -245,18 +245,18 @@ def walk(
     leave: Callable[[Boundary, nn.Module], Boundary] | None = None,
     output_attentions: bool = False,
 ) -> Iterator[tuple[ALBlock, BlockOutput]]:
-    """THE walk over the blocks: one batch, from block to block.
+    """THE walk over the blocks: takes one batch from block to block.
 
     Args:
         blocks: in order; all of a model, or those of a stage.
         boundary: what enters the first of them, already cut.
         inputs, learning, exits, output_attentions: as in [`ALBlock.forward`].
         around: block -> the context that it runs in (its random numbers, mixed precision).
-        leave: (boundary, block) -> the boundary as it leaves a unit, while learning; `cut` where it is None.
+        leave: (boundary, block) -> the boundary as it leaves a unit, while learning; `cut` if None.
 
     Yields:
-        Each block and its output, with the boundary as the next block gets it, from before any update. The caller may
-        send it, go backward and update the block before it takes the next one.
+        Each block and its output, with the boundary as the next block gets it, computed before any update. The caller
+        may send it, run the backward pass and update the block before asking for the next one.
     """
     for block in blocks:
         with around(block):
@@ -268,13 +268,13 @@ def walk(
 
 
 def refuse_gradients(outputs: Iterable[Tensor], objective: str) -> None:
-    """A loss made of the outputs of a training step would train the blocks end to end: refused when it tries."""
+    """A loss made from the outputs of a training step would train the blocks end to end: its backward pass raises."""
 
     def refuse(_: Tensor) -> None:
         raise ValueError(
             f"Expected labels in training mode with objective={objective!r}, got none and a loss made of the outputs: "
-            "its gradients would cross all blocks. Pass labels to the model: instead of Trainer's "
-            "label_smoothing_factor set label_smoothing in the model's config, instead of compute_loss_func an "
+            "its gradients would cross all blocks. Pass labels to the model. Instead of Trainer's "
+            "label_smoothing_factor, set label_smoothing in the model's config; instead of compute_loss_func, use an "
             "objective of your own."
         )
 

@@ -60,8 +60,8 @@ class ALConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 30000): rows of the embedding table.
         hidden_size (`int`, defaults to 128): D, width of the hidden states between blocks.
-        embedding_size (`int`, *optional*): width of the embedding rows; `hidden_size` where it is None.
-        num_blocks (`int`, defaults to 4): K, blocks with a local objective each, the embedding block counted.
+        embedding_size (`int`, *optional*): width of the embedding rows; `hidden_size` if None.
+        num_blocks (`int`, defaults to 4): K, blocks with a local objective, including the embedding block.
         layers_per_block (`int`, defaults to 1): LSTM or transformer layers inside each block.
         embedding_block (`bool`, defaults to True): block 0 is the embedding alone, as in the papers; False merges the
             embedding with the first encoder block.
@@ -73,30 +73,30 @@ class ALConfig(PreTrainedConfig):
         label_activation (`str`, defaults to `"tanh"`): activation of the target codes. Class logits have none.
         bridge_activation (`str`, defaults to `"tanh"`): activation of the bridge.
         bridge_layers (`int`, defaults to 1): linear layers in a bridge.
-        pooling (`str`, defaults to `"mean"`): how the bridge sums up the T hidden states of a text, padding excluded.
+        pooling (`str`, defaults to `"mean"`): how the bridge combines the T hidden states of a text, padding excluded.
         hidden_dropout_prob (`float`, defaults to 0.1): dropout inside the encoders.
-        embedding_dropout_prob (`float`, defaults to 0.1): dropout on what the first encoder layer reads.
-        bridge_dropout_prob (`float`, defaults to 0.1): dropout on what a bridge reads.
+        embedding_dropout_prob (`float`, defaults to 0.1): dropout on the input of the first encoder layer.
+        bridge_dropout_prob (`float`, defaults to 0.1): dropout on the input of a bridge.
         initialization (`str`, defaults to `"xavier"`): `xavier`, `kaiming`, `orthogonal` or `normal`
             (std `initializer_range`) for the matrices of linear layers and LSTMs.
         initializer_range (`float`, defaults to 0.02): std of `initialization="normal"`.
         embedding_std (`float`, defaults to 0.1): std of the embedding rows at the start.
-        class_weights (`list[float]`, *optional*): one weight a class; the loss is mean(weight[y] * cross-entropy), for
-            multi-label the weight of the positive term.
+        class_weights (`list[float]`, *optional*): one weight per class: the loss is mean(weight[y] * cross-entropy);
+            for multi-label, the weight of the positive term.
         label_smoothing (`float`, defaults to 0.0): share of the target spread evenly over the classes (single label).
-        label_mean, label_deviation (`list[float]`, *optional*): regression, per output: the values are standardised for
-            training; `logits` are in the original units.
+        label_mean, label_deviation (`list[float]`, *optional*): for regression, one per output: labels are standardised
+            for training; `logits` are in the original units.
         max_position_embeddings (`int`, defaults to 512): longest text in tokens. The model itself cuts a longer one
             (see [`truncate`]), so that a `pipeline`, which does not truncate, works.
         pad_token_id (`int`, defaults to 0): token id of padding.
-        sep_token_id (`int`, *optional*): token id behind each text of a pair, `[CLS] a [SEP] b [SEP]`, so that a long
-            pair is cut as its tokenizer cuts it.
+        sep_token_id (`int`, *optional*): token id after each text of a pair, `[CLS] a [SEP] b [SEP]`, so that a
+            long pair is cut the way its tokenizer cuts it.
         inference_only (`bool`, defaults to False): set by `save_pretrained(..., inference_only=True)`: the model has
             no training-only parameters (encode_target of every block, bridges of all blocks but the last).
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["local_losses", "exit_logits", "hidden_states", "attentions"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_blocks"}  # what tools ask of any model
+    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_blocks"}  # the name that tools expect
 
     vocab_size: int = 30000
     hidden_size: int = 128
@@ -128,10 +128,10 @@ class ALConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.label_deviation = kwargs.pop("label_std", self.label_deviation)  # its name before 0.1
+        self.label_deviation = kwargs.pop("label_std", self.label_deviation)  # the name before 0.1
         super().__post_init__(**kwargs)
         if self.problem_type is None and self.num_labels == 1:
-            self.problem_type = "regression"  # said here, because `pipeline` takes None for a sigmoid
+            self.problem_type = "regression"  # set here, because `pipeline` applies a sigmoid if it is None
 
     def validate_choices(self):
         _choice(self, "objective", tuple(OBJECTIVES))
@@ -209,7 +209,7 @@ class ALConfig(PreTrainedConfig):
 
     @property
     def resolved_problem_type(self) -> str:
-        """`problem_type`, or what transformers would take for it: regression for one output, else single label."""
+        """`problem_type`, or the one that transformers would infer: regression for one output, else single label."""
         if self.problem_type is not None:
             return self.problem_type
         return "regression" if self.num_labels == 1 else "single_label_classification"
@@ -237,7 +237,7 @@ class ALConfig(PreTrainedConfig):
         return [range(k, k + 1) for k in range(self.num_blocks)]
 
     def exits(self) -> list[int]:
-        """Blocks after which a prediction can be read: all of them, or the last where only that one has a bridge."""
+        """Blocks after which a prediction can be read: only the last if end-to-end or inference-only, otherwise all."""
         if OBJECTIVES[self.objective].end_to_end or self.inference_only:
             return [self.num_blocks - 1]
         return list(range(self.num_blocks))
@@ -252,10 +252,10 @@ class ALLstmConfig(ALConfig):
 
     Args:
         carry_state (`bool`, defaults to False): an LSTM block starts from the final (h, c) of the block before it,
-            in training and inference alike; False starts each from zeros.
+            in both training and inference; if False, each starts from zeros.
         pooling: `mean`, `max` or `final` (last forward and first backward state; the embedding block takes the mean).
 
-    The other arguments are those of [`ALConfig`]; `hidden_size` is even: half of it for each direction.
+    The other arguments are those of [`ALConfig`]; `hidden_size` must be even: half of it for each direction.
     """
 
     model_type = "al_lstm"
@@ -275,8 +275,8 @@ class ALTransformerConfig(ALConfig):
     """Configuration of [`ALTransformerForSequenceClassification`]: pre-norm transformer blocks.
 
     Args:
-        num_attention_heads (`int`, defaults to 4): heads; `hidden_size` is a multiple of it.
-        intermediate_size (`int`, *optional*): width inside the feed-forward part; 4 * `hidden_size` where it is None.
+        num_attention_heads (`int`, defaults to 4): heads; `hidden_size` must be a multiple of it.
+        intermediate_size (`int`, *optional*): width inside the feed-forward part; 4 * `hidden_size` if None.
         hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward part, a name in transformers' `ACT2FN`.
         attention_probs_dropout_prob (`float`, defaults to 0.1): dropout on the attention weights.
         position_embedding_type (`str`, defaults to `"rotary"`): `rotary` or `learned`.

@@ -1,4 +1,4 @@
-"""The encoders: what a block does with the text, one class an architecture.
+"""The encoders: what a block does with the text, one class per architecture.
 
 Legend: N batch, T tokens, D hidden size, E embedding size, H heads.
 """
@@ -16,15 +16,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .lstm import BidirectionalLSTM
 from .objectives import Boundary
 
-Inputs = dict[str, Any]  # tensors: what every block knows of a batch: see `prepare_inputs` of an encoder
+Inputs = dict[str, Any]  # tensors that every block knows about a batch: see `prepare_inputs` of an encoder
 
 
 class Embeddings(nn.Module):
     """Token ids (N, T) -> embedding rows (N, T, E), padding rows zero.
 
     Args:
-        config: `vocab_size`, `pad_token_id` and E, `embedding_size`, or `hidden_size` where that is None.
-        output_size (`int`, *optional*): width to project to where E differs; None returns rows of width E.
+        config: `vocab_size`, `pad_token_id` and E: `embedding_size`, or `hidden_size` if that is None.
+        output_size (`int`, *optional*): width to project to if E differs; None returns rows of width E.
         learned_positions (`bool`, defaults to False): add a learned row for each of the `position_ids`.
     """
 
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
     Args:
         config: the model's config.
         index (`int`): the block, counted from 0. Block 0 reads token ids, all others hidden states (N, T, D). With
-            `config.embedding_block` block 0 is the embedding alone.
+            `config.embedding_block`, block 0 is the embedding alone.
 
     Attributes:
         embeddings ([`Embeddings`], in block 0, else None): where token ids become rows.
@@ -64,19 +64,19 @@ class Encoder(nn.Module):
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds what every block needs, once a batch, to `inputs`: `input_ids` or `inputs_embeds`, `attention_mask`
-        (N, T), `lengths` (N,) on the CPU, `padding` (see [`layout`]), and `labels` in training. Nothing, if not
-        overridden."""
+        """Adds what every block needs to `inputs`, once per batch. `inputs` holds `input_ids` or `inputs_embeds`,
+        `attention_mask` (N, T), `lengths` (N,) on the CPU, `padding` (see [`layout`]), and `labels` in training. Adds
+        nothing if not overridden."""
         return inputs
 
     def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
-        """The boundary of the block before -> `{"hidden": s_k (N, T, D)}`, with further tensors where the next block
-        wants them. Padding may not change what leaves at the positions of the text. With `output_attentions` also
+        """The boundary of the block before -> `{"hidden": s_k (N, T, D)}`, with further tensors if the next block
+        needs them. Padding must not change the output at the positions of the text. With `output_attentions`, also
         `attentions`, a tuple of weights (N, heads, T, T), which stays in the block."""
         raise NotImplementedError
 
     def in_words(self) -> str:
-        """What it is, for people."""
+        """A description for people."""
         return type(self).__name__
 
 
@@ -98,12 +98,12 @@ class LstmEncoder(Encoder):
         self.layers = nn.ModuleList(BidirectionalLSTM(size, config.hidden_size // 2) for size in sizes[:layers])
         dropouts = [config.embedding_dropout_prob if self.is_first else config.hidden_dropout_prob]
         dropouts += [config.hidden_dropout_prob] * (layers - 1)
-        # ours and not the library's: cuDNN keeps a generator of its own for dropout, which nobody can seed twice
+        # not the LSTM's own dropout: cuDNN keeps a generator of its own for it, which cannot be seeded again
         self.dropouts = nn.ModuleList(nn.Dropout(p) for p in dropouts)
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds `order` (N, T), which puts all padding on the right, where it is not there already."""
+        """Adds `order` (N, T), which moves all padding to the right, unless it is there already."""
         if inputs["padding"] == "mixed":
             inputs["order"] = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
         return inputs
@@ -125,7 +125,7 @@ class LstmEncoder(Encoder):
         out = {"hidden": x_NTE}
         if self.carry_state:
             out["h"], out["c"] = (torch.cat(parts) for parts in zip(*finals, strict=True))
-        return {n: t.contiguous() for n, t in out.items()}  # dropout follows memory, and a wire keeps no strides
+        return {n: t.contiguous() for n, t in out.items()}  # dropout follows memory order, and a wire keeps no strides
 
     def in_words(self) -> str:
         plural = "s" if len(self.layers) > 1 else ""
@@ -141,7 +141,7 @@ class LstmEncoder(Encoder):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The attention written out, for `attn_implementation="eager"`: the one that also returns its weights."""
+    """Plain attention, for `attn_implementation="eager"`: the only one that also returns its weights."""
     weights_NHTT = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights_NHTT = weights_NHTT + attention_mask
@@ -191,8 +191,8 @@ class TransformerLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_index: int):
         super().__init__()
         inner = config.intermediate_size or 4 * config.hidden_size
-        # no scale of its own: the matrix that follows has one, and the scale's gradient would cost a block of AL the
-        # gradient of what that matrix reads, which nothing else needs
+        # no scale of its own: the matrix that follows can do that, and the scale's gradient would cost an AL block
+        # the gradient of that matrix's input, which nothing else needs
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
         self.attention = SelfAttention(config, layer_index)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
@@ -209,11 +209,11 @@ class TransformerLayer(GradientCheckpointingLayer):
 
 
 def _checkpoints_reentrantly(layer: nn.Module) -> bool:
-    """Whether the layer is checkpointed in the way that gives its weights no gradient unless its input has one."""
+    """Whether the layer is checkpointed in a way that gives its weights no gradient unless its input requires one."""
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
         return False
     checkpoint: Any = layer._gradient_checkpointing_func
-    return getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False  # torch's default is to do so
+    return getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False  # reentrant is torch's default
 
 
 class TransformerEncoder(Encoder):

@@ -1,10 +1,10 @@
-"""A bidirectional LSTM layer for CPUs that costs no gradient for an input that wants none.
+"""A bidirectional LSTM layer for CPUs that computes no gradient for an input that needs none.
 
-torch's own layer always computes the gradient of its input, and runs texts of different lengths gate by gate. A block
-of AL has no use for the gradient of its input: here it is one matmul of the backward pass, left out when nobody asks.
+torch's own layer always computes the gradient of its input, and runs texts of different lengths gate by gate. An AL
+block does not need the gradient of its input: here it is one matmul of the backward pass, skipped if not needed.
 
-Legend: N batch, T tokens, E input width, H hidden size of a direction. The two directions are the first axis of a
-tensor; the backward one reads every text from its own end, so that padding comes after the text in both.
+Legend: N batch, T tokens, E input width, H hidden size of one direction. The two directions are the first axis of a
+tensor; the backward one starts each text at its last token, so that padding comes after the text in both.
 """
 
 import torch
@@ -35,7 +35,7 @@ class BidirectionalLSTM(nn.LSTM):
         Args:
             x_NTE: the texts.
             lengths_N: tokens of each text, at least 1.
-            state: initial (h, c), each (2, N, H); zeros where it is None.
+            state: initial (h, c), each (2, N, H); zeros if None.
         """
         if torch.compiler.is_compiling():
             return traceable(self, x_NTE, lengths_N, state)
@@ -50,9 +50,9 @@ class BidirectionalLSTM(nn.LSTM):
 def packed(
     lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
 ) -> tuple[Tensor, State]:
-    """The layer on the packed batch: for devices whose library has a kernel for it.
+    """The layer on a packed batch, for devices whose library has a kernel for it.
 
-    Sorted by length here, on the host: torch would ask the device for the order again, and wait for it.
+    The batch is sorted by length here, on the host: torch would fetch the order from the device, and wait for it.
     """
     lengths_N = lengths_N.cpu()
     order_N = lengths_N.argsort(descending=True, stable=True)
@@ -65,15 +65,15 @@ def packed(
 
 
 def _turned(lengths_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Where a text's token is when the text is turned round, padding staying where it is; and the mask. Both (T, N)."""
+    """Where each token is once its text is reversed (padding stays where it is), and the mask. Both (T, N)."""
     time_T1 = torch.arange(tokens, device=lengths_N.device)[:, None]
     mask_TN = time_T1 < lengths_N
     return torch.where(mask_TN, lengths_N - 1 - time_T1, time_T1), mask_TN
 
 
 def traceable(lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None) -> tuple[Tensor, State]:
-    """The layer in torch's own operations, for `torch.export` and `torch.compile`: each direction on its own, because
-    only our own layout keeps padding behind the text in both."""
+    """The layer in torch's own operations, for `torch.export` and `torch.compile`: one direction at a time, because
+    only our own layout keeps padding after the text in both."""
     turned_TN, mask_TN = _turned(lengths_N, x_NTE.shape[1])
     turned_TN1, mask_TN1 = turned_TN[..., None], mask_TN[..., None]
     x_TNE = x_NTE.transpose(0, 1)
@@ -109,7 +109,7 @@ def _steps(x_TNE: Tensor, h_c: State, weights: list[Tensor]) -> State:
 def bidirectional(
     lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
 ) -> tuple[Tensor, State]:
-    """What `packed` computes, on a CPU, equal up to rounding."""
+    """The same result as `packed`, up to rounding, on a CPU."""
     N, T, _ = x_NTE.shape
     turned_TN, mask_TN = _turned(lengths_N, T)
     layout = (turned_TN * N + torch.arange(N)).view(-1), mask_TN[..., None].to(x_NTE.dtype), lengths_N - 1
@@ -127,8 +127,8 @@ def bidirectional(
 class Layer(torch.autograd.Function):
     """One layer, both directions, every step; gates in torch's order: input, forget, cell, output.
 
-    Args of forward: x (T, N, E); the layout: where each token is in the turned texts (T * N,), mask (T, N, 1) and last
-    steps (N,); the operands: the parameters of nn.LSTM, forward and reverse in turn, then initial h and c (2, N, H).
+    Args of forward: x (T, N, E); the layout: where each token is in the reversed texts (T * N,), mask (T, N, 1), last
+    steps (N,); the operands: parameters of nn.LSTM, forward and reverse in turn, then initial h and c (2, N, H).
     Returns hidden states (T, N, 2H) and the final h and c (2, N, H).
     """
 
@@ -211,7 +211,7 @@ class Layer(torch.autograd.Function):
             grad_x = torch.addmm((reverse @ w_ih_reverse)[turned], forward, w_ih).view_as(x)
         before, before_reverse = h_all[:, :-1].reshape(2, T * N, H)
         bias, bias_reverse = forward.sum(0), reverse.sum(0)
-        # biases: copies, because who scales the gradient of one parameter in place must not scale another's
+        # biases: copies, because scaling the gradient of one parameter in place must not scale another's
         return (
             grad_x, None, forward.t() @ flat, reverse.t() @ flat[turned], forward.t() @ before,
             reverse.t() @ before_reverse, bias, bias_reverse, bias.clone(), bias_reverse.clone(), grad_h, grad_c,
@@ -219,7 +219,7 @@ class Layer(torch.autograd.Function):
 
 
 def _factors(gates: Tensor, c_before: Tensor, tanh_c: Tensor, slope: Tensor, through: Tensor) -> None:
-    """What the backward pass knows of some steps before it gets there: written into `slope` and `through`."""
+    """The factors of some steps that do not depend on incoming gradients: written into `slope` and `through`."""
     i, _, s, o = gates.chunk(4, -1)
     torch.addcmul(gates, gates, gates, value=-1, out=slope)  # of the sigmoids
     of_i, of_f, of_s, of_o = slope.chunk(4, -1)

@@ -30,14 +30,14 @@ class ALSequenceClassifierOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, with labels): in training the sum of the local losses, else
             the loss of the exit that `logits` come from, in the units of the labels.
         logits (`torch.FloatTensor` of shape `(N, C)`): of the last exit, or of `exit_block`. Never squashed.
-        local_losses (`tuple(torch.FloatTensor)`, *optional*, in training with labels): K scalars, entry k the whole
+        local_losses (`tuple(torch.FloatTensor)`, *optional*, in training with labels): K scalars, entry k is the whole
             loss of block k, still attached to its graph; None for an end-to-end objective (`backprop`).
         exit_logits (`tuple(torch.FloatTensor)`, *optional*, with `output_exit_logits=True`): logits (N, C) of each exit
-            up to the one asked for; one entry where only the last block has an exit.
+            up to the one asked for; one entry if only the last block has an exit.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`): s_k (N, T, D), one
-            a block that was run.
+            per block that was run.
         attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`): weights (N, heads, T, T),
-            one a transformer layer that was run; empty unless the model has `attn_implementation="eager"`.
+            one per transformer layer that was run; empty unless the model has `attn_implementation="eager"`.
     """
 
     loss: Tensor | None = None
@@ -54,7 +54,7 @@ class ALPreTrainedModel(PreTrainedModel):
     config: ALConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # Trainer shall divide the loss by the accumulation steps itself
+    accepts_loss_kwargs = False  # let Trainer divide the loss by the accumulation steps
     _no_split_modules = ["ALBlock"]  # noqa: RUF012  (transformers reads a list)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -69,13 +69,13 @@ class ALPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LSTM):
             for name, parameter in module.named_parameters():
-                gates = torch.zeros_like(parameter).chunk(4)  # input, forget, cell, output: each a matrix of its own
+                gates = torch.zeros_like(parameter).chunk(4)  # input, forget, cell, output: each is a matrix of its own
                 if name.startswith("weight"):
                     for gate in gates:
                         self._init_matrix(gate)
                 elif name.startswith("bias_ih"):
                     gates[1].fill_(1.0)  # remember at first (Jozefowicz et al., ICML 2015)
-                init.copy_(parameter, torch.cat(gates))  # whole, so that one that was loaded is left alone
+                init.copy_(parameter, torch.cat(gates))  # copied whole, so that a loaded parameter is left alone
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.embedding_std)
             if module.padding_idx is not None:
@@ -100,10 +100,10 @@ class ALPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, from safetensors only: pickled weights can run any code when they are read.
+        """As in transformers, but from safetensors only: pickled weights can run any code when they are read.
 
-        Weights on a CPU are moved to 64-byte boundaries: loaded from a mapped file they lie anywhere, the same matmul
-        then rounds differently, and a reloaded model would not be the trained one.
+        Weights on a CPU are moved to 64-byte boundaries: in a mapped file they can start anywhere, the same matmul then
+        rounds differently, and a reloaded model would not equal the trained one.
 
         Raises:
             ValueError: `use_safetensors=False`.
@@ -138,7 +138,7 @@ class ALPreTrainedModel(PreTrainedModel):
             self.config = full
 
     def is_training_only(self, name: str) -> bool:
-        """Whether the parameter `name` (as in `state_dict`) has no part in the model's answer."""
+        """Whether the parameter `name` (as in `state_dict`) does not contribute to the model's answer."""
         parts = name.removeprefix("model.").split(".")
         last = str(self.config.num_blocks - 1)
         return "encode_target" in parts or ("bridge" in parts and parts[1] != last)
@@ -169,16 +169,16 @@ class ALModel(ALPreTrainedModel):
         labels: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Inputs:
-        """What every block knows of a batch: ids or embeddings, mask, labels, and what the encoder adds to them.
+        """What every block knows about a batch: ids or embeddings, mask, labels, and what the encoder adds to them.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*): token ids.
             attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding; without it,
                 padding is where the ids equal `pad_token_id`.
-            inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): instead of `input_ids`.
             labels (`torch.Tensor`, *optional*): as in [`ALForSequenceClassification`].
-            lengths (`torch.LongTensor` of shape `(N,)`, *optional*): tokens of each text, on the CPU, from a caller who
-                knows that all padding is on the right; else they are read from the mask, which waits for its device.
+            lengths (`torch.LongTensor` of shape `(N,)`, *optional*): tokens of each text, on the CPU; only for callers
+                that know that all padding is on the right. If None, read from the mask, which waits for its device.
 
         Returns:
             Tensors by name, and `padding`: `none`, `right` or `mixed`. Texts of more than `max_position_embeddings`
@@ -197,7 +197,7 @@ class ALModel(ALPreTrainedModel):
         else:
             raise ValueError("Expected either input_ids or inputs_embeds, got both or neither. Pass one of them.")
         mask_NT = mask_NT.long()
-        empty_N1 = mask_NT.sum(1, keepdim=True) == 0  # a text without a token is read as one padding token
+        empty_N1 = mask_NT.sum(1, keepdim=True) == 0  # a text without tokens is read as one padding token
         inputs["attention_mask"] = torch.cat([mask_NT[:, :1] | empty_N1, mask_NT[:, 1:]], 1)
         if labels is not None:
             inputs["labels"] = labels
@@ -207,7 +207,7 @@ class ALModel(ALPreTrainedModel):
         return self.encoder_class.prepare_inputs(self.config, inputs)
 
     def initial_boundary(self, labels: Tensor | None = None) -> Boundary:
-        """What block 0 receives: nothing but t_0 (N, C) in training."""
+        """What block 0 receives: t_0 (N, C) in training, otherwise nothing."""
         return {} if labels is None else {"target": first_target(labels, self.config).to(self.dtype)}
 
     def _wants_attentions(self, said: bool | None) -> bool:
@@ -252,7 +252,7 @@ class ALModel(ALPreTrainedModel):
 
 
 class ALForSequenceClassification(ALPreTrainedModel):
-    """A text classifier of AL blocks, trained block by block and read off at any depth."""
+    """A text classifier of AL blocks, trained block by block; predictions can be read at any depth."""
 
     base_class: type[ALModel] = ALModel
 
@@ -275,12 +275,12 @@ class ALForSequenceClassification(ALPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | ALSequenceClassifierOutput:
-        """Logits, and with labels the loss: the local losses in training mode, the loss of the exit otherwise.
+        """Logits, and with labels the loss: the sum of the local losses in training mode, else the loss of the exit.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, T)`): token ids.
             attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding, on either side.
-            inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): in place of `input_ids`.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): instead of `input_ids`.
             labels (`torch.Tensor`, *optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C).
             exit_block (`int`, *optional*): the block to stop at, counted from 0; later blocks are not run.
             output_exit_logits (`bool`, defaults to False): return the logits of every exit on the way.
@@ -291,7 +291,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
                 has none; in the backward pass, a loss made of logits in training mode without labels.
         """
         config = self.config
-        if labels is not None and config.problem_type is None:  # by the labels, as transformers' own classifiers do
+        if labels is not None and config.problem_type is None:  # from the labels, as transformers' own classifiers do
             multi_label = config.classes > 1 and labels.is_floating_point()
             kind = "multi_label_classification" if multi_label else config.resolved_problem_type
             config.problem_type = kind  # type: ignore[assignment]
@@ -316,7 +316,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
             refuse_gradients([*exit_logits, *hidden_states], config.objective)
         loss = None
         if labels is not None:
-            here = exit_logits[-1].device  # blocks may be on several
+            here = exit_logits[-1].device  # blocks may be on several devices
             total = torch.stack([loss.to(here) for loss in losses]).sum() if learning else None
             loss = self._plain_loss(exit_logits[-1], labels.to(here)) if total is None else total
         return ALSequenceClassifierOutput(

@@ -24,18 +24,18 @@ Losses = dict[str, Tensor]
 def cut(boundary: Boundary, owner: nn.Module | None = None) -> Boundary:
     """The boundary as the next unit sees it: no gradient flows back through it (sg[.] in the equations).
 
-    The only place where hf_al detaches. What shares its memory with a parameter or buffer of `owner`, the block that
-    it leaves (a decoder that travels forward, a view of a weight), is copied: an update changes it in place, and the
-    next block must see it as it was before this batch's update.
+    The only place where hf_al detaches. A tensor that shares memory with a parameter or buffer of `owner`, the block
+    that it leaves (a decoder that travels forward, a view of a weight), is copied: an update changes it in place, and
+    the next block must see it as it was before this batch's update.
     """
     kept: set[int | None] = set()
-    if owner is not None and not torch.compiler.is_compiling():  # inside one graph nothing is updated
+    if owner is not None and not torch.compiler.is_compiling():  # nothing is updated inside one graph
         kept = {_memory(t) for t in (*owner.parameters(), *owner.buffers())} - {None}
     return {n: t.detach().clone() if kept and _memory(t) in kept else t.detach() for n, t in boundary.items()}
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Where a tensor's memory begins; None for those that have none of their own (`torch.func`, sparse ones)."""
+    """Where a tensor's memory begins; None if it has none of its own (`torch.func`, sparse)."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
@@ -81,7 +81,7 @@ def unstandardise(values: Tensor, config) -> Tensor:
 
 
 def _constant(values: list[float], like: Tensor) -> Tensor:
-    """The values as a tensor that stays on its device: a copy from the host would wait for all that is queued there."""
+    """The values as a tensor kept on its device: a copy from the host would wait for all that is queued there."""
     if torch.compiler.is_compiling():
         return like.new_tensor(values)
     return _on_device(tuple(values), like.dtype, like.device)
@@ -93,10 +93,10 @@ def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 
 def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
-    """Cross-entropy, binary cross-entropy or mse of `logits_NC` against the labels, the mean over examples.
+    """Cross-entropy, binary cross-entropy or mse of `logits_NC` against the labels, averaged over examples.
 
-    Class weights multiply each example's loss and the sum is divided by N, not by the sum of the weights, so that the
-    loss of a batch is the same however it is cut into micro-batches.
+    Class weights multiply each example's loss, and the sum is divided by N, not by the sum of the weights. The loss of
+    a batch is then the same however it is split into micro-batches.
 
     Args:
         logits_NC: logits (N, C), not squashed; standardised values for regression.
@@ -123,8 +123,8 @@ def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
 def read_out(code_NV: Tensor, decoders: Boundary, label_activation: str) -> Tensor:
     """Logits (N, C): the target code of block k brought back through decode_target_k, ..., decode_target_1.
 
-    `decoders` holds `decoder_{j}_weight` and `decoder_{j}_bias` of the blocks to pass, in order. No activation follows
-    the last one, so that logits are unbounded.
+    `decoders` holds `decoder_{j}_weight` and `decoder_{j}_bias` of the blocks to pass through, in order. No activation
+    follows the last one, so that logits are unbounded.
     """
     depths = sorted(int(name.split("_")[1]) for name in decoders if name.endswith("_weight"))
     for j in reversed(depths):
@@ -166,9 +166,9 @@ def associated(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> 
 
 
 def al_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
-    """`associated` plus the cross-entropy of this block's own exit, read through all label decoders held constant.
+    """`associated` plus the cross-entropy of this block's own exit, read through all label decoders, held constant.
 
-    The cross-entropy therefore updates encode and bridge only. The decoders travel in the boundary, as they were before
+    The cross-entropy therefore updates only encode and bridge. The decoders travel in the boundary as they were before
     their update on this batch.
     """
     bridged_NV, losses, sent = _associate(block, pooled_ND, received, labels)
@@ -178,7 +178,7 @@ def al_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple
 
 
 def local_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
-    """A softmax head of its own for each block, no target codes: the control that asks what the codes are good for."""
+    """A softmax head for each block, no target codes: a control that shows what the codes contribute."""
     logits_NC = read_out(block.bridge(pooled_ND), block.decoders(received), block.config.label_activation)
     return {"exit": label_loss(logits_NC, labels, block.config)}, {"target": received["target"]}
 
@@ -198,17 +198,17 @@ class Objective:
 
     Args:
         local_loss: (block, pooled, received, labels) -> (losses, sent). `block` is the [`ALBlock`] with its parts
-            `bridge`, `encode_target` and `decode_target`; `pooled` (N, D) is what its encoder made of the texts, still
+            `bridge`, `encode_target` and `decode_target`; `pooled` (N, D) is the pooled output of its encoder, still
             attached; `received` is the cut boundary of the block before, with `target` (N, V), or t_0 (N, C) in block
             0; `labels` are class ids (N,), multi-hot rows (N, C) or values. `losses` are named scalars, means over the
             N examples; `sent` goes to the next block and holds at least `target`.
-        target_codes (`bool`, defaults to True): each block makes a target code (N, V) of the one before, and an exit
-            leads back through all earlier decoders. False: blocks have no `encode_target`, and each decodes straight
-            to classes.
-        end_to_end (`bool`, defaults to False): the whole network is one unit: no gradient is cut, the last block alone
+        target_codes (`bool`, defaults to True): each block makes a target code (N, V) from the one before, and an exit
+            leads back through all earlier decoders. If False, blocks have no `encode_target`, and each decodes
+            directly to classes.
+        end_to_end (`bool`, defaults to False): the whole network is one unit: no gradient is cut, only the last block
             is asked for a loss, and there is one exit.
-        untrained (`tuple[str, ...]`, defaults to ()): parts that the objective never updates, so that nobody is warned
-            about them. The bridge of the last block does not count: it is part of the answer.
+        untrained (`tuple[str, ...]`, defaults to ()): parts that the objective never updates: no warning about them is
+            given. The bridge of the last block does not count: it is part of the answer.
     """
 
     local_loss: Callable[[Any, Tensor, Boundary, Tensor], tuple[Losses, Boundary]]

@@ -1,1 +1,1 @@
-"""Blocks on stages: where they are, how they are reached, and what one stage does."""
+"""Blocks on stages: where they are, how stages communicate, and who works when."""

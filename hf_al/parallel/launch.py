@@ -1,4 +1,4 @@
-"""`hf-al train --stages S` on one machine: its processes, started by accelerate's launcher. Torch comes later."""
+"""`hf-al train --stages S` on one machine: starts the processes with accelerate's launcher. Imports torch late."""
 
 import logging
 import os
@@ -14,35 +14,35 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's elastic launcher
-LOCAL_RANK = "LOCAL_RANK"  # set by whatever starts several processes; 0 is the first one of a machine
-WORD = 3.0  # seconds in which the process that speaks says what went wrong
-ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`, also where it starts one process only
+LOCAL_RANK = "LOCAL_RANK"  # set by every launcher of several processes; 0 is the first process of a machine
+WORD = 3.0  # seconds for the process that reports to say what went wrong
+ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`, even if it starts only one process
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, and others beside it."""
+    """Whether a launcher started this process as one of several."""
     return LOCAL_RANK in os.environ
 
 
 def is_for_others_to_start() -> bool:
-    """Whether the processes of a run come from outside: `accelerate launch --cpu` starts one, however many were asked
-    for, and must not be answered by a launch of our own."""
+    """Whether an outside launcher is to start the processes. `accelerate launch --cpu` starts only one, however many
+    were requested; hf_al must not launch its own then."""
     return is_launched() or ACCELERATE in os.environ
 
 
 def speaks() -> bool:
-    """Whether this process says what all processes of its machine know."""
+    """Whether this process reports what all processes of its machine know."""
     return os.environ.get(LOCAL_RANK, "0") == "0"
 
 
 def leave_the_word(status: int = 2) -> NoReturn:
-    """Ends a process whose mistake another one says; not at once, because the first end makes a launcher end all."""
+    """Ends a process whose error another one reports; waits first, because a launcher ends all once one ends."""
     time.sleep(WORD)
     raise SystemExit(status)
 
 
 def said_once(work: Callable[[], Any]) -> Any:
-    """`work()`, whose mistakes are those of every process: before they know of each other, one of a machine speaks.
+    """`work()`, which fails in every process or in none: before they are connected, one per machine reports the error.
 
     Raises:
         ValueError: what `work` raises, in the first process of this machine.
@@ -58,8 +58,8 @@ def said_once(work: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _undone() -> Iterator[None]:
-    """Takes back what the launcher does to this process: signal handlers, and loggers that are silent while it runs,
-    because what goes wrong is said by the process that knows."""
+    """Undoes the launcher's changes to this process: signal handlers, and loggers. Loggers are silent while it runs,
+    because the process that failed reports its error."""
     disabled = logging.root.manager.disable
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     logging.disable(logging.ERROR)
@@ -69,7 +69,7 @@ def _undone() -> Iterator[None]:
         logging.disable(disabled)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                if handler is not None:  # None: one that is not Python's cannot be put back
+                if handler is not None:  # None: a handler that is not Python's cannot be restored
                     signal.signal(number, handler)
 
 
@@ -79,11 +79,11 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
     Args:
         arguments: the resolved arguments, as yaml.
         stages: how many processes.
-        use_cpu: train on the CPU even where there are GPUs.
+        use_cpu: train on the CPU even if there are GPUs.
 
     Raises:
         ValueError: fewer GPUs than stages.
-        KeyboardInterrupt, SystemExit: with the status of the process that failed, which has said why.
+        KeyboardInterrupt, SystemExit: with the status of the process that failed, which has reported why.
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -98,7 +98,7 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         )
     environment = {
         "torchelastic_signals_to_handle": ",".join(number.name for number in HANDLED),
-        "torch_cpp_log_level": "ERROR",  # a process that is gone is said in one line, not in stacks of calls
+        "torch_cpp_log_level": "ERROR",  # a lost process is reported in one line, without stack traces
     }
     if not gpus:
         environment["accelerate_use_cpu"] = "1"
@@ -108,7 +108,7 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         warnings.catch_warnings(),
         _undone(),
     ):
-        warnings.simplefilter("ignore")  # that its usual port is taken: it finds another
+        warnings.simplefilter("ignore")  # about its usual port being taken: it finds another
         config = Path(folder) / "arguments.yaml"
         config.write_text(arguments, encoding="utf-8")
         flags = ["--multi_gpu", f"--num_processes={stages}", "--num_machines=1", "--mixed_precision=no",

@@ -1,4 +1,4 @@
-"""Which blocks live on which stage."""
+"""Which blocks are on which stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Placement:
     """Contiguous units on stages; one stage is one process.
 
     Args:
-        stages: for each stage the units it owns, each a run of blocks that are trained together.
+        stages: for each stage, the units it owns; each is a run of blocks that are trained together.
     """
 
     stages: tuple[tuple[range, ...], ...]
@@ -29,7 +29,7 @@ class Placement:
         return [self.blocks(stage) for stage in range(len(self.stages))]
 
     def table(self, blocks: Sequence[nn.Module], devices: Sequence[str] | None = None) -> str:
-        """The placement as text: stage, rank, blocks, their parameters and share of all; the device where given."""
+        """The placement as text: stage, rank, blocks, number and share of parameters, and the device if given."""
         stages = range(len(self.stages))
         counts = [sum(p.numel() for k in self.blocks(s) for p in blocks[k].parameters()) for s in stages]
         return table(
@@ -54,17 +54,17 @@ def place(
     seconds: Sequence[float] | None = None,
     wire: Sequence[float] | None = None,
 ) -> Placement:
-    """Units to stages, in order.
+    """Assigns units to stages, in order.
 
     Args:
         units: runs of blocks that are trained together.
         num_stages: how many stages.
         how: `equal` in number, `balanced` by `seconds` (equal without them), or the blocks of each stage: `0-2,3,4-5`.
         seconds: of each unit's step, for `balanced`.
-        wire: seconds that the boundary behind each unit costs the stages on both sides (default: nothing).
+        wire: seconds that the boundary after each unit costs the stages on both sides (default: none).
 
     Raises:
-        ValueError: more stages than units, or a list that is not every block once, in order.
+        ValueError: more stages than units, or a list that does not name every block once, in order.
     """
     if not 1 <= num_stages <= len(units):
         raise ValueError(
@@ -81,9 +81,9 @@ def place(
 
 
 def balanced_cuts(seconds: Sequence[float], num_stages: int, wire: Sequence[float]) -> list[int]:
-    """The cuts 0, ..., len(seconds) whose slowest stage is the fastest possible: an exact dynamic programme.
+    """The cuts 0, ..., len(seconds) whose slowest stage is as fast as possible, by exact dynamic programming.
 
-    A stage takes the seconds of its units, and those of the boundaries that it receives and sends.
+    The time of a stage is that of its units and of the boundaries that it receives and sends.
     """
     count = len(seconds)
 

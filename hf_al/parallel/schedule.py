@@ -1,7 +1,7 @@
-"""The timetable of the stream, and of GPipe and 1F1B beside it: who does what in which slot. Pure arithmetic.
+"""The timetables of the stream and, for comparison, of GPipe and 1F1B: who does what in which slot. Pure arithmetic.
 
-A slot is one forward and backward of a micro-batch on one stage in the stream, and either one forward or one backward
-in the pipelines, which have to run both ways.
+A slot of the stream is one forward and backward pass of a micro-batch on one stage. A slot of the pipelines, which have
+to run both ways, is either one forward or one backward pass.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Task:
     batch: int
 
 
-Timetable = list[list[Task | None]]  # stage -> slot -> task, None where the stage waits
+Timetable = list[list[Task | None]]  # stage -> slot -> task, None if the stage waits
 
 
 def stream(stages: int, batches: int) -> Timetable:
-    """Stage s steps on batch b in slot s + b: all slots are full between filling and draining."""
+    """Stage s trains on batch b in slot s + b: all slots are full between filling and draining."""
     slots = batches + stages - 1
     return [[Task("step", t - s) if 0 <= t - s < batches else None for t in range(slots)] for s in range(stages)]
 
@@ -38,7 +38,7 @@ def gpipe(stages: int, micro_batches: int) -> Timetable:
 
 
 def one_f_one_b(stages: int, micro_batches: int) -> Timetable:
-    """One forward, one backward in turn once the pipeline is full (Narayanan et al., SOSP 2019), of one batch."""
+    """Forwards and backwards alternate once the pipeline is full (Narayanan et al., SOSP 2019), of one batch."""
     queues = []
     for s in range(stages):
         ahead = min(stages - s, micro_batches)

@@ -16,12 +16,12 @@ from ..modeling.objectives import Boundary
 PROTOCOL = 0x414C01
 ALIGNMENT = 64  # bytes: the same matmul rounds differently on tensors that start elsewhere
 KINDS = ("train", "evaluate")
-PROBES = ((2, 3), (5, 7))  # rows and tokens of the two throw-away batches
+PROBES = ((2, 3), (5, 7))  # (rows, tokens) of the two throw-away batches
 
 
 @dataclass(frozen=True)
 class Message:
-    """Which boundary this is: both sides know it before it travels, and compare it on receipt."""
+    """Which boundary this is. Both sides know it in advance and compare it on receipt."""
 
     kind: str
     step: int
@@ -30,13 +30,13 @@ class Message:
     tokens: int
 
     def header(self, signal: int) -> list[int]:
-        """Eight numbers in front of the tensors; `signal` is the one after which all stages shall stop, or 0."""
+        """Eight numbers in front of the tensors; `signal` is the one that makes all stages stop, or 0."""
         return [PROTOCOL, KINDS.index(self.kind), self.step, self.micro_batch, self.rows, self.tokens, signal, 0]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a boundary: its dimensions are numbers, "N" or "T"; `wire` is its type while it travels."""
+    """One tensor of a boundary. Its dimensions are numbers, "N" or "T"; `wire` is its type on the wire."""
 
     name: str
     dtype: torch.dtype
@@ -49,26 +49,26 @@ class Entry:
 
 
 def round_to_wire(boundary: Boundary, wire: torch.dtype) -> Boundary:
-    """The boundary as the next stage will see it; done in every placement, so that none changes a result."""
+    """The boundary as the next stage will see it. Applied in every placement, so that placement changes no result."""
     if wire == torch.float32:
         return boundary
     return {n: t.to(wire).to(t.dtype) if t.dtype == torch.float32 else t for n, t in boundary.items()}
 
 
 class Schema(tuple[Entry, ...]):
-    """The tensors of a boundary, in order, behind a header."""
+    """The tensors of a boundary, in order, after a header."""
 
     @classmethod
     def of(cls, run: Callable[[int, int], Boundary], wire: torch.dtype) -> "Schema":
-        """From two throw-away batches: a dimension that grows with N or T is that one. So objectives and encoders of a
-        user's own need not say what they send.
+        """Inferred from two throw-away batches: a dimension that grows with N or T is N or T. So a user's objectives
+        and encoders need not declare what they send.
 
         Args:
-            run: (rows, tokens) -> the boundary that leaves for such a batch.
-            wire: what float32 tensors travel as.
+            run: (rows, tokens) -> the boundary that is sent for such a batch.
+            wire: the type that float32 tensors travel as.
 
         Raises:
-            ValueError: a dimension that follows neither, or strides that the next block would not see.
+            ValueError: a dimension that depends on anything else, or strides that would be lost on the wire.
         """
         small, large = (run(*probe) for probe in PROBES)
         symbols = dict(zip(zip(*PROBES, strict=True), "NT", strict=True))
@@ -106,7 +106,7 @@ class Schema(tuple[Entry, ...]):
         return {e.name: torch.zeros(e.shape(rows, tokens), dtype=e.dtype, device=device) for e in self}
 
     def write(self, boundary: Boundary, buffer: Tensor, rows: int, tokens: int) -> None:
-        """Copies the tensors into the buffer, behind the header."""
+        """Copies the tensors into the buffer, after the header."""
         for entry, view in self._views(buffer, rows, tokens):
             tensor = boundary[entry.name]
             assert tensor.dtype == entry.dtype, f"{entry.name} is {tensor.dtype}, agreed was {entry.dtype}"
@@ -114,11 +114,11 @@ class Schema(tuple[Entry, ...]):
             view.copy_(tensor)
 
     def read(self, buffer: Tensor, rows: int, tokens: int) -> Boundary:
-        """The tensors in the buffer; views of it where the wire has their own type."""
+        """The tensors in the buffer; views of it if they travel in their own type."""
         return {entry.name: view.to(entry.dtype) for entry, view in self._views(buffer, rows, tokens)}
 
     def _layout(self, rows: int, tokens: int) -> tuple[list[tuple[Entry, list[int], int, int]], int]:
-        """(entry, shape, first byte, byte after the last) of each tensor, and the bytes of the whole."""
+        """(entry, shape, first byte, byte after the last) of each tensor, and the total bytes."""
         places, at = [], ALIGNMENT
         for entry in self:
             shape = entry.shape(rows, tokens)

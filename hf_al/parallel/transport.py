@@ -1,10 +1,10 @@
-"""Who waits for whom: boundaries from stage to stage, and the few words that processes exchange besides.
+"""Communication of stages: boundaries from stage to stage, and the few other words that processes exchange.
 
-The last stage is rank 0, the main process: boundaries, and the rows of logs and metrics behind them, travel forward and
-end where trackers, checkpoints and the report are written. What goes back is a verdict at an evaluation (`tell`).
+The last stage is rank 0, the main process: boundaries, and the rows of logs and metrics after them, travel forward and
+end where trackers, checkpoints and the report are written. Only a verdict at an evaluation goes back (`tell`).
 
 Boundaries go point to point. Everything else is json, or small tensors as safetensors, in the store that the process
-group has anyway: writing there waits for nobody, and it outlives a process that dies.
+group has anyway: writing there never waits, and its content outlives a process that dies.
 """
 
 import json
@@ -25,44 +25,44 @@ from ..modeling.objectives import Boundary
 from .launch import leave_the_word
 from .schema import ALIGNMENT, Message, Schema
 
-AHEAD = 2  # receives that are posted before they are waited for, and sends in flight
-ASK_EVERY = 0.2  # seconds between two looks of the first stage at whether another one was told to stop
-SILENCE = 3.0  # seconds in which a process that failed says why
+AHEAD = 2  # receives that are posted ahead, and sends in flight
+ASK_EVERY = 0.2  # seconds after which the first stage checks again whether another one was told to stop
+SILENCE = 3.0  # seconds for a process that failed to report why
 
 
 class Alone:
-    """One process: what its stage receives is the data, what it sends is dropped."""
+    """One process: its stage receives the data, and what it sends is dropped."""
 
     number, stages, is_first, is_last = 0, 1, True, True
 
     # --- boundaries
 
     def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
-        """Fixes the schema of a kind of boundary, once. `run`: (rows, tokens, what came in or None for the start) ->
-        what leaves this stage for such a throw-away batch."""
+        """Fixes the schema of a kind of boundary, once. `run`: (rows, tokens, incoming boundary or None at the start)
+        -> the boundary that this stage sends for such a throw-away batch."""
 
     def expect(self, messages: Iterable[Message]) -> None:
-        """What will be received next, in this order, so that receives can be posted ahead."""
+        """The messages that will be received next, in this order, so that receives can be posted ahead."""
 
     def receive(self, message: Message, first: Callable[[], Boundary]) -> Boundary:
         """The boundary from the stage before; the first stage starts with `first()`."""
         return first()
 
     def send(self, message: Message, boundary: Boundary) -> None:
-        """The boundary for the next stage, as it is now."""
+        """Sends the boundary to the next stage, as it is now."""
 
     def stopping(self, signal: int) -> int:
-        """After a step: the signal after which all stages stop here, 0 for none; `signal` came to this process."""
+        """After a step: the signal that makes all stages stop here, 0 for none. `signal`: what this process got."""
         return signal
 
     # --- words
 
     def together(self, work: Callable[[], Any], main_first: bool = False) -> Any:
-        """`work()` in every process. Where it fails in some, one of them says why and all end."""
+        """`work()` in every process. If it fails in some, one of them reports why and all end."""
         return work()
 
     def gather(self, value: Any) -> list[Any]:
-        """The json values of all stages, in order, everywhere."""
+        """The json values of all stages, in order, in every process."""
         return [value]
 
     def pass_on(self, rows: list[Any]) -> list[Any] | None:
@@ -70,18 +70,18 @@ class Alone:
         return rows
 
     def take(self) -> dict[str, Tensor]:
-        """The small tensors that the stage before gave; none for the first stage."""
+        """The small tensors given by the stage before; none for the first stage."""
         return {}
 
     def give(self, tensors: dict[str, Tensor]) -> None:
         """Small tensors for the next stage."""
 
     def tell(self, value: Callable[[], Any]) -> Any:
-        """What the last stage says, a json value, to all. Everybody waits for it."""
+        """The last stage's json value, in every process. All wait for it."""
         return value()
 
     def failed(self, error: Exception) -> None:
-        """This process ends with an error that it will show: the others need not guess."""
+        """Tells the others that this process ends with an error that it will show."""
 
     def statistics(self) -> dict[str, float]:
         """Bytes, by direction, and seconds of waiting."""
@@ -92,13 +92,13 @@ ALONE = Alone()  # it has no state
 
 
 class Neighbours(Alone):
-    """One of several processes; stage s is rank stages - 1 - s.
+    """One of several processes. Stage s has rank stages - 1 - s.
 
     Args:
         number: which stage this process is.
         stages: how many there are.
         device: of the boundaries.
-        timeout: seconds that a peer may keep silent.
+        timeout: seconds that a peer may be silent.
     """
 
     def __init__(self, number: int, stages: int, device: torch.device, timeout: float):
@@ -115,7 +115,7 @@ class Neighbours(Alone):
         self.store_is_gone = False
         self.next_question = 0.0
         self.at = "the start"
-        self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each there were
+        self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each so far
         self.count = dict.fromkeys(("sent_later_bytes", "received_bytes", "told_bytes"), 0)
         self.waited = {"receive": 0.0, "send": 0.0}
 
@@ -156,7 +156,7 @@ class Neighbours(Alone):
         self.at = f"step {message.step + 1}" if message.kind == "train" else "an evaluation"
         if self.is_first:
             return first()
-        self._post()  # into the buffer of the batch before, which is done
+        self._post()  # into the buffer of the previous batch, which is done
         expected, buffer, work = self.posted.popleft()
         assert expected == message, f"expected {expected}, the loop is at {message}"
         self._wait(work, "receive", self.number - 1)
@@ -180,9 +180,9 @@ class Neighbours(Alone):
         self.in_flight.append(self._start(dist.isend, buffer, self.number + 1))
 
     def stopping(self, signal: int) -> int:
-        now = self.signal  # in the headers of the step that is over
+        now = self.signal  # in the headers of the step that just ended
         if self.is_first:
-            self.signal = now or signal or self._asked()  # in those of the next one
+            self.signal = now or signal or self._asked()  # in the headers of the next one
         elif signal:
             self.store.set("stop", str(signal))
         return now
@@ -207,7 +207,7 @@ class Neighbours(Alone):
         self.store.set(f"{name}/{self.number}", json.dumps(error is not None))
         failures = [s for s in range(self.stages) if json.loads(self._get(f"{name}/{s}", s))]
         if failures and failures[-1] != self.number:
-            leave_the_word()  # to the main process, or the last one that knows
+            leave_the_word()  # to the main process, or the last stage that failed
         if error is not None:
             raise error
         return result
@@ -261,7 +261,7 @@ class Neighbours(Alone):
         return self.stages - 1 - stage
 
     def _name(self, kind: str) -> str:
-        """The key of the next word of its kind, the same in all processes: they say the same words in one order."""
+        """The key of the next word of its kind, equal in all processes: they exchange the same words in one order."""
         number = self.words[kind]
         self.words[kind] += 1
         return f"{kind}/{number}"
@@ -274,7 +274,7 @@ class Neighbours(Alone):
         """The value under a key, as soon as `peer` has set it."""
         deadline, pause = time.monotonic() + self.timeout, 0.0005
         try:
-            while not self.store.check([key]):  # not `wait`, which prints when its time is up
+            while not self.store.check([key]):  # not `wait`, which prints on a timeout
                 self._end_with_failed()
                 if time.monotonic() > deadline:
                     raise self._lost(peer, f"no word for {self.timeout:g} seconds")
@@ -287,7 +287,7 @@ class Neighbours(Alone):
     def _start(self, transfer: Callable[[Tensor, int], Any], buffer: Tensor, peer: int) -> Any:
         try:
             return transfer(buffer, self._rank(peer))
-        except RuntimeError as error:  # the connection was closed before
+        except RuntimeError as error:  # the connection was already closed
             raise self._lost(peer, error) from None
 
     def _wait(self, work: dist.Work, what: str, peer: int) -> None:
@@ -304,18 +304,18 @@ class Neighbours(Alone):
         try:
             if self.store.check(["failure"]):
                 leave_the_word(int(self.store.get("failure")))
-        except RuntimeError:  # asked again, it would print a stack of calls each time
+        except RuntimeError:  # each further query would print a stack trace
             self.store_is_gone = True
 
     def _lost(self, peer: int, error: Exception | str) -> ConnectionError:
-        """A silent end where another process has said, or says soon, what went wrong; else what is known here."""
+        """Ends silently if another process has reported, or soon reports, what went wrong; else returns the error."""
         end = time.monotonic() + SILENCE
         while time.monotonic() < end:
             self._end_with_failed()
             time.sleep(0.1)
         with suppress(RuntimeError):
             if not self.store_is_gone and self.store.add("lost", 1) > 1:
-                leave_the_word()  # somebody lost a peer before, and this one is the next in the row
+                leave_the_word()  # another process lost a peer first; this is a consequence
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0].rstrip(".?")
         return ConnectionError(
             f"Stage {self.number} lost stage {peer} at {self.at}: {reason}. "
@@ -324,7 +324,7 @@ class Neighbours(Alone):
 
 
 class _Ring:
-    """Buffers that are used in turn and grow to the largest boundary."""
+    """Buffers that are used in turn, and grow to the largest boundary."""
 
     def __init__(self, count: int, device: torch.device):
         self.buffers = [torch.empty(0, dtype=torch.uint8, device=device)] * count
@@ -338,5 +338,5 @@ class _Ring:
 
 
 def connect(stages: int, device: torch.device, timeout: float) -> Alone:
-    """The transport of this process, whose process group accelerate has started."""
+    """The transport of this process; accelerate has already started its process group."""
     return ALONE if stages == 1 else Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)

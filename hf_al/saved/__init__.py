@@ -1,1 +1,1 @@
-"""What is done with models that are finished: answers for new text, a look inside, a comparison."""
+"""What can be done with finished models: classify new text, inspect them, compare runs."""

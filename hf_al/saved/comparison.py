@@ -8,7 +8,7 @@ from typing import Any
 from ..messages import table
 from ..report import read_report
 
-# Arguments in which runs may differ and still be the same experiment with another seed
+# Runs that differ only in these arguments are the same experiment with another seed
 NOT_THE_EXPERIMENT = {
     "seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to",
 }  # fmt: skip
@@ -16,18 +16,18 @@ Row = dict[str, Any]
 
 
 def compare(folders: list[str]) -> dict[str, Any]:
-    """What the reports of runs say, side by side.
+    """The reports of several runs, side by side.
 
     Args:
         folders: `output_dir` of finished runs.
 
     Returns:
-        `runs`: a dict a run, as in the table; `groups`: for runs that are equal but for the seed, their `runs` and
-        `seeds`, and of each measured value the `mean`, `min` and `max`; `differences`: the arguments that are not the
-        same in all runs, argument -> run -> value.
+        `runs`: a dict per run, as in the table; `groups`: for runs that differ only in the seed, their `runs` and
+        `seeds`, and `mean`, `min` and `max` of each measured value; `differences`: the arguments that are not the same
+        in all runs, argument -> run -> value.
 
     Raises:
-        ValueError: a folder without a report, or whose report cannot be read.
+        ValueError: a folder without a report, or with one that cannot be read.
     """
     reports = {str(Path(folder)): read_report(folder) for folder in folders}
     runs = [_run(name, report) for name, report in reports.items()]
@@ -65,7 +65,7 @@ def _run(name: str, report: dict[str, Any]) -> Row:
 
 
 def _group(rows: list[Row]) -> Row:
-    """Mean and range over runs of one experiment, under the names of the runs' own values."""
+    """Mean and range over the runs of one experiment, under the same names as in the runs."""
     exits = [block for block in rows[0]["test"] if all(block in row["test"] for row in rows)]
     values = {
         name: [row[name] for row in rows]

@@ -1,4 +1,4 @@
-"""`hf-al inspect`: what a model is made of, from its config.json alone: no weights are loaded."""
+"""`hf-al inspect`: what a model is made of, from its config.json alone. No weights are loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def load_config(name: str) -> ALConfig:
     check_model_name(name)
     try:
         config = AutoConfig.from_pretrained(name)
-    except Exception as error:  # broken json, wrong values, no network: each has its own exception
+    except Exception as error:  # broken json, wrong values, no network: each raises a different exception
         raise ValueError(f"Could not load {name}: {error}") from error
     if not isinstance(config, ALConfig):
         raise ValueError(f"Expected an AL model, got one of type {config.model_type!r} in {name}.")
@@ -84,7 +84,7 @@ def _block(model: ALForSequenceClassification, k: int, validation: dict[str, Any
 
 
 def encoder_in_words(model: ALForSequenceClassification, k: int) -> str:
-    """What `encode` of block k does, in a line."""
+    """What `encode` of block k does, in one line."""
     words = [model.model.blocks[k].encode.in_words()]
     if k == 0:
         rows: Any = model.get_input_embeddings().weight
@@ -93,7 +93,7 @@ def encoder_in_words(model: ALForSequenceClassification, k: int) -> str:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """The same as a page for a terminal."""
+    """The result of `inspect` as text for a terminal."""
     metric, labels = found["metric"], found["label_names"]
     counts = found["parameters"]
     rows = []

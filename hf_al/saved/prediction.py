@@ -1,4 +1,4 @@
-"""Answers of a trained model for text that streams through: one json object a row, in the order of the rows.
+"""Answers of a trained model for text that streams through: one json object per row, in the order of the rows.
 
 Legend: N batch, C classes.
 """
@@ -40,19 +40,19 @@ def predict(
     exit_block: int | None = None,
     all_scores: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Answers in chunks of `CHUNK_BATCHES` batches; no more rows than a chunk are held at a time.
+    """Answers in chunks of `CHUNK_BATCHES` batches; at most one chunk of rows is held at a time.
 
     Args:
         model, tokenizer: of a finished run.
         rows: texts (or pairs); an `Unusable` gives `{"row": its number from 0, "error": why}`.
-        batch_size: texts of a batch.
-        exit_block: the block to stop at, from 0; the last where it is None.
-        all_scores: also the scores of all classes.
+        batch_size: texts per batch.
+        exit_block: the block to stop at, from 0; the last if None.
+        all_scores: also return the scores of all classes.
 
     Returns:
-        A dict a row. Single label: `label` and `score` (softmax); multi-label: `labels`, those above 0.5, each with its
-        `score` (sigmoid); regression: `value`, or `values` by name where there are several. `exits` holds the same for
-        every exit on the way, with its `block`.
+        A dict per row. Single label: `label` and `score` (softmax); multi-label: `labels`, those above 0.5, each with
+        its `score` (sigmoid); regression: `value`, or `values` by name if there are several. `exits` holds the same
+        for every exit on the way, with its `block`.
 
     Raises:
         ValueError: an exit that does not exist.
@@ -130,7 +130,7 @@ def _exit_logits(
 
 
 def _readings(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[str, Any]]:
-    """What one exit says of each text, with the scores of transformers' text-classification pipeline."""
+    """The answer of one exit for each text, with the scores of transformers' text-classification pipeline."""
     kind, names = config.resolved_problem_type, config.label_names
     logits_NC = logits_NC.float().cpu()
     if kind == "regression":
@@ -189,13 +189,13 @@ def _input_format(path: str | None, said: str | None) -> str:
     ending = Path(path.removesuffix(".gz")).suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(
-            f"Expected a .txt, .csv, .tsv or .jsonl file (also .gz), got {path}. Say what it is: --input_format."
+            f"Expected a .txt, .csv, .tsv or .jsonl file (also .gz), got {path}. Pass its format: --input_format."
         )
     return ENDINGS[ending]
 
 
 def _check_files(source: str | None, destination: str | None) -> None:
-    """What is wrong with the paths is said before the model is loaded."""
+    """Reports wrong paths before the model is loaded."""
     if source is not None and not Path(source).exists():
         raise ValueError(f"Expected a file at {source}, found none. Check --input.")
     if source is not None and Path(source).is_dir():

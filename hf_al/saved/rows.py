@@ -1,6 +1,6 @@
-"""Text to classify, row by row from a stream: lines, csv, tsv or json lines, whatever their number.
+"""Text to classify, row by row from a stream of any length: lines, csv, tsv or json lines.
 
-An unusable row is an `Unusable` in its place. Memory is bounded: a row longer than `LONGEST_ROW` is unusable.
+An unusable row gives an `Unusable` in its place. Memory is bounded: a row longer than `LONGEST_ROW` is unusable.
 """
 
 import csv
@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from ..data.columns import LABEL_NAMES, guess_text
 
-LONGEST_ROW = 2**20  # bytes of a line, characters of a csv cell
-LOOK_AHEAD = 100  # json lines that may lack the text before the column is called wrong
+LONGEST_ROW = 2**20  # bytes per line, characters per csv cell
+LOOK_AHEAD = 100  # json lines that may lack the text before the column counts as wrong
 
 T = TypeVar("T")
 Texts = tuple[str, ...]  # a text, or the two of a pair
@@ -27,7 +27,7 @@ class Unusable:
 
 
 class RowError(Exception):
-    """What makes a row unusable."""
+    """Why a row is unusable."""
 
 
 def read_rows(stream: BinaryIO, kind: str, named: str | None = None) -> Iterator[Texts | Unusable]:
@@ -35,11 +35,11 @@ def read_rows(stream: BinaryIO, kind: str, named: str | None = None) -> Iterator
 
     Args:
         stream: UTF-8 bytes.
-        kind: `text` (one text a line), `csv` or `tsv` (with a header; blank lines are skipped), or `jsonl` (objects).
-        named: column of the text, or two, comma-separated, for pairs; guessed where it is None.
+        kind: `text` (one text per line), `csv` or `tsv` (with a header; blank lines are skipped), or `jsonl` (objects).
+        named: column of the text, or two, comma-separated, for pairs; guessed if None.
 
     Raises:
-        ValueError: a column that does not exist, or columns that cannot be told apart.
+        ValueError: a column that does not exist, or columns that are ambiguous.
     """
     lines = _Lines(stream)
     names = [name.strip() for name in (named or "").split(",") if name.strip()]
@@ -55,7 +55,7 @@ def read_rows(stream: BinaryIO, kind: str, named: str | None = None) -> Iterator
 
 
 def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
-    """The text column(s): as named, else guessed from the names where there is one reading only."""
+    """The text column(s): as named, else guessed from the names if there is only one reading."""
     missing = [name for name in named if name not in columns]
     if missing:
         raise ValueError(f"Expected column {missing[0]!r}, got the columns {columns}. Check --text_column_names.")
@@ -70,8 +70,8 @@ def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
 
 
 class _Lines:
-    """The lines of a stream. Bytes that are not UTF-8 become lone surrogates, which `_usable` finds where they matter.
-    Not a generator, because it goes on after an error."""
+    """The lines of a stream. Bytes that are not UTF-8 become lone surrogates, which `_usable` finds if they matter.
+    Not a generator, because it must go on after an error."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.first = stream, True
@@ -94,7 +94,7 @@ class _Lines:
 
 
 def _each(items: Iterator[T], parse: Callable[[T], Any]) -> Iterator[Any]:
-    """`parse` of each item; an `Unusable` for an item that cannot be read or parsed, nothing for None."""
+    """`parse` of each item: an `Unusable` for an item that cannot be read or parsed, nothing if it returns None."""
     while True:
         try:
             parsed = parse(next(items))

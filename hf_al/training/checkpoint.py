@@ -5,8 +5,8 @@
                                     manifest.json           step, progress, what the run is; size and sha256 of
                                                             every file, and its own
 
-A checkpoint is written beside its place and renamed when it is whole, so that a kill at any moment leaves either the
-old state or the new one. One without a manifest that finds all its files is no checkpoint.
+A checkpoint is written under another name and renamed when it is complete, so that a kill at any moment leaves either
+the old state or the new one. A folder does not count as a checkpoint unless its manifest finds all its files.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 class Damaged(ValueError):
-    """A checkpoint that is not what was written; `reason` says how."""
+    """A checkpoint that differs from what was written; `reason` says how."""
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -50,7 +50,7 @@ class Damaged(ValueError):
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
+    """The manifest's entry for a file."""
     with file.open("rb") as bytes_of_file:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(bytes_of_file, "sha256").hexdigest()}
 
@@ -68,15 +68,15 @@ def save_checkpoint(
     history: list[dict[str, Any]],
     transport: Alone = ALONE,
 ) -> bool:
-    """Writes weights and optimizer state of `blocks`; the last stage then history and manifest, and gives the folder
-    its name.
+    """Writes weights and optimizer state of `blocks`; the last stage then writes history and manifest, and gives the
+    folder its name.
 
-    Every stage writes into the folder that the first one makes; what it wrote goes forward. Returns whether this stage
-    was the last, so that the checkpoint is there.
+    Every stage writes into the folder that the first one creates, and passes on the list of its files. Returns whether
+    this stage was the last, so that the checkpoint is complete.
 
     Raises:
-        OSError: a disk that is full or refuses, also as an exception of the library that writes; nothing is left of
-            what was begun.
+        OSError: a disk that is full or refuses, also as an exception of the library that writes; the incomplete
+            checkpoint is removed.
     """
     written: list[dict[str, Any]] | None
     with _folder(path.with_name(f"tmp-{path.name}"), transport) as aside:
@@ -99,7 +99,7 @@ def save_checkpoint(
         write_atomically(aside / MANIFEST, json.dumps({**whole, "sha256": _own_sha256(whole)}, indent=1))
         fsync(aside)
         replaced = path.with_name(path.name + ".old")
-        if path.exists():  # the same step again: until the new one has its name, the old one is found under another
+        if path.exists():  # the same step again: until the new one has its name, the old one is kept under another
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         aside.rename(path)
@@ -111,7 +111,7 @@ def save_checkpoint(
 
 @contextmanager
 def _folder(aside: Path, transport: Alone) -> Iterator[Path]:
-    """The folder that all stages write into: the first one makes it, empty, and then tells the others."""
+    """The folder that all stages write into: the first one creates it, empty, and then tells the others."""
     try:
         if transport.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -128,11 +128,11 @@ def writing(what: str, output_dir: Path) -> Iterator[None]:
     """Turns the error of a disk that refuses a write into one message for the user.
 
     Raises:
-        OSError: what could not be written, why, and where the run can go on.
+        OSError: what could not be written, why, and from which step the run can continue.
     """
     try:
         yield
-    except Exception as error:  # the libraries that write have exceptions of their own
+    except Exception as error:  # the libraries that write raise exceptions of their own
         reason = disk_error(error)
         if reason is None:
             raise
@@ -161,13 +161,13 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _by_step(output_dir: Path) -> list[Path]:
-    """All that is named as a checkpoint, oldest first; before that of the same step what it was to replace."""
+    """All folders named as checkpoints, oldest first; a replaced one (.old) comes before its replacement."""
     found = [p for p in (output_dir / "checkpoints").glob("checkpoint-*") if NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: (p.stem, p.suffix != ".old"))
 
 
 def candidates(name: str, output_dir: Path) -> list[Path]:
-    """Where a run may go on, the best place first. `last`: all that is named as a checkpoint; a folder: that folder.
+    """Where a run may continue, best first. `last`: all folders named as checkpoints; a folder: that folder.
 
     Raises:
         ValueError: a folder that is not a complete checkpoint.
@@ -181,17 +181,17 @@ def candidates(name: str, output_dir: Path) -> list[Path]:
         return [Path(name)]
     found = list(reversed(_by_step(output_dir)))
     for i, path in enumerate(found):
-        if path.suffix == ".old" and not path.with_suffix("").exists():  # its replacement never came
+        if path.suffix == ".old" and not path.with_suffix("").exists():  # its replacement was never completed
             found[i] = path.rename(path.with_suffix(""))
     return found
 
 
 def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path | None:
-    """The first of the candidates without a fault; None where there are no candidates.
+    """The first of the candidates without a fault; None if there are no candidates.
 
     Args:
-        paths: of `candidates`.
-        fault: what is wrong with one, None where nothing is.
+        paths: from `candidates`.
+        fault: returns what is wrong with one, or None.
 
     Raises:
         ValueError: all of them are damaged.
@@ -226,7 +226,7 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: it is not complete.
-        ValueError: one that another version of hf_al wrote.
+        ValueError: another version of hf_al wrote it.
     """
     manifest = read_manifest(path)
     if manifest is None:
@@ -240,11 +240,11 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockOptimizers | None) -> None:
-    """Loads weights, and optimizer state where wanted, into `blocks`, from their files alone.
+    """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files.
 
     Raises:
-        Damaged: a file that is missing or not as it was written; blocks before it have been loaded.
-        ValueError: tensors that are not the blocks' own, or another format.
+        Damaged: a file that is missing or not as it was written; earlier blocks have already been loaded.
+        ValueError: tensors that are not those of the blocks, or another format.
     """
     manifest = open_checkpoint(path)
     for k, block in blocks.items():
@@ -275,8 +275,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
-    """Makes sure that the best checkpoint of the run that `resumed` belongs to is intact, while it can still be chosen
-    otherwise, and copies it where the run goes on in another folder.
+    """Checks, while another checkpoint can still be chosen, that the best checkpoint of the run of `resumed` is intact.
+    Copies it if the run continues in another folder.
 
     Raises:
         ValueError: that run no longer has it.
@@ -305,7 +305,7 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A folder that is half deleted when the process dies has no checkpoint's name any more."""
+    """Renames, then deletes: a folder that is half deleted when the process dies no longer has a checkpoint's name."""
     aside = path.with_name(f"tmp-{path.name}")
     if aside.exists():
         shutil.rmtree(aside)
@@ -314,21 +314,21 @@ def _remove(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path, step: int | None = None) -> None:
-    """Deletes what an interrupted write or deletion left; of later steps than `step`, the first stage is at it now."""
+    """Deletes leftovers of interrupted writes and deletions up to `step`; the first stage may be writing later ones."""
     for leftover in folder.glob("tmp-*"):
         if step is None or leftover.name <= f"tmp-checkpoint-{step:08d}.old":
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None = None) -> None:
-    """Deletes all checkpoints but the newest `keep` and the best one, and what an interrupted write left.
+    """Deletes all checkpoints but the newest `keep` and the best one, and leftovers of interrupted writes.
 
     Args:
         output_dir: the run's folder.
-        keep: how many of the newest are kept.
+        keep: how many of the newest to keep.
         best_step: the step of the best one.
-        step: the run's present step. Later checkpoints are of a run that went another way, before it was resumed from
-            an earlier step: they go first, or `last` would find them.
+        step: the run's current step. Later checkpoints date from before the run was resumed from an earlier step: they
+            are deleted first, because `last` would find them.
     """
     clear_leftovers(output_dir / "checkpoints", step)
     spared = [path for path in complete_checkpoints(output_dir) if path.suffix != ".old"]
@@ -343,7 +343,7 @@ def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None 
 
 
 def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
-    """Each key whose values differ, as a sentence, the architecture before all."""
+    """One sentence for each key whose values differ, the architecture first."""
     keys = sorted(dict.fromkeys([*expected, *got]), key=lambda key: key != "model_type")
     return [
         f"{key} was {expected.get(key)!r} and is now {got.get(key)!r}"

@@ -1,4 +1,4 @@
-"""After the last step: the chosen weights, the test split, once, and everything that a run leaves in its folder."""
+"""After the last step: the chosen weights, the test split (read once), and what a run leaves in its folder."""
 
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     at_start: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    """Loads the best checkpoint, reads test once; the last stage writes model, tokenizer, arguments and report.
+    """Loads the best checkpoint and reads test once; the last stage writes model, tokenizer, arguments and report.
 
     Args:
         plan, progress, record, stage, tokenizer: of the run.
@@ -53,7 +53,7 @@ def finish(
 
     def write() -> dict[str, Any]:
         elsewhere = {block.index: block for block in model.model.blocks if block.index not in stage.blocks}
-        if elsewhere:  # the weights of the other stages, and not their optimizer state, from the checkpoint
+        if elsewhere:  # read the other stages' weights, but not their optimizer state, from the checkpoint
             for block in elsewhere.values():
                 block.to_empty(device=stage.device)
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), elsewhere, None)
@@ -72,7 +72,7 @@ def finish(
 
 
 def _results(plan: Plan, stage: Stage) -> dict[str, Any]:
-    """Metrics of validation and test for every exit, whole at the last stage, with the confusion matrix of its exit."""
+    """Validation and test metrics of every exit, complete at the last stage, with the confusion matrix of its exit."""
     results: dict[str, Any] = {}
     for split in ("validation", "test"):
         if split not in plan.data:
@@ -98,10 +98,10 @@ def _report(
     """Everything about a run, as plain json values.
 
     Args:
-        plan, progress: the run, and how far it came.
-        model: the chosen one, whole.
+        plan, progress: the run, and how far it got.
+        model: the chosen one, complete.
         device: of the main process.
-        results: what was measured on it: `validation`, `test`, `confusion_matrix`, `code_health`.
+        results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `code_health`.
         warnings: what the reader should know.
     """
     config, args = model.config, plan.args

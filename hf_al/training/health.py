@@ -1,18 +1,18 @@
-"""Is every block alive? Target codes that carry no label, and parameters that nothing ever updated.
+"""Is every block alive? Finds target codes that carry no label, and parameters that nothing ever updated.
 
-Every block k has a target code t_k for each label, and learns to hit it. Codes are healthy where different labels have
-clearly different codes. Three numbers say how far that holds, for the label side as it is now:
+Every block k has a target code t_k for each label, and learns to hit it. Codes are healthy if different labels have
+clearly different codes. Three numbers measure this, for the label side as it is now:
 
 - `spread`: how far the codes of the labels lie apart. The standard deviation of t_k over the labels, root mean square
   over its V entries; a live tanh code has 0.1 to 0.5, and below 0.01 it has collapsed: all labels have the same code.
-- `rank`: how many independent directions the codes differ in. C classes can use C - 1, and never more than V. With
-  several labels a text, or values, bent codes may use more directions than the labels have.
-- `separation`: how well the two labels that are hardest to tell apart are still told apart. With classes it is the
-  distance of the two closest codes over the typical (root mean square) distance of two codes: 1 means that all classes
-  are equally far apart, 0 that two classes share one code. With several labels a text, or values, the distances of the
-  codes are first divided by those of the labels themselves, because then these are not all equal.
+- `rank`: in how many independent directions the codes differ. C classes can use C - 1, and never more than V. With
+  several labels per text, or values, nonlinear codes may use more directions than the labels have.
+- `separation`: how well the two most similar labels can still be told apart. With classes it is the distance of the
+  two closest codes over the typical (root mean square) distance of two codes: 1 means that all classes are equally far
+  apart, 0 that two classes share one code. With several labels per text, or values, the distances of the codes are
+  first divided by those of the labels themselves, which are not all equal then.
 
-Legend: N labels that are looked at, C classes, V target-code size.
+Legend: N labels that are compared, C classes, V target-code size.
 """
 
 from typing import Any
@@ -28,30 +28,29 @@ from .optim import of_block
 
 COLLAPSED_SPREAD = 1e-2  # a live tanh code has 0.1 to 0.5
 SHARED_CODE = 0.05  # separation; live codes have 0.1 to 1, with 3 to 77 classes
-FAST_RATE = 0.03  # of the label side: at 0.03 codes of 77 classes live, at 0.3 many of them are the same
-SMALL_CODE = 16  # entries: with 16, codes of 77 classes have a separation of 0.2, with 4 of 0.02
-MOST_LABELS = 512  # classes, label sets or values that are compared, pair by pair; of more, these many evenly spaced
+FAST_RATE = 0.03  # of the label side: at 0.03 codes of 77 classes stay apart, at 0.3 many of them are the same
+SMALL_CODE = 16  # entries: codes of 77 classes have a separation of 0.2 with 16, of 0.02 with 4
+MOST_LABELS = 512  # classes, label sets or values compared pair by pair; if more, this many, evenly spaced
 
 
 @torch.no_grad()
 def code_health(model: ALForSequenceClassification, labels: Tensor, transport: Alone = ALONE) -> list[dict[str, Any]]:
-    """For each block with a target code that this process holds: how much of the label t_k still tells.
+    """For each block with a target code in this process: how well t_k still tells the labels apart.
 
     Args:
         model: the classifier.
-        labels: multi-hot rows (N, C) or values (N,), of the validation split, say; with single labels all classes are
-            looked at instead.
+        labels: multi-hot rows (N, C) or values (N,), for example of the validation split; with single labels all
+            classes are compared instead.
         transport: to the stages before and after, over which the codes travel.
 
     Returns:
-        For each block: `spread`, `rank`, `possible_rank` (of the labels themselves, and what V entries allow),
-        `separation`, `closest` (the names of the two closest classes; None for other problem types), `collapsed` (no
-        label can be told from another) and `partly_collapsed` (some hardly can: separation below 0.05, or rank below
-        half of what is possible). Plain numbers and strings. Empty for objectives without
-        target codes.
+        For each block: `spread`, `rank`, `possible_rank` (limited by the labels themselves and by V), `separation`,
+        `closest` (the names of the two closest classes; None for other problem types), `collapsed` (no label can be
+        told from another) and `partly_collapsed` (some hardly can: separation below 0.05, or rank below half of what
+        is possible). Plain numbers and strings. Empty for objectives without target codes.
 
     Raises:
-        FloatingPointError: a code that is not finite: the last update went wrong.
+        FloatingPointError: a code that is not finite, because the last update went wrong.
     """
     objective = OBJECTIVES[model.config.objective]
     if objective.end_to_end or not objective.target_codes:
@@ -115,7 +114,7 @@ def _rank(rows_NV: Tensor) -> int:
 def part_sums(model: ALForSequenceClassification, frozen_embeddings: bool = False) -> dict[str, tuple[float, float]]:
     """A fingerprint of each part of each block ("2.bridge"): the sums of its values and of their squares.
 
-    With `frozen_embeddings`, a part that is nothing but embedding rows has none.
+    With `frozen_embeddings`, a part that consists only of embedding rows is left out.
     """
     sums: dict[str, tuple[float, float]] = {}
     for block in here(model):
@@ -133,7 +132,7 @@ def part_sums(model: ALForSequenceClassification, frozen_embeddings: bool = Fals
 
 
 def never_updated(model: ALForSequenceClassification, at_start: dict[str, tuple[float, float]]) -> list[str]:
-    """The parts in `at_start` that are as they were then, of those that the objective trains."""
+    """The parts in `at_start` that the objective trains but that have not changed."""
     skipped = OBJECTIVES[model.config.objective].untrained
     last = str(model.config.num_blocks - 1)
     now = part_sums(model)
@@ -155,7 +154,7 @@ def update_warnings(model: ALForSequenceClassification, at_start: dict[str, tupl
 
 
 def code_warnings(rows: list[dict[str, Any]], config: Any, args: TrainingArguments | None = None) -> list[str]:
-    """One sentence for each block in `rows` (of `code_health`) that has lost labels, and what may bring them back."""
+    """One sentence for each block in `rows` (of `code_health`) that has lost labels, with what may bring them back."""
     messages = []
     for row in rows:
         k = row["block"]
@@ -177,7 +176,7 @@ def code_warnings(rows: list[dict[str, Any]], config: Any, args: TrainingArgumen
 
 
 def _advice(k: int, config: Any, args: TrainingArguments | None) -> str:
-    """The settings that were seen to make codes collapse, of those that this run has, with what cured it there."""
+    """The settings of this run that are known to make codes collapse, with what helped against it."""
     advice = []
     if args is not None:
         rate = of_block(args.learning_rate, k) * of_block(args.target_learning_rate_factor, k)

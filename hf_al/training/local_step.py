@@ -17,10 +17,10 @@ from ..parallel.schema import round_to_wire
 def block_randomness(
     device: torch.device, seed: int, block: int, step: int, micro_batch: int, replica: int
 ) -> Iterator[None]:
-    """Random numbers that depend on these five numbers alone, not on which process asks, nor on what ran before.
+    """Random numbers that depend on these five numbers alone, not on the process or on what ran before.
 
-    On the generators themselves: `torch.manual_seed` would queue a call with a stack trace for every GPU kind that is
-    not in use, each time.
+    Seeds the generators directly: `torch.manual_seed` would, each time, queue a call with a stack trace for every kind
+    of GPU that is not in use.
     """
     key = hashlib.blake2b(repr((seed, block, step, micro_batch, replica)).encode(), digest_size=8).digest()
     generators = [torch.default_generator]
@@ -50,7 +50,7 @@ def local_steps(
     Args:
         blocks: in order.
         boundary: what the block before them sent, already cut.
-        inputs: what every block knows of the micro-batch.
+        inputs: what every block knows about the micro-batch.
         key: (run seed, optimizer step, micro-batch, replica).
         device: of the blocks.
         bf16: compute under autocast to bfloat16.

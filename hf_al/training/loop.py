@@ -1,7 +1,7 @@
 """THE training loop. One process is one stage; with one stage it owns every block.
 
 Everything a step does follows from (arguments, data, step): batch order, dropout and learning rate have no state. A
-resumed run therefore needs weights, optimizer tensors and a step number, and ends where the undisturbed one ends.
+resumed run therefore needs only weights, optimizer tensors and a step number, and ends like an uninterrupted one.
 """
 
 import json
@@ -42,7 +42,7 @@ from .stage import Stage, rows_of
 
 logger = logging.getLogger(__name__)
 
-# Arguments in which processes may differ: where a machine has its files, and what it shows
+# Arguments in which processes may differ: where a machine has its files, and what it displays
 OF_A_MACHINE = {*FILES, "preprocessing_num_workers", "disable_tqdm", "report_to", "plots"}
 WIRES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -51,8 +51,8 @@ WIRES = {"float32": torch.float32, "bf16": torch.bfloat16}
 class TrainResult:
     """What `train` returns: the best model, its tokenizer, and the content of report.json.
 
-    With several processes the whole model is in the main process; elsewhere the blocks of other stages have names and
-    shapes, but no weights (device "meta").
+    With several processes, only the main process has the whole model; in the others, blocks of other stages have names
+    and shapes, but no weights (device "meta").
     """
 
     model: ALForSequenceClassification
@@ -61,14 +61,14 @@ class TrainResult:
 
 
 def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> TrainResult:
-    """Trains a classifier as `args` say; leaves model, tokenizer, report and checkpoints in `args.output_dir`.
+    """Trains a classifier according to `args`; leaves model, tokenizer, report and checkpoints in `args.output_dir`.
 
-    With `args.stages` above 1 every process of the launch calls it with the same arguments and trains its blocks.
+    With `args.stages` above 1, every process of the launch calls it with the same arguments and trains its own blocks.
 
     Args:
         args: the run.
-        datasets: the split train and, where there are any, validation and test, with columns text, label and, for
-            pairs, text_pair; loaded from the data arguments where it is None.
+        datasets: the split train and optionally validation and test, with columns text, label and, for pairs,
+            text_pair; loaded from the data arguments if None.
 
     Raises:
         ValueError: arguments or data that cannot work, with what to do instead; the output folder is as it was.
@@ -81,7 +81,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     device = torch.device(accelerator.device)
     transport = connect(args.stages, device, args.ddp_timeout)
     if not transport.is_last:
-        logging.getLogger("hf_al").setLevel(logging.ERROR)  # the main process speaks for all
+        logging.getLogger("hf_al").setLevel(logging.ERROR)  # the main process reports for all
     output_dir = Path(args.output_dir)
     try:
         values = {"protocol": PROTOCOL, **args.to_dict(), **args.model}
@@ -98,7 +98,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
             partial(make_plan, args, output_dir, model.config, tokenizer, data, placement, device)
         )
         _check_same("data", {name: sources.fingerprint(split) for name, split in data.items()}, transport)
-        # what else makes the run follows from the arguments
+        # everything else about the run follows from the arguments
         _check_same("run", {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}, transport)
         _check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
@@ -131,7 +131,7 @@ def _check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
 
 
 class Run:
-    """The steps of one stage, between a plan and a finished model; `resume` and `fit` in this order."""
+    """The steps of one stage, between a plan and a finished model. Call `resume`, then `fit`."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Run:
         self.at_start = health.part_sums(model, args.embedding_learning_rate_factor == 0)
 
     def resume(self) -> None:
-        """Loads the checkpoint that `resume_from_checkpoint` names; says so where there is none."""
+        """Loads the checkpoint that `resume_from_checkpoint` names; warns if there is none."""
         name, output_dir = self.args.resume_from_checkpoint, self.plan.output_dir
         if name is None:
             return
@@ -177,7 +177,7 @@ class Run:
         logger.info("Resuming from %s, step %d of %d.", path, self.progress.step, self.plan.total_steps)
 
     def _load(self, path: Path) -> str | None:
-        """Loads this stage's blocks from a checkpoint of this very run; what any stage found damaged, if one did."""
+        """Loads this stage's blocks from a checkpoint of this run. Returns what any stage found damaged, else None."""
 
         def load() -> str | None:
             try:
@@ -193,7 +193,7 @@ class Run:
         return next(filter(None, self.transport.gather(self.transport.together(load))), None)
 
     def _check_run(self, manifest: dict[str, Any], path: Path) -> None:
-        """Refuses another run's checkpoint; says what else is not as it was."""
+        """Refuses another run's checkpoint; warns about other differences."""
         for what, now in self.plan.identity.items():
             differences = checkpoint.differences(manifest["identity"][what], now)
             if differences:
@@ -204,12 +204,12 @@ class Run:
         changed = checkpoint.differences(manifest["conditions"], json.loads(json.dumps(self.plan.conditions)))
         if changed:
             logger.warning(
-                "The run continues under other conditions, so it will not end where it would have: %s.",
+                "The run continues under other conditions, so its result will not be that of an uninterrupted run: %s.",
                 "; ".join(changed),
             )
 
     def fit(self) -> None:
-        """The optimizer steps that are left, with evaluation, checkpoints and logs at their steps."""
+        """Runs the remaining optimizer steps, with evaluations, checkpoints and logs."""
         plan, progress, units = self.plan, self.progress, len(self.model.config.units)
         device = self.stage.device
         devices = self.transport.gather(device.type if device.type == "cpu" else str(device))
@@ -241,7 +241,7 @@ class Run:
         for step, parts in self.stage.batches(plan.data["train"], plan.steps(progress.step, plan.total_steps)):
             if progress.out_of_patience(self.args.early_stopping_patience, plan.metric):
                 break
-            if step == announced:  # what will be received until the next evaluation
+            if step == announced:  # announces what will be received until the next evaluation
                 announced = plan.next_evaluation(step)
                 self.stage.expect_training(plan.order.lengths, plan.steps(step, announced))
             losses, norms = self.stage.train_batch(parts, step, self.args.seed)
@@ -260,7 +260,7 @@ class Run:
                 record.start_clock()
             if stopping:
                 break
-        # a signal that came after the first stage had begun the last step: the run is over anyway
+        # a signal that came after the first stage had begun the last step is ignored: the run is over anyway
         stop.received = signal.Signals(stopping) if stopping else None
         record.stop_clock()
         bar.close()
@@ -273,7 +273,7 @@ class Run:
             raise self._not_finite(str(error)) from None
 
     def _evaluate(self) -> bool:
-        """Validation metrics of every exit; whether the last exit is the best so far."""
+        """Computes validation metrics of every exit; returns whether the last exit is the best so far."""
         plan, progress = self.plan, self.progress
         logits = self.stage.evaluate(plan.data["validation"], self.args.per_device_eval_batch_size)
         exits = exit_metrics(logits, plan.labels["validation"], plan.problem_type)
@@ -291,7 +291,7 @@ class Run:
 
     def _not_finite(self, error: str) -> ValueError:
         kept = checkpoint.complete_checkpoints(self.plan.output_dir)
-        last = f"The last checkpoint is from before: {kept[-1]}." if kept else "There is no checkpoint yet."
+        last = f"The last checkpoint was written before that: {kept[-1]}." if kept else "There is no checkpoint yet."
         return ValueError(f"{error} {last}")
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""How long a step of each unit takes here: timed on throw-away copies, one unit at a time."""
+"""How long a step of each unit takes on this machine: timed on throw-away copies, one unit at a time."""
 
 import copy
 import time
@@ -17,7 +17,7 @@ ROUNDS = 4  # the first one warms up
 
 
 def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Tensor]:
-    """The inputs of a batch that stands for any of its shape, with labels of the model's kind."""
+    """The inputs of a throw-away batch of this shape, with labels of the model's kind."""
     config, rows = model.config, len(input_ids)
     single = config.resolved_problem_type == "single_label_classification"
     labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
@@ -30,8 +30,8 @@ def unit_seconds(
 ) -> tuple[list[float], list[float]]:
     """Seconds of a step of each unit, and of copying what leaves it, on a micro-batch of the median length.
 
-    A step is forward, backward, clipping and update, and so counts the embedding and the label side. The random
-    generator is as it was before.
+    A step is forward, backward, clipping and update, including the embedding and the label side. The state of the
+    random generator is restored.
     """
     tokens = min(max(1, int(np.median(lengths))), model.config.max_position_embeddings)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (args.per_device_train_batch_size, tokens))

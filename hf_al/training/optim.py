@@ -1,7 +1,7 @@
-"""Optimizers and schedules of the units (a block each; the whole network under backprop), behind one object.
+"""Optimizers and schedules of the units (one block each; the whole network under backprop), behind one object.
 
 The schedules of transformers are pure functions of the step and have no state. Optimizer state, and what a plateau
-schedule remembers, is kept by block and parameter name, so that a checkpoint of a block fits wherever the block is.
+schedule remembers, is kept by block and parameter name, so that a block's checkpoint loads wherever the block is.
 """
 
 import math
@@ -21,14 +21,14 @@ PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 
 def of_block(value: Any, k: int) -> float:
-    """The value of block k, from one number for all or a list of one a block."""
+    """The value of block k, from one number for all blocks or a list with one per block."""
     return value[k] if isinstance(value, list) else value
 
 
 def make_schedule(args: TrainingArguments, total_steps: int) -> Callable[[int], float]:
     """Step, from 0, -> learning rate over its peak: transformers' schedule, except that no step has a rate of 0.
 
-    transformers starts its warm-up at 0, which makes nothing of a batch; here the first step has 1 / warmup_steps.
+    transformers starts its warm-up at 0, which wastes a batch; here the first step has 1 / warmup_steps.
 
     Raises:
         ValueError: `lr_scheduler_kwargs` that the schedule does not take.
@@ -52,7 +52,7 @@ def make_schedule(args: TrainingArguments, total_steps: int) -> Callable[[int], 
 
 
 def _unit_rate() -> torch.optim.Optimizer:
-    """An optimizer of nothing with the learning rate 1, for schedules to turn."""
+    """An empty optimizer with the learning rate 1, for schedules to change."""
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
@@ -80,7 +80,7 @@ class BlockOptimizers:
     """The optimizers of the units that a stage owns.
 
     Args:
-        blocks: block number -> block, those that the stage owns.
+        blocks: block number -> block, for those that the stage owns.
         units: runs of blocks that are trained together.
         args: optimizer, learning rates, factors, clipping and schedule.
         total_steps: optimizer steps of the whole run, which the schedule spans.
@@ -114,7 +114,7 @@ class BlockOptimizers:
                 )
 
     def _make(self, unit: range) -> list[torch.optim.Optimizer]:
-        """One optimizer for the unit, and one more where the embedding rows have their own."""
+        """One optimizer for the unit, and another one if the embedding rows have their own."""
         sparse = [table.weight for table in self.embeddings if table.sparse]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         sparse_groups = []
@@ -167,7 +167,7 @@ class BlockOptimizers:
         parameters = [p for k in unit for p in self.names[k].values() if p.grad is not None]
         for table in self.embeddings:
             if table.weight.grad is not None and table.weight.grad.is_sparse:
-                table.weight.grad = table.weight.grad.coalesce()  # one entry a row, before the norm is taken
+                table.weight.grad = table.weight.grad.coalesce()  # one entry per row, before the norm is taken
         gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         limit = of_block(self.args.max_grad_norm, unit[-1])
@@ -182,7 +182,7 @@ class BlockOptimizers:
         return norm
 
     def release(self) -> None:
-        """Makes the model an ordinary one again: dense gradients for all parameters."""
+        """Restores dense gradients for all parameters."""
         for table in self.embeddings:
             table.sparse = False
             table.weight.requires_grad_(True)
@@ -209,7 +209,7 @@ class BlockOptimizers:
         return tensors
 
     def load_state(self, k: int, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `state` gave."""
+        """Loads what `state` returned."""
         sparse = {id(table.weight) for table in self.embeddings if table.sparse}
         for key, value in tensors.items():
             name, entry = key.rsplit("/", 1)
@@ -226,7 +226,7 @@ class BlockOptimizers:
 
     def _load_plateau(self, k: int, entry: str, value: float) -> None:
         if k not in self.plateaus:
-            return  # another schedule from here on
+            return  # the resumed run has another schedule
         if entry == "rate":
             self.plateaus[k].optimizer.param_groups[0]["lr"] = value
         else:

@@ -1,4 +1,4 @@
-"""What is fixed before the first step: arguments, data, batch order, placement, and what makes the run this run."""
+"""What is fixed before the first step: arguments, data, batch order, placement, and what identifies the run."""
 
 import json
 import math
@@ -40,12 +40,12 @@ class Plan:
         data: the tokenized splits.
         order: which rows make up which batch.
         total_steps: optimizer steps of the whole run.
-        placement: which blocks are whose.
+        placement: which stage owns which blocks.
         problem_type: single label, multi-label or regression.
         metric: the validation metric that chooses the checkpoint.
-        labels: split -> labels, as the metrics want them.
-        identity: what a resumed run must share with the one before, and every process with the others.
-        conditions: what it may change, at the price of ending elsewhere than the undisturbed run.
+        labels: split -> labels, in the form that the metrics need.
+        identity: what must be the same in a resumed run, and in every process.
+        conditions: what a resumed run may change; its result then differs from that of an uninterrupted run.
     """
 
     args: TrainingArguments
@@ -92,7 +92,7 @@ def make_plan(
     placement: Placement,
     device: torch.device,
 ) -> Plan:
-    """The plan of a run on tokenized `data`; `config` is the model's, `device` where it trains.
+    """The plan of a run on tokenized `data`. `config` is that of the model; `device` is where it trains.
 
     Raises:
         ValueError: a metric that this kind of problem does not have.
@@ -131,5 +131,5 @@ def make_plan(
 
 
 def split_labels(data: Dataset, collator: Collator) -> np.ndarray:
-    """The labels of a split as the metrics and the health check want them: ids (N,), rows (N, C) or values (N,)."""
+    """The labels of a split as the metrics and the health check need them: ids (N,), rows (N, C) or values (N,)."""
     return collator.labels(data.features["label"], data["label"]).numpy()

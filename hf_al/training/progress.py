@@ -1,4 +1,4 @@
-"""How far a run has come, and who judges it."""
+"""How far a run has come, and its best evaluation."""
 
 import logging
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers besides tensors; the history is kept by the main process."""
+    """What a checkpoint holds besides tensors; the main process keeps the history."""
 
     step: int = 0
     best_step: int | None = None
@@ -30,7 +30,7 @@ class Progress:
         return better
 
     def out_of_patience(self, patience: int | None, metric: str) -> bool:
-        """Whether `patience` evaluations in a row brought nothing."""
+        """Whether `patience` evaluations in a row brought no improvement."""
         if patience is None or self.evaluations_without_gain < patience:
             return False
         logger.info("Stopped early: %d evaluations without a better %s.", patience, metric)

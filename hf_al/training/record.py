@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: history, trackers, messages, each fact said once, in the main process."""
+"""What a run reports while it trains: history, trackers, messages. The main process reports each fact once."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ class Record:
 
     Args:
         plan: the run.
-        progress: its history grows here.
+        progress: rows are added to its history.
         accelerator: its trackers.
         transport: over which rows travel forward.
     """
@@ -55,7 +55,7 @@ class Record:
         self.window.add(losses, norms, examples)
 
     def log(self, rates: dict[int, float]) -> dict[str, float]:
-        """Means since the last log, to history and trackers; the total of the local losses, for the bar.
+        """Writes means since the last log to history and trackers; returns the total of the local losses, for the bar.
 
         Args:
             rates: the learning rates of this stage's units, by their last block.
@@ -67,7 +67,7 @@ class Record:
             return {}
         step, examples = self.progress.step, self.window.examples
         values: dict[str, float] = self.window.means(step)
-        self.stop_clock()  # after the values were read: that waited for the device
+        self.stop_clock()  # only after reading the values, which waits for the device
         seconds, self.window_start = self.progress.seconds - self.window_start, self.progress.seconds
         mine = {"values": values, "rates": list(rates.items()), "memory": self._peak_memory()}
         stages = self.transport.pass_on([mine])
@@ -91,7 +91,7 @@ class Record:
         return reporting.peak_memory_mib(torch.device(self.accelerator.device))
 
     def evaluation(self, stages: list[dict[str, Any]], better: bool) -> None:
-        """Metrics, codes and warnings of all stages after one evaluation, to history, trackers and the screen."""
+        """Writes metrics, codes and warnings of all stages after one evaluation to history, trackers and the screen."""
         progress, metric = self.progress, self.plan.metric
         exits, codes, warnings = ([x for s in stages for x in s[what]] for what in ("exits", "codes", "warnings"))
         self.warn(warnings)
@@ -106,7 +106,7 @@ class Record:
         )  # fmt: skip
 
     def warn(self, messages: list[str]) -> None:
-        """Says each thing once, whatever numbers are in it."""
+        """Logs each warning once, even if its numbers change."""
         for message in messages:
             what = message.split("(")[0]
             if what not in self.warned:

@@ -50,7 +50,7 @@ RUN_FILES = (
 
 
 def check_arguments(args: TrainingArguments, look: bool = True) -> None:
-    """Refuses what cannot work before any data is read; with `look` also an output folder that cannot be used."""
+    """Refuses what cannot work before any data is read; with `look`, also an output folder that cannot be used."""
     check_model(args)
     if look:
         check_output_dir(args)
@@ -74,17 +74,17 @@ def check_model(args: TrainingArguments) -> None:
 def _make_config(model_type: str, values: dict[str, Any]) -> ALConfig:
     try:
         config: ALConfig = MODEL_CLASSES[model_type][0](**values)
-    except StrictDataclassError as error:  # neither a ValueError nor one line
+    except StrictDataclassError as error:  # it is neither a ValueError nor one line
         raise ValueError(last_line(error)) from None
     return config
 
 
 def check_output_dir(args: TrainingArguments) -> Path:
-    """The output folder: new or empty, to be emptied, or holding the run to resume. Leaves everything as it is.
+    """The output folder: new or empty, to be emptied, or holding the run to resume. Changes nothing.
 
     Raises:
-        ValueError: no folder named, a file there, files in it without a flag that says what to do, or no right to
-            write.
+        ValueError: no folder named, a file at that path, files in it without a flag that says what to do, or no
+            permission to write.
     """
     if not args.output_dir:
         raise ValueError("Expected output_dir, got none. Pass output_dir='out/my_run', for example.")
@@ -110,7 +110,7 @@ def check_output_dir(args: TrainingArguments) -> Path:
 
 
 def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
-    """Makes the folder; empties it of an earlier run where the arguments say so, its config.json first."""
+    """Creates the folder; if the arguments say so, removes an earlier run from it, its config.json first."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder / "checkpoints")
@@ -128,13 +128,13 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     """The accelerator of this process, and the process group of the launch.
 
     Raises:
-        ValueError: another number of processes than `args.stages`, with the command that starts as many; a tracker
-            that is unknown or not installed.
+        ValueError: another number of processes than `args.stages`, with the command that starts the right number; a
+            tracker that is unknown or not installed.
     """
     _check_world(args, int(os.environ.get("WORLD_SIZE", 1)))
     log_with = trackers.chosen(args.report_to)
     try:
-        accelerator = Accelerator(  # it places and tracks; precision is stage.py's own, whatever an earlier one chose
+        accelerator = Accelerator(  # places and tracks only; stage.py sets the precision, whatever an earlier one chose
             cpu=args.use_cpu,
             log_with=log_with or None,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
@@ -144,8 +144,8 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         raise ValueError(f"Could not start accelerate: {error}") from error
     except RuntimeError as error:
         raise ConnectionError(
-            f"Expected {args.stages} processes to meet within {args.ddp_timeout} seconds, not all came: "
-            f"{str(error).splitlines()[0]}. Look at what the others said, and start all of them again."
+            f"Expected {args.stages} processes to meet within {args.ddp_timeout} seconds, not all did: "
+            f"{str(error).splitlines()[0]}. Check the output of the others, and start all of them again."
         ) from None
     _check_world(args, accelerator.num_processes)
     if accelerator.device.type not in ("cpu", "cuda"):
@@ -174,7 +174,7 @@ def _check_world(args: TrainingArguments, processes: int) -> None:
 
 
 def launch_command(args: TrainingArguments) -> str:
-    """What starts `args.stages` processes on this machine."""
+    """The command that starts `args.stages` processes on this machine."""
     on_cpu = "ACCELERATE_USE_CPU=1 " if args.use_cpu or not torch.cuda.is_available() else ""
     return (
         f"{on_cpu}accelerate launch --multi_gpu --num_processes {args.stages} --num_machines 1 --mixed_precision no "
@@ -183,7 +183,7 @@ def launch_command(args: TrainingArguments) -> str:
 
 
 def set_threads(args: TrainingArguments) -> None:
-    """The number of threads decides rounding, so it follows from the arguments and never from the launcher."""
+    """Sets the number of threads. It affects rounding, so it follows from the arguments, never from the launcher."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = args.threads or max(1, cores // local)
@@ -203,7 +203,7 @@ def load(
 
 
 def place_blocks(args: TrainingArguments, config: ALConfig, times: list[list[float]] | None) -> Placement:
-    """Which blocks are whose, as `args.placement` says; `times` are those of `unit_seconds`, for `balanced`.
+    """Which stage owns which blocks, according to `args.placement`; `times` of `unit_seconds` are for `balanced`.
 
     Raises:
         ValueError: a split that this model does not allow.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which clusters send before they take a machine away: the step is finished and saved first."""
+"""Ctrl-C and SIGTERM (sent by clusters before they take a machine away): the step is finished and saved first."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ from typing import Any
 
 from ..parallel.launch import is_launched, speaks
 
-REPEATED = 2.0  # seconds in which a launcher hands on the Ctrl-C that the terminal gave every process already
+REPEATED = 2.0  # seconds in which a launcher may pass on a Ctrl-C that the terminal has sent to every process already
 NOTE = b"\nStopping after this step, with a checkpoint. Send the same signal again to stop at once.\n"
 
 
 class StopSignals:
-    """Inside the context the first SIGINT or SIGTERM is only noted in `received`; the second acts as it did before.
+    """Inside the context, the first SIGINT or SIGTERM is only noted in `received`; the second acts as usual.
 
-    Elsewhere than in the main thread, where Python allows no handlers, and for signals that are ignored (`nohup`), it
-    changes nothing.
+    Changes nothing outside the main thread, where Python allows no handlers, nor for signals that are ignored
+    (`nohup`).
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
-                if before not in (None, signal.SIG_IGN):  # None: a handler that is not Python's cannot be put back
+                if before not in (None, signal.SIG_IGN):  # None: a handler that is not Python's cannot be restored
                     self._before[number] = before
                     signal.signal(number, self._note)
         return self
@@ -49,7 +49,7 @@ class StopSignals:
             self._restore()
         if speaks():
             with suppress(OSError):
-                os.write(2, NOTE)  # a logger may hold its lock just now
+                os.write(2, NOTE)  # a logger may be holding its lock
 
     def _restore(self) -> None:
         while self._before:
@@ -57,7 +57,7 @@ class StopSignals:
             signal.signal(number, before)
 
     def raise_received(self) -> None:
-        """KeyboardInterrupt for Ctrl-C, SystemExit with status 143 for SIGTERM; nothing where no signal came."""
+        """KeyboardInterrupt for Ctrl-C, SystemExit with status 143 for SIGTERM, nothing if no signal came."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:

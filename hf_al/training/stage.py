@@ -1,6 +1,6 @@
-"""One stage: receive a boundary, take the local steps of its units, send the boundary on.
+"""One stage: receives a boundary, takes the local steps of its units, sends the boundary on.
 
-With one stage, what it receives is the data and what it sends is dropped: the sequential run is this special case.
+With one stage, it receives the data and what it sends is dropped: the sequential run is this special case.
 The stage never asks how many there are; its transport knows.
 """
 
@@ -35,15 +35,15 @@ class Stage:
 
     Args:
         model: the classifier; the blocks of this stage are on `device`.
-        placement: which units are whose.
+        placement: which stage owns which units.
         number: which stage this process is.
         device: where it computes.
         collator: rows -> tensors.
         optimizers: None for a stage that only evaluates.
         transport: to the stages before and after.
         wire: what float32 tensors are rounded to between units in training.
-        bf16: train under autocast to bfloat16. Evaluation is in the model's own type: it says what a user of the saved
-            model will get.
+        bf16: train under autocast to bfloat16. Evaluation is in the model's own type: it shows what a user of the
+            saved model will get.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Stage:
         self.transport.agree("evaluate", self._throw_away_evaluation, torch.float32)
 
     def compile(self) -> None:
-        """torch.compile for the encoder of every block, for training steps: evaluation stays as a reloaded model's."""
+        """torch.compile for the encoder of every block, in training only: evaluation stays as in a reloaded model."""
         for block in self.blocks.values():
             block.encode.compile(dynamic=True)
 
-    # --- what leaves the stage, by name, type and shape: found on a throw-away batch
+    # --- what the stage sends, by name, type and shape: found with a throw-away batch
 
     @torch.no_grad()
     def _throw_away(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
@@ -94,7 +94,7 @@ class Stage:
     # --- training
 
     def expect_training(self, lengths: np.ndarray, steps: Iterable[tuple[int, list[np.ndarray]]]) -> None:
-        """The steps to come until the next evaluation, each with its micro-batches."""
+        """Announces the steps until the next evaluation, each with its micro-batches."""
         self.transport.expect(
             self._message("train", step, micro_batch, lengths[rows])
             for step, parts in steps
@@ -102,7 +102,7 @@ class Stage:
         )
 
     def _message(self, kind: str, step: int, micro_batch: int, lengths: np.ndarray) -> Message:
-        """As the collator pads, and `prepare_inputs` cuts."""
+        """The message of a micro-batch, with the length to which the collator pads and `prepare_inputs` cuts."""
         tokens = min(max(1, int(lengths.max())), self.model.config.max_position_embeddings)
         return Message(kind, step, micro_batch, len(lengths), tokens)
 
@@ -118,7 +118,7 @@ class Stage:
     ) -> tuple[dict[int, dict[str, Tensor]], dict[range, Tensor]]:
         """One optimizer step of every unit on one global batch, given as the inputs of its micro-batches.
 
-        Returns the named losses by block, the mean over the batch's examples, and the gradient norms by unit.
+        Returns the named losses by block, averaged over the batch's examples, and the gradient norms by unit.
         """
         assert self.optimizers is not None
         examples = sum(map(rows_of, parts))
@@ -144,7 +144,7 @@ class Stage:
 
     @torch.no_grad()
     def evaluate(self, data: Dataset, batch_size: int, show_progress: bool = False) -> dict[int, np.ndarray]:
-        """Logits (rows, C) of every exit on this stage, in the order of the rows; training mode is restored after."""
+        """Logits (rows, C) of every exit on this stage, in the order of the rows; training mode is restored."""
         was_training = self.model.training
         self.model.eval()
         exits = [k for k in self.model.config.exits() if k in self.blocks]
@@ -176,7 +176,7 @@ class Stage:
 
     def _inputs(self, data: Dataset, rows: np.ndarray) -> dict[str, Tensor]:
         batch = self.collator(data, rows)
-        lengths = batch["attention_mask"].sum(1)  # before the copy: asking the device would wait for it
+        lengths = batch["attention_mask"].sum(1)  # before the copy: reading from the device would wait for it
         if self.device.type == "cuda":
             batch = {name: t.pin_memory() for name, t in batch.items()}
         batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}

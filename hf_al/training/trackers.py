@@ -1,6 +1,6 @@
-"""The trackers of accelerate, by `report_to`: which are asked for, where they write, and what they are given.
+"""The trackers of accelerate, by `report_to`: which to start, where they write, and what they are given.
 
-Without settings of their own they write on this machine: tensorboard, wandb and mlflow under output_dir/logs, trackio
+Unless configured otherwise they write on this machine: tensorboard, wandb and mlflow under output_dir/logs, trackio
 where it keeps all its projects (`TRACKIO_DIR`), because its dashboard compares the runs of one such folder.
 """
 
@@ -21,7 +21,7 @@ from ..messages import nearest
 logger = logging.getLogger(__name__)
 
 KNOWN = [name for name in LoggerType.list() if name != "all"]
-PACKAGES = {"trackio": "trackio gradio_client", "comet_ml": "comet_ml", "mlflow": "mlflow"}  # others: as their tracker
+PACKAGES = {"trackio": "trackio gradio_client", "comet_ml": "comet_ml", "mlflow": "mlflow"}  # others: the same name
 
 
 def chosen(report_to: str) -> list[str]:
@@ -57,10 +57,10 @@ def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], fi
         accelerator: made with `log_with=chosen(...)`.
         output_dir: its name becomes the name of the run.
         config: the arguments; trackers get them flat, see `flat`.
-        first_step: the first step to come. After a resume, tensorboard hides what an interrupted run logged from there.
+        first_step: the next step. After a resume, tensorboard hides what the interrupted run logged from there on.
 
     Raises:
-        ValueError: a tracker that cannot start, a server that does not answer, say.
+        ValueError: a tracker that cannot start, for example because its server does not answer.
     """
     names = [str(tracker) for tracker in accelerator.log_with]
     logs = output_dir / "logs"
@@ -77,9 +77,9 @@ def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], fi
             _choose_mlflow_store(output_dir)
         with contextlib.redirect_stdout(sys.stderr):  # trackio prints, but standard output is for results
             accelerator.init_trackers("hf_al", config=flat(config), init_kwargs=options)
-    except Exception as error:  # each tracker has exceptions of its own
+    except Exception as error:  # each tracker raises exceptions of its own
         for tracker in accelerator.trackers:
-            with contextlib.suppress(Exception):  # those that had not started
+            with contextlib.suppress(Exception):  # for those that had not started
                 tracker.finish()
         accelerator.trackers.clear()
         hint = " WANDB_MODE=offline logs without a connection." if "wandb" in names else ""
@@ -87,20 +87,20 @@ def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], fi
 
 
 def finish(accelerator: Accelerator, output_dir: Path) -> None:
-    """Ends the trackers' runs, also those of a run that failed: otherwise the next one could not start."""
+    """Ends the trackers' runs, also after a failed training run: otherwise the next one could not start."""
     for tracker in accelerator.trackers:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 tracker.finish()
                 _forget(tracker.name, output_dir)
-        except Exception as error:  # the model is saved by now; a server that is gone must not make the run fail
+        except Exception as error:  # a server that is gone must not make a finished run fail
             logger.warning("The tracker %s did not finish: %s", tracker.name, error)
     accelerator.trackers.clear()
     accelerator.end_training()
 
 
 def _forget(name: str, output_dir: Path) -> None:
-    """Clears what a tracker's package keeps of the run in this process."""
+    """Clears what a tracker's package keeps about the run in this process."""
     if name == "trackio":
         import trackio
 
@@ -109,11 +109,11 @@ def _forget(name: str, output_dir: Path) -> None:
         import mlflow
 
         if mlflow.get_tracking_uri() == _mlflow_store(output_dir):
-            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the next run has a store of its own
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the next run has its own store
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Trackers take flat mappings of plain values: `model.num_blocks`, lists as text, None left out."""
+    """`config` as the flat mapping that trackers take: `model.num_blocks`, lists as text, None left out."""
     nested = {f"model.{name}": value for name, value in config.get("model", {}).items()}
     values = {name: value for name, value in config.items() if name != "model"} | nested
     return {
@@ -124,19 +124,19 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wandb_mode() -> dict[str, str]:
-    """Offline where nobody is logged in: a run never waits for somebody to type a key."""
+    """Offline if nobody is logged in: a run must never wait for somebody to type a key."""
     if os.environ.get("WANDB_MODE", "online") != "online":
         return {}
     import wandb
 
     if wandb.login(prompt=False):
         return {}
-    logger.info("No wandb key: logging offline. Later: wandb login, and wandb sync of the folder that it names.")
+    logger.info("No wandb key: logging offline. To upload later: wandb login, then wandb sync FOLDER.")
     return {"mode": "offline"}
 
 
 def _mlflow_store(output_dir: Path) -> str:
-    """A sqlite file, as mlflow advises; files where only mlflow-skinny is installed, which has no database."""
+    """A sqlite file, as mlflow advises; plain files if only mlflow-skinny is installed, which has no database."""
     logs = (output_dir / "logs").resolve()
     if importlib.util.find_spec("sqlalchemy"):
         return f"sqlite:///{logs / 'mlflow.db'}"
@@ -148,5 +148,5 @@ def _choose_mlflow_store(output_dir: Path) -> None:
     import mlflow
 
     if not mlflow.is_tracking_uri_set():
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow asks for this word before it writes files
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow requires this before it writes files
         mlflow.set_tracking_uri(_mlflow_store(output_dir))

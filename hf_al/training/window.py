@@ -1,4 +1,4 @@
-"""What was measured since the last log, left on the device: reading a number waits for all that is queued before it."""
+"""What was measured since the last log, kept on the device: reading a number waits for all work queued before it."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Window:
-    """Losses by block and gradient norms by unit, one scalar a step each."""
+    """Losses by block and gradient norms by unit, one scalar per step each."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Tensor]] = {}
@@ -20,14 +20,14 @@ class Window:
         for name, value in values.items():
             row = self.rows.setdefault(name, [])
             row.append(value.reshape(1))
-            if len(row) > 1000:  # where logs are rare: one tensor holds many scalars for less than many do
+            if len(row) > 1000:  # if logs are rare: one tensor of many scalars takes less memory than many
                 row[:] = [torch.cat(row)]
 
     def means(self, last_step: int) -> dict[str, float]:
         """Name -> mean over the steps, of which `last_step` is the last. Empties the window.
 
         Raises:
-            FloatingPointError: a value that is not finite: names the first step that had one, and the block.
+            FloatingPointError: a value that is not finite; names its block and the first step that had one.
         """
         rows = {name: torch.cat(row).float().cpu().numpy() for name, row in self.rows.items()}
         self.rows, self.examples = {}, 0

@@ -1,10 +1,10 @@
-"""Test accuracy of every recipe: Associated Learning beside backpropagation, the same file, one flag apart.
+"""Test accuracy of every recipe: Associated Learning beside backpropagation, with the same file, one flag apart.
 
     python recipes/benchmarks/accuracy.py --data_dir FOLDER --json out/accuracy.json --plot out/accuracy.png
 
-FOLDER has a folder for each data set (its name begins like the recipe's), with train, test and perhaps validation as
-csv or csv.gz. Without --data_dir the recipes load from the Hub. Every run chooses its step on validation
-and reads test once. Runs that are in the json already are not repeated, so that a long series can be continued.
+FOLDER has a folder for each data set (its name begins with the recipe's), with train, test and optionally validation as
+csv or csv.gz. Without --data_dir, the recipes load from the Hub. Every run chooses its step on validation
+and reads test once. Runs that are already in the json are not repeated, so that a long series can be continued.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ALL = "trec6,sst2,mr,emotion,banking77,dbpedia,ag_news,imdb"
 
 
 def data_flags(data_dir: str | None, name: str) -> list[str]:
-    """Flags for the files of a data set; none where the recipe's own data shall be loaded."""
+    """Flags for the files of a data set; none if the recipe's own data is to be loaded."""
     if data_dir is None or name == "tweets":
         return []
     folders = sorted(Path(data_dir).glob(f"{name}*"))
@@ -36,7 +36,7 @@ def data_flags(data_dir: str | None, name: str) -> list[str]:
 
 
 def run(name: str, architecture: str, objective: str, seed: int, output_dir: str, more: list[str]) -> dict[str, Any]:
-    """One run as a row; its folder stays for a look at its report."""
+    """One run as a row; its folder is kept, with its report."""
     folder = f"{output_dir}/{name}_{architecture}_{objective}_{seed}"
     config = [
         "--config",
@@ -63,7 +63,7 @@ def run(name: str, architecture: str, objective: str, seed: int, output_dir: str
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each recipe: both arms, means over their seeds."""
+    """A row for each recipe, with the means of both arms over their seeds."""
     lines = []
     for name, architecture in dict.fromkeys((row["set"], row["architecture"]) for row in rows):
         line: dict[str, Any] = {"recipe": f"{name}_{architecture}"}
@@ -82,7 +82,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(path: str, lines: list[dict[str, Any]], objectives: list[str]) -> None:
-    """Test accuracy by recipe, one mark an arm."""
+    """Test accuracy by recipe, one mark per arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 0.4 * len(lines) + 1.6), layout="constrained")

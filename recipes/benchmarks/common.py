@@ -1,4 +1,4 @@
-"""What the benchmarks share: rounds that take turns, the json file, and a text table."""
+"""What the benchmarks share: interleaved rounds, peak memory, and the json file."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from hf_al.report import machine, table
 
 
 def interleaved(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call. The arms take turns, so that a slow moment of a shared machine hits all of them alike."""
+    """Seconds of each call. The arms take turns, so that a slow moment of a shared machine affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(warmup + rounds):
         names = list(arms) if number % 2 else list(reversed(arms))
@@ -33,15 +33,15 @@ def synchronise() -> None:
 
 
 def paired_ratio(above: list[float], below: list[float]) -> float:
-    """Median over rounds of one arm's time over the other's in the same round."""
+    """Median over rounds of the ratio of one arm's time to the other's in the same round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
-    """Most bytes that live tensors hold during `step`, above what they hold before it.
+    """Most bytes that live tensors hold during `step`, in addition to what they held before it.
 
-    On a GPU by its allocator. On a CPU by adding up what torch's allocator reports to the profiler: every tensor, those
-    that autograd keeps inside included.
+    On a GPU, from its allocator. On a CPU, the sum of what torch's allocator reports to the profiler: every tensor,
+    including those that autograd keeps internally.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -59,7 +59,7 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 
 def write_results(path: str | None, rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
-    """Prints the machine, and writes {"machine", "rows", "ratios"} to `path` where there is one."""
+    """Prints the machine, and writes {"machine", "rows", "ratios"} to `path` unless it is None."""
     print(table([machine()], markdown=True))
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/step.py --json out/step.json --plot out/step.png
 
-Needs no data. Times the steps of the training loop (batch, forward, backward, clipping, update) in turns, all cores,
-medians; counts the floating-point operations that each really does, whose ratio is what the time's could be if matmuls
-were all; and the most bytes that activations and gradients hold.
+Needs no data. Times steps of the training loop (batch, forward, backward, clipping, update) in turns on all cores, and
+takes medians. Counts the floating-point operations of each step: their ratio is what the time ratio could be if matmuls
+were the only cost. Measures the most bytes that activations and gradients hold.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def random_rows(lengths: list[int]) -> Dataset:
 def make_step(
     shape: dict[str, Any], objective: str, data: Dataset, embedding_optimizer: str = "same", torch_compile: bool = False
 ) -> Callable[[], Any]:
-    """A call of it is one optimizer step of the training loop on the next batch."""
+    """Returns a function that takes one optimizer step of the training loop on the next batch."""
     config_class, _, model_class = hf_al.MODEL_CLASSES[shape["model_type"]]
     values = {name: value for name, value in shape.items() if name != "model_type"}
     sizes = {"vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": TOKENS, "target_size": 128}
@@ -73,7 +73,7 @@ def make_step(
 def flops(step: Callable[[], Any]) -> int:
     """Floating-point operations of the matmuls of a step."""
 
-    def in_place(_: Any, a: torch.Size, b: torch.Size, **kwargs: Any) -> int:  # LSTM layers use it
+    def in_place(_: Any, a: torch.Size, b: torch.Size, **kwargs: Any) -> int:  # LSTM layers use in-place matmuls
         return 2 * a.numel() * b[-1]
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}) as counter:
@@ -114,7 +114,7 @@ def compare(name: str, rounds: int, objectives: list[str], embedding_optimizer: 
 
 
 def compare_compiled(rounds: int) -> tuple[list[dict], dict]:
-    """The transformer's steps with and without torch.compile, which needs a C++ compiler."""
+    """The transformer's steps with and without torch.compile (needs a C++ compiler)."""
     data = random_rows([TOKENS] * BATCH * BATCHES)
     steps = {
         f"{o} {'compiled' if c else 'eager'}": make_step(SHAPES["transformer"], o, data, "sparse_adam", c)
@@ -130,11 +130,11 @@ def compare_compiled(rounds: int) -> tuple[list[dict], dict]:
     return rows, ratios
 
 
-# --- the way of the data
+# --- the data side
 
 
 def made_up_texts(rows: int) -> list[str]:
-    """Words by Zipf's law, lengths as in short messages (log-normal)."""
+    """Words follow Zipf's law, lengths are those of short messages (log-normal)."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(3, 0.6, rows).astype(int), 1, 120)
     return [" ".join(f"w{n}" for n in rng.zipf(1.3, length) % WORDS) for length in lengths]
@@ -153,7 +153,7 @@ def timed(name: str, tokens: int, rows: list[dict]) -> Iterator[None]:
 
 
 def data_side(rows_count: int = 20_000) -> tuple[list[dict], dict]:
-    """Tokens per second of tokenization and of batching, and what padding costs."""
+    """Tokens per second of tokenization and of batching, and the cost of padding."""
     texts = Dataset.from_dict({"text": made_up_texts(rows_count), "label": [0, 1] * (rows_count // 2)})
     args = TrainingArguments(output_dir="unused")
     tokenizer = tokenization.build_tokenizer(args, texts)
@@ -180,7 +180,7 @@ def data_side(rows_count: int = 20_000) -> tuple[list[dict], dict]:
 
 
 def plot(path: str, rows: list[dict]) -> None:
-    """Step time and peak bytes of AL over those of backpropagation, with the ideal as a mark."""
+    """Step time and peak bytes of AL relative to backpropagation, with the ideal as a mark."""
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if row.get("objective") not in (None, "backprop")]
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE", help="where to draw them")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each arm that are timed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--networks", default="transformer,lstm", help="which of them, comma-separated")
+    parser.add_argument("--networks", default="transformer,lstm", help="networks to time, comma-separated")
     parser.add_argument("--torch_compile", action="store_true", help="also time the transformer under torch.compile")
     args = parser.parse_args()
     set_up_output()

@@ -1,4 +1,4 @@
-"""What transformers asks of each of its own models, asked of ours. Copied beside its test modules by run.py."""
+"""The tests that transformers runs on its own models, run on ours. run.py copies this beside its test modules."""
 
 import unittest
 
@@ -10,14 +10,14 @@ from . import test_modeling_common
 from .test_configuration_common import ConfigTester
 from .test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
 
-# its tests of training leave out encoders, which it knows by this table
+# its training tests leave out encoders, which it looks up in this table
 test_modeling_common.MODEL_MAPPING_NAMES |= {
     model_type: classes[1].__name__ for model_type, classes in hf_al.MODEL_CLASSES.items()
 }
 
 
 class ModelTester:
-    """Sizes, a config and a batch, under the names that the mixin asks for."""
+    """Sizes, a config and a batch, under the names that the mixin expects."""
 
     batch_size, seq_length, vocab_size, num_labels = 7, 7, 99, 3
     hidden_size, num_attention_heads, num_hidden_layers = 32, 4, 2  # three blocks, of which the first is the embedding

@@ -1,7 +1,7 @@
 """transformers' own model tests on the classes of hf_al: `make conformance`.
 
-They are not part of the installed package. Its source distribution has them: it is downloaded once, and what they
-import besides is replaced by empty modules, because it is about generation and exporters.
+They are not part of the installed package, but of its source distribution, which is downloaded once. Their other
+imports, for generation and exporters, are replaced by empty modules.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""What the processes of a world do: a whole run, and runs that are disturbed. Imported in every process."""
+"""Jobs for the processes of a world: undisturbed and disturbed runs. Imported in every process."""
 
 import importlib.util
 import itertools
@@ -24,11 +24,11 @@ PATCH = pytest.MonkeyPatch()  # never undone: the process ends with its job
 
 
 def train(stage: int, flags: list[str]) -> dict:
-    """A run; what this stage's transport counted, and how long it took."""
+    """A run. Returns what this stage's transport counted, and how long it took."""
     made = []
     hook(PATCH, loop, "connect", after=lambda call: made.append(call.result))
-    PATCH.setattr(plots, "PLOTS", {})  # half of the time of so short a run
-    PATCH.setattr(launch, "WORD", 0.0)  # no launcher ends the others here
+    PATCH.setattr(plots, "PLOTS", {})  # they take half of the time of such a short run
+    PATCH.setattr(launch, "WORD", 0.0)  # no launcher here ends the other processes
     sent_to: set[int] = set()
     hook(PATCH, dist, "isend", before=lambda call: sent_to.add(call.dst))
     start = time.perf_counter()
@@ -38,7 +38,7 @@ def train(stage: int, flags: list[str]) -> dict:
 
 
 def train_own(stage: int, flags: list[str]) -> dict:
-    """A run with what the documentation shows as one's own."""
+    """A run with the documentation's own objective and encoder."""
     for path in sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
@@ -47,7 +47,7 @@ def train_own(stage: int, flags: list[str]) -> dict:
     return train(stage, flags)
 
 
-DEATHS = {  # what the first stage is at, and which call of that is its last
+DEATHS = {  # what the first stage is doing, and which call of it is its last
     "in a step": (BlockOptimizers, "update", lambda call, number: call.step == 31),
     "while saving": (checkpoint, "save_file", lambda call, number: "00000026" in str(call.filename)),
     "in an evaluation": (Stage, "evaluate", lambda call, number: number == 2),
@@ -55,7 +55,7 @@ DEATHS = {  # what the first stage is at, and which call of that is its last
 
 
 def dies(stage: int, when: str, how: str, flags: list[str]) -> dict:
-    """The first stage ends, with an error or without a word; while saving, with half of a file written."""
+    """The first stage ends, with an error or silently; if while saving, with half of a file written."""
     owner, name, is_last = DEATHS[when]
     number = itertools.count(1)
 
@@ -74,7 +74,7 @@ def dies(stage: int, when: str, how: str, flags: list[str]) -> dict:
 
 
 def sends_after_the_update(stage: int, flags: list[str]) -> dict:
-    """What leaves is read from the weights after the update: the decoders that travel have changed by then."""
+    """The stage sends what it computes from the weights after the update, when the decoders have changed already."""
     send, late = Neighbours.send, []
 
     def keep(*args, **kwargs):
@@ -117,7 +117,7 @@ def signalled_in_step(stage: int, number: int, step: int, where: int, flags: lis
 
 
 def another_order_at_the_first_stage(stage: int, flags: list[str]) -> dict:
-    """Which the handshake would notice first, if it were asked."""
+    """The batch order differs; the handshake, which would notice first, is switched off."""
     PATCH.setattr(loop, "_check_same", lambda *args, **kwargs: None)
     return other_flags_at_the_first_stage(stage, ["--seed=43"], flags)
 

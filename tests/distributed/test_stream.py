@@ -1,4 +1,4 @@
-"""The stream: any number of stages gives the same bits; nothing goes back; what is disturbed is noticed."""
+"""The stream: any number of stages gives the same bits; nothing goes back; disturbances are noticed."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def run_flags(tweet_files):
 
 
 def sha256(folder: Path, step: int = STEPS) -> dict[str, str]:
-    """Of every file of the model, and of the weights and optimizer state at the last step."""
+    """Hashes of every file of the model, and of the weights and optimizer state at the last step."""
     last = folder / "checkpoints" / f"checkpoint-{step:08d}"
     model = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".md"]
     model = [p for p in model if p.name not in ("report.json", "training_config.yaml")]
@@ -73,7 +73,7 @@ def sha256(folder: Path, step: int = STEPS) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(run_flags, tmp_path_factory):
-    """What one process makes: alone(case) -> sha256 by file."""
+    """The result of one process: alone(case) -> sha256 by file."""
     found: dict[str, dict[str, str]] = {}
 
     def of(case: str) -> dict[str, str]:
@@ -115,7 +115,7 @@ def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets
 
 @pytest.mark.parametrize("flags", [["--objective=local_similarity"], ["--model_type=al_conv"]])
 def test_an_objective_and_an_encoder_of_a_users_own_stream(flags, run_flags, tmp_path):
-    """Those of the documentation: nobody told the stream what they send."""
+    """Those of the documentation: they do not declare what they send."""
     for stages in (1, 2, 3, 4):
         run_world(stages, jobs.train_own, run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", *flags))
         assert sha256(tmp_path / f"{stages}") == sha256(tmp_path / "1")
@@ -147,7 +147,7 @@ def test_early_stopping_is_one_decision(run_flags, tmp_path):
 
 
 def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
-    """But for times, memory and what names the machine."""
+    """Except for times, memory and names of the machine."""
     for stages in (1, 4):
         run_world(stages, jobs.train, run_flags("transformer_associated", stages, tmp_path / f"{stages}"))
     reports = [json.loads((tmp_path / f"{stages}" / "report.json").read_text()) for stages in (1, 4)]
@@ -169,7 +169,7 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
 )  # fmt: skip
 def test_a_resumed_run_may_have_another_number_of_stages(killed, first, then, run_flags, alone, tmp_path):
     case = "lstm_associated_state"
-    flags = run_flags(case, first, tmp_path / "run", "--ddp_timeout=8")  # no launcher ends those that wait for a word
+    flags = run_flags(case, first, tmp_path / "run", "--ddp_timeout=8")  # no launcher ends processes that still wait
     said = run_world(first, jobs.dies, killed, "killed", flags, check=False)
     assert said[0] == "ended with status -9"
     assert all("Error: Stage" in words or "SystemExit" in words for words in said[1:])

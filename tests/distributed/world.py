@@ -1,4 +1,4 @@
-"""A world of processes that are one run, started in a fraction of a second: forked from one that has imported all."""
+"""A world of processes for one run, started in a fraction of a second: forked from one that has imported everything."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from program import forkserver
 
 
 class Failed(AssertionError):
-    """What went wrong in each process that did not end well."""
+    """What went wrong in each process that failed."""
 
 
 def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, check: bool = True) -> list[Any]:
@@ -25,10 +25,10 @@ def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, che
         function: of a module that can be imported. Its result must pickle.
         args: for the function.
         timeout: seconds for all together.
-        check: raise where one failed; else a failed process's result is its traceback as a string.
+        check: raise if one failed; else a failed process's result is its traceback as a string.
 
     Raises:
-        Failed: the traceback of each child, or that it was killed or still busy after `timeout`.
+        Failed: with the traceback of each child, or that it was killed or still busy after `timeout`.
     """
     context = forkserver()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, che
         finally:
             for child in children:
                 if child.pid is not None and child.is_alive():
-                    with suppress(ProcessLookupError):  # it ends just now
+                    with suppress(ProcessLookupError):  # it is just ending
                         os.kill(child.pid, signal.SIGKILL)
                     child.join(10)
 
@@ -57,7 +57,7 @@ def _results(ends: list[Connection], children: list, timeout: float, check: bool
         rest = [s for s in range(len(ends)) if s not in found]
         wait([w for s in rest for w in (ends[s], children[s].sentinel)], max(0.0, deadline - time.monotonic()))
         for s in rest:
-            dead = not children[s].is_alive()  # asked first: what it said before is then in the pipe
+            dead = not children[s].is_alive()  # checked first: what it sent before it died is then in the pipe
             with suppress(EOFError):  # killed
                 if ends[s].poll():
                     found[s] = ends[s].recv()
@@ -91,4 +91,4 @@ def _child(stage: int, stages: int, folder: str, pipe: Connection, function: Any
         pipe.send((False, traceback.format_exc()))
         status = 1
     pipe.close()
-    os._exit(status)  # no clean-up that waits for peers which are gone
+    os._exit(status)  # no clean-up that would wait for peers that are gone

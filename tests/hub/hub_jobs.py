@@ -1,4 +1,4 @@
-"""What a client of the Hub does, in a process of its own: huggingface_hub reads the endpoint when it is imported."""
+"""Jobs for a client of the Hub, in its own process, because huggingface_hub reads the endpoint when it is imported."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ def commits(repo_id: str, revision: str | None = None) -> list[str]:
 
 
 def answers(name: str, texts: list[str], revision: str | None = None) -> dict[str, Any]:
-    """What the Auto classes and a pipeline make of a folder or a repo id."""
+    """The answers of the Auto classes and of a pipeline for a folder or a repo id."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 

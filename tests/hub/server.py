@@ -133,8 +133,8 @@ FAULTS = {
 
 
 def make_app(root: str | Path, token: str = "hf_test", user: str = "tester") -> FastAPI:
-    """The application. `app.state.log` lists (method, path, query) of the requests; `app.state.faults` holds the number
-    of a request, counted from 0 since the log was last emptied, and the name of what happens to it instead."""
+    """The application. `app.state.log` lists (method, path, query) of the requests; `app.state.faults` maps the number
+    of a request, counted from 0 since the log was last emptied, to the name of the fault that it meets."""
     store = Store(Path(root))
     app = FastAPI()
     app.state.store = store
@@ -160,7 +160,7 @@ def make_app(root: str | Path, token: str = "hf_test", user: str = "tester") -> 
             raise HubError(401, "Invalid credentials in Authorization header")
 
     def readable(kind: str, repo: str, request: Request):
-        """As the Hub does, it does not say that a private repository is there."""
+        """Like the Hub, it does not reveal that a private repository exists."""
         if store.refs(kind, repo)["private"] and request.headers.get("authorization") != f"Bearer {token}":
             raise HubError(401, "Repository not found", "RepoNotFound")
 

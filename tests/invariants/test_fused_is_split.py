@@ -1,4 +1,4 @@
-"""Fused = split: one optimizer over the sum of the local losses makes the updates of one optimizer a block."""
+"""Fused = split: one optimizer over the sum of the local losses makes the same updates as one optimizer per block."""
 
 import numpy as np
 import pytest
@@ -135,7 +135,7 @@ def test_one_optimizer_is_one_optimizer_a_block_with_dropout_on(model_type, obje
 
 
 def test_dropout_is_on_and_seeded_by_the_run(make_model, data, monkeypatch):
-    """The comparison above sees dropout: with another seed the weights are others, with the same one they are not."""
+    """The comparison above detects dropout: weights differ with another seed, and are equal with the same one."""
     weights = own_loop(make_model(hidden_dropout_prob=0.3), data)
     assert equal(weights, own_loop(make_model(hidden_dropout_prob=0.3), data))
     monkeypatch.setattr("test_fused_is_split.SEED", SEED + 1)

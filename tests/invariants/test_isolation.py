@@ -35,7 +35,7 @@ def losses_of_forward(model, batch: dict) -> list[torch.Tensor]:
 
 
 def losses_of_loop(model, batch: dict) -> list[torch.Tensor]:
-    """The same losses as hf_al's own loop computes them, nothing updated in between."""
+    """The same losses, computed by hf_al's own loop, with no update in between."""
     inputs = model.model.prepare_inputs(**batch)
     boundary = model.model.initial_boundary(inputs["labels"])
     steps = local_step.local_steps(model.model.blocks, boundary, inputs, (0, 0, 0, 0), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Padding: what is added to a batch around a text changes none of its logits beyond 1e-5."""
+"""Padding: padding around a text changes none of its logits by more than 1e-5."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 @pytest.fixture(params=CASES)
 def model(request, make_model):
-    """Biases as after training: at the start they are zero, and zero hides what leaks through them."""
+    """Biases are set as if after training: the initial zeros would hide what leaks through them."""
     model_type, config = CASES[request.param]
     model = make_model(model_type, **config).eval()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_the_ids_under_the_padding_do_not_matter(model):
 
 
 def test_padding_that_the_mask_takes_for_text_is_noticed(model):
-    """The comparison sees what it is there to see: without a mask the same batch gives other logits."""
+    """The comparison can fail: without a mask the same batch gives other logits."""
     texts = texts_of([3, 6], seed=2)
     batch = padded(texts, [0, 0], 12)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
@@ -132,7 +132,7 @@ def test_a_text_without_a_token_has_finite_logits_that_padding_does_not_change(m
 
 
 def test_padding_changes_no_training_loss(model, make_batch):
-    """With dropout off; what a block learns from a text must not depend on the batch that it came in."""
+    """With dropout off. What a block learns from a text must not depend on the rest of its batch."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

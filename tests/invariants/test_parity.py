@@ -1,4 +1,4 @@
-"""Parity: the network that is trained, the one that is evaluated and the one that is loaded are the same."""
+"""Parity: the trained, the evaluated and the loaded network are the same."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ from hf_al.training import checkpoint
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
 
-STEPS = 60  # 25 an epoch: 397 rows in batches of 16; saves at 7, 14, ... and evaluations at 11, 22, ... are mid-epoch
+STEPS = 60  # 25 per epoch: 397 rows in batches of 16; saves at 7, 14, ... and evaluations at 11, 22, ... are mid-epoch
 FLAGS = [
     f"--max_steps={STEPS}", "--max_train_samples=397", "--per_device_train_batch_size=8",
     "--gradient_accumulation_steps=2", "--max_grad_norm=0.5", "--warmup_steps=0.2", "--learning_rate=5e-3",
@@ -83,7 +83,7 @@ def stop_after_save(patch, which: int) -> None:
 
 
 def stop_while_saving(patch, which: int) -> None:
-    """One block's file of checkpoint `which` is written, the next one is not."""
+    """Stops in checkpoint `which` when one block's file is written and the next is not."""
     hook(patch, checkpoint, "save_file", before=stop_at(3 * (which - 1) + 2))
 
 
@@ -92,7 +92,7 @@ def stop_before_evaluation(patch, which: int) -> None:
 
 
 def stop_between_updates(patch, step: int) -> None:
-    """Block 0 has taken step `step`, the last block has not."""
+    """Stops when block 0 has taken step `step` and the last block has not."""
 
     def stop(call):
         if call.step == step and call.unit[-1] == 2:
@@ -102,7 +102,7 @@ def stop_between_updates(patch, step: int) -> None:
 
 
 def signal_in_step(patch, step: int, number: signal.Signals) -> None:
-    """Between the updates of two blocks in optimizer step `step`, counted from 1."""
+    """Sends the signal between the updates of two blocks in optimizer step `step`, counted from 1."""
 
     def send(call):
         if call.step + 1 == step and call.unit[-1] == 1:
@@ -231,7 +231,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run_flags, never_stopp
 
 
 def test_a_checkpoint_resumes_in_another_output_dir(run_flags, never_stopped, tmp_path):
-    """Also where the best step so far is from before it, so that its weights lie in the first folder only."""
+    """Also if the best step so far is earlier, so that its weights are only in the first folder."""
     first = never_stopped("al_lstm", "associated")
     last = f"--resume_from_checkpoint={checkpoint.checkpoint_path(first, STEPS)}"
     manifest = checkpoint.read_manifest(checkpoint.checkpoint_path(first, STEPS))
@@ -267,8 +267,9 @@ def test_a_run_that_goes_on_under_other_conditions_says_which_once(run_flags, ne
         hf_al.train(parse_arguments(run_flags("al_lstm", "associated", tmp_path / "run", *more)))
     said = [r.message for r in caplog.records if "other conditions" in r.message]
     assert said == [
-        "The run continues under other conditions, so it will not end where it would have: learning_rate was 0.005 and "
-        f"is now 0.001; max_grad_norm was 0.5 and is now 1.0; total_steps was {STEPS} and is now {STEPS + 1}."
+        "The run continues under other conditions, so its result will not be that of an uninterrupted run: "
+        "learning_rate was 0.005 and is now 0.001; max_grad_norm was 0.5 and is now 1.0; "
+        f"total_steps was {STEPS} and is now {STEPS + 1}."
     ]
 
 
