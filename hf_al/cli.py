@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import shtab
 
@@ -63,7 +63,12 @@ def _train(flags: Namespace) -> None:
 
 def _evaluate_flags(parser: FlagParser) -> None:
     _add_model(parser, MODEL)
-    _add_file(parser, "--test_file", "csv, tsv, json lines or parquet, also .gz", required=True)
+    _add_revision(parser)
+    data = parser.add_mutually_exclusive_group(required=True)
+    _add_file(data, "--test_file", "csv, tsv, json lines or parquet, also .gz")
+    data.add_argument("--dataset_name", metavar="NAME", help="in place of a file: a Hub id, or tweets")
+    parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of the Hub data set")
+    parser.add_argument("--test_split_name", metavar="NAME", default="test", help="its split (default: test)")
     parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
     parser.add_argument("--label_column_name", metavar="NAME", help="column of the label (default: guessed)")
     parser.add_argument(
@@ -71,36 +76,41 @@ def _evaluate_flags(parser: FlagParser) -> None:
         type=positive,
         default=128,
         metavar="N",
-        help="examples per batch (default: 128)",
+        help="examples of a batch (default: 128)",
     )
     _add_machine_flags(parser)
 
 
 def _evaluate(flags: Namespace) -> None:
     set_up_output(flags.disable_tqdm)
-    import torch
-
-    from .data.sources import read_file
+    from .data.sources import load_split, read_file
     from .evaluation import evaluate
-    from .loading import load_model
+    from .loading import check_model_name
 
+    check_model_name(flags.model, flags.revision)
+    if flags.test_file:
+        data = read_file(flags.test_file)
+    else:
+        data = load_split(flags.dataset_name, flags.dataset_config_name, flags.test_split_name)
     if flags.threads:
+        import torch
+
         torch.set_num_threads(flags.threads)
-    model, tokenizer = load_model(flags.model)
     found = evaluate(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),  # type: ignore[arg-type]
-        read_file(flags.test_file),
-        tokenizer,
-        flags.text_column_names,
-        flags.label_column_name,
-        flags.per_device_eval_batch_size,
+        flags.model,
+        data,
+        text_column_names=flags.text_column_names,
+        label_column_name=flags.label_column_name,
+        batch_size=flags.per_device_eval_batch_size,
         show_progress=sys.stderr.isatty() and not flags.disable_tqdm,
+        revision=flags.revision,
     )
     print(json.dumps(found))
 
 
 def _predict_flags(parser: FlagParser) -> None:
     _add_model(parser, MODEL)
+    _add_revision(parser)
     _add_file(parser, "--input", "text to classify, .txt, .csv, .tsv or .jsonl, also .gz (default: standard input)")
     _add_file(parser, "--output", "json lines, one per row (default: standard output)")
     parser.add_argument(
@@ -127,6 +137,7 @@ def _predict(flags: Namespace) -> None:
 
 def _inspect_flags(parser: FlagParser) -> None:
     _add_model(parser, MODEL)
+    _add_revision(parser)
     parser.add_argument("--json", action="store_true", help="one json object instead of a table")
 
 
@@ -134,7 +145,7 @@ def _inspect(flags: Namespace) -> None:
     set_up_output()
     from .saved.inspection import as_text, inspect
 
-    found = inspect(flags.model)
+    found = inspect(flags.model, flags.revision)
     print(json.dumps(found) if flags.json else as_text(found))
 
 
@@ -205,8 +216,12 @@ def _add_model(parser: FlagParser, help: str, name: str = "model", **options: st
     parser.add_argument(name, metavar="DIR", help=help, **options).complete = shtab.DIRECTORY  # type: ignore
 
 
-def _add_file(parser: FlagParser, flag: str, help: str, **options: bool) -> None:
-    parser.add_argument(flag, metavar="FILE", help=help, **options).complete = shtab.FILE  # type: ignore
+def _add_revision(parser: FlagParser) -> None:
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+
+
+def _add_file(parser: Any, flag: str, help: str) -> None:
+    parser.add_argument(flag, metavar="FILE", help=help).complete = shtab.FILE
 
 
 def _add_machine_flags(parser: FlagParser) -> None:

@@ -10,7 +10,7 @@ from .arguments import TrainingArguments
 from .data import sources, tokenization
 from .data.batching import Collator
 from .data.labels import encode_labels
-from .loading import device_of, load_model
+from .loading import best_device, device_of, load_model
 from .metrics import exit_metrics
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
@@ -26,6 +26,7 @@ def evaluate(
     batch_size: int = 128,
     show_progress: bool = False,
     device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of every exit of `model` on labelled text, in the model's own type.
 
@@ -37,6 +38,7 @@ def evaluate(
         batch_size: examples per batch.
         show_progress: show a progress bar on standard error.
         device: where to compute; default: where the model is; for a model that is loaded here, a GPU if there is one.
+        revision: branch, tag or commit of a Hub id (default: main).
 
     Returns:
         The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
@@ -45,8 +47,8 @@ def evaluate(
         ValueError: ambiguous columns, empty texts, missing labels or labels that the model lacks.
     """
     if isinstance(model, str):
-        model, tokenizer = load_model(model)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(model, revision)
+        device = device or best_device()
     if tokenizer is None:
         raise ValueError("Expected the model's tokenizer, got none. Pass tokenizer=..., or the model's folder.")
     limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)

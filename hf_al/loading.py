@@ -24,14 +24,18 @@ MIXED = "Config and weights are from different models: copy both from one run."
 Shapes = dict[str, tuple[int, ...]]
 
 
-def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase]:
+def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase]:
     """A trained model and its tokenizer from a folder or a Hub id.
+
+    Args:
+        name: a folder, or a Hub id.
+        revision: branch, tag or commit of a Hub id (default: main).
 
     Raises:
         ValueError: a folder that is not a model, a model of another library, weights that are pickled, corrupt or not
             those that config.json describes (the file and the first tensor that differs are named).
     """
-    folder = _folder(name)
+    folder = _folder(name, revision)
     try:
         values = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -69,6 +73,11 @@ def load_model(name: str) -> tuple[ALForSequenceClassification, PreTrainedTokeni
     return model, tokenizer
 
 
+def best_device() -> str:
+    """Where a model that was just loaded answers fastest."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device_of(model: ALForSequenceClassification) -> torch.device:
     """The device for a model's inputs, even if its blocks are offloaded (`device_map`)."""
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
@@ -76,9 +85,11 @@ def device_of(model: ALForSequenceClassification) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def check_model_name(name: str) -> None:
-    """ValueError unless `name` is a model folder or has the form of a Hub id."""
+def check_model_name(name: str, revision: str | None = None) -> None:
+    """ValueError unless `name` is a model folder or has the form of a Hub id; a folder has no revisions."""
     folder = Path(name)
+    if folder.exists() and revision is not None:
+        raise ValueError(f"Expected a Hub id with revision={revision}, got the folder {name}. Leave the revision out.")
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(
             f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
@@ -87,13 +98,13 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, revision: str | None) -> Path:
     """The folder itself, or the local copy of a Hub repository's safetensors and text files."""
-    check_model_name(name)
+    check_model_name(name, revision)
     if Path(name).exists():
         return Path(name)
     try:
-        copy = Path(snapshot_download(name, allow_patterns=WANTED))
+        copy = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
     except Exception as error:  # no network, no such repository, no permission to read it
         raise ValueError(f"Could not load {name}: {error}") from error
     if not (copy / "config.json").is_file():

@@ -84,27 +84,46 @@ def _load_raw(args: TrainingArguments) -> DatasetDict:
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         return DatasetDict({split: read_file(file) for split, file in files.items() if file})
-    if args.dataset_name == "tweets":
-        return load_tweets()
     if not args.dataset_name:
         raise ValueError(
             "Expected data, got none. Pass --train_file FILE, or --dataset_name with a Hub id or 'tweets'."
         )
-    try:
-        hub = load_dataset(args.dataset_name, args.dataset_config_name)
-    except Exception as error:  # the Hub, the network and each data set raise different exceptions
-        raise ValueError(f"Could not load the data set {args.dataset_name!r}: {error}") from error
+    hub = _load_hub(args.dataset_name, args.dataset_config_name)
     names = {"train": args.train_split_name, "validation": args.validation_split_name, "test": args.test_split_name}
     splits = {}
     for split, name in names.items():
-        if name and name not in hub:
-            raise ValueError(f"Expected split {name!r} in {args.dataset_name}, got {list(hub)}.")
-        if (name or split) in hub:
-            splits[split] = hub[name or split]
+        if name:
+            splits[split] = _split(hub, name, args.dataset_name)
+        elif split in hub:
+            splits[split] = hub[split]
     if "test" in splits and not args.test_split_name and _all_hidden(splits["test"], args):
         logger.info("The test split of %s has no labels: it is left out.", args.dataset_name)
         del splits["test"]
     return DatasetDict(splits)
+
+
+def load_split(name: str, config: str | None, split: str) -> Dataset:
+    """One split of a Hub data set, or of the embedded tweets.
+
+    Raises:
+        ValueError: a data set that cannot be loaded, or a split that it does not have.
+    """
+    return _split(_load_hub(name, config), split, name)
+
+
+def _load_hub(name: str, config: str | None) -> DatasetDict:
+    if name == "tweets":
+        return load_tweets()
+    try:
+        return load_dataset(name, config)
+    except Exception as error:  # the Hub, the network and each data set fail in ways of their own
+        raise ValueError(f"Could not load the data set {name!r}: {error}") from error
+
+
+def _split(data: DatasetDict, split: str, name: str) -> Dataset:
+    if split not in data:
+        raise ValueError(f"Expected split {split!r} in {name}, got {list(data)}. Pass one of them.")
+    return data[split]
 
 
 def _all_hidden(split: Dataset, args: TrainingArguments) -> bool:

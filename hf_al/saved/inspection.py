@@ -16,11 +16,12 @@ from ..report import read_report
 PARTS = ("encode", "bridge", "encode_target", "decode_target")
 
 
-def inspect(name: str) -> dict[str, Any]:
+def inspect(name: str, revision: str | None = None) -> dict[str, Any]:
     """The blocks of a model, their shapes and parameters, and how well each exit did on validation.
 
     Args:
         name: folder of a trained model, or a Hub id.
+        revision: branch, tag or commit of a Hub id (default: main).
 
     Returns:
         `model_type`, `objective`, `problem_type`, `label_names`, `vocab_size`, `max_length` (tokens), `parameters`
@@ -31,7 +32,7 @@ def inspect(name: str) -> dict[str, Any]:
     Raises:
         ValueError: a folder that is not a model, or a model of another library.
     """
-    config = load_config(name)
+    config = load_config(name, revision)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     report = read_report(name) if (Path(name) / "report.json").is_file() else {}
@@ -53,11 +54,11 @@ def inspect(name: str) -> dict[str, Any]:
     }
 
 
-def load_config(name: str) -> ALConfig:
+def load_config(name: str, revision: str | None = None) -> ALConfig:
     """The config of a model folder or a Hub id."""
-    check_model_name(name)
+    check_model_name(name, revision)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # broken json, wrong values, no network: each raises a different exception
         raise ValueError(f"Could not load {name}: {error}") from error
     if not isinstance(config, ALConfig):

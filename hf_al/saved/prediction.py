@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..atomic import replacing
-from ..loading import device_of, load_model
+from ..loading import best_device, device_of, load_model
 from ..modeling.modeling_al import ALForSequenceClassification
 from .rows import Texts, Unusable, read_rows
 
@@ -164,8 +164,8 @@ def predict_file(flags: Namespace) -> None:
     _check_files(flags.input, flags.output)
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    model, tokenizer = load_model(flags.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model, tokenizer = load_model(flags.model, flags.revision)
+    model.to(best_device())  # type: ignore[arg-type]
     if flags.input is None and sys.stdin.isatty():
         logger.info("Reading %s from the terminal; Ctrl-D ends it.", "lines" if kind == "text" else kind)
     total, errors = 0, 0

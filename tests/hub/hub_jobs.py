@@ -18,6 +18,16 @@ def push(folder: str, repo_id: str, **options: Any) -> str:
     return push(folder, repo_id, **options)
 
 
+def push_data(files: dict[str, str], repo_id: str) -> None:
+    """A data set of its files, by their names."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset")
+    for name, path in files.items():
+        api.upload_file(path_or_fileobj=path, path_in_repo=name, repo_id=repo_id, repo_type="dataset")
+
+
 def files(repo_id: str, revision: str | None = None) -> dict[str, bytes]:
     """Name -> bytes of a repository."""
     from pathlib import Path

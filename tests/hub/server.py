@@ -24,6 +24,7 @@ import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
+TOKEN = "hf_test"  # that of the tests
 LFS_PATTERN = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|onnx|parquet|arrow|zip|gz|npz|h5|gguf|model|msgpack)$")
 LFS_THRESHOLD = 10 * 1024 * 1024  # like the real Hub: any file over 10 MiB goes to LFS
 PLURAL = {"models": "model", "datasets": "dataset", "spaces": "space"}
@@ -132,7 +133,7 @@ FAULTS = {
 }
 
 
-def make_app(root: str | Path, token: str = "hf_test", user: str = "tester") -> FastAPI:
+def make_app(root: str | Path, token: str = TOKEN, user: str = "tester") -> FastAPI:
     """The application. `app.state.log` lists (method, path, query) of the requests; `app.state.faults` maps the number
     of a request, counted from 0 since the log was last emptied, to the name of the fault that it meets."""
     store = Store(Path(root))

@@ -1,53 +1,19 @@
 """A finished run on a Hub: what is there, who can use it, and what happens when the Hub fails."""
 
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import hub_jobs as jobs
 import pytest
 import yaml
-from server import serve_in_thread
+from server import TOKEN
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
-TOKEN = "hf_test"
 TEXTS = ["thank you so much", "you lost my bag", "which gate"]
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A Hub, and a client process that knows it: hub.run(job, ...), hub.state, hub.endpoint."""
-    endpoint, server, app = serve_in_thread(tmp_path_factory.mktemp("hub"), token=TOKEN)
-    home = tmp_path_factory.mktemp("home")
-    values = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
-    ):
-        patch.delenv("HF_HUB_OFFLINE")
-        for name, value in values.items():
-            patch.setenv(name, value)
-        pool.submit(jobs.set_token, TOKEN).result(100)  # starts it, with this environment
-
-        def run(job, *args, **options):
-            return pool.submit(job, *args, **options).result(100)
-
-        yield SimpleNamespace(run=run, state=app.state, endpoint=endpoint, environment=values)
-        server.should_exit = True
-
-
-@pytest.fixture(autouse=True)
-def _cold(hub, tmp_path):
-    hub.state.log.clear()
-    hub.state.faults.clear()
-    hub.run(jobs.set_token, TOKEN)
-    hub.run(jobs.cold_cache, str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -100,6 +66,25 @@ def test_a_pinned_revision_stays_what_it_was(hub, shared, trained):
     small, large = (hub.run(jobs.answers, shared, TEXTS, revision) for revision in (None, pinned))
     assert (small["inference_only"], large["inference_only"]) == (True, False)
     assert small["logits"] == large["logits"]
+
+
+def test_every_command_takes_a_revision(hub, shared, trained, files):
+    pinned = hub.run(jobs.commits, shared)[0]
+    hub.run(jobs.push, str(trained[0]), shared, inference_only=True)
+    flags = {"inspect": ["--json"], "evaluate": ["--test_file", str(files / "test.csv")]}
+    for command, more in flags.items():
+        exits = []
+        for revision in ("main", pinned):
+            status, out, err = hub.run(jobs.shell, command, shared, *more, "--revision", revision)
+            assert status == 0, err
+            found = json.loads(out)
+            exits.append(len(found["exits"]) if "exits" in found else sum(b["exit"] for b in found["blocks"]))
+        assert exits == [1, 2], command
+    (status, _, err) = hub.run(jobs.shell, "predict", shared, "--revision", "none", "--input", str(files / "test.csv"))
+    assert status == 2
+    assert "none" in err
+    (status, _, err) = hub.run(jobs.shell, "inspect", str(trained[0]), "--revision", "main")
+    assert (status, "Expected a Hub id with revision=main" in err) == (2, True)
 
 
 def test_the_card_has_valid_metadata_and_no_empty_part(hub, shared, trained):
