@@ -22,6 +22,11 @@ DATA = {"section": "data"}  # one data flag on the command line replaces all of 
 
 # Arguments that may name a file or folder on this machine
 FILES = ("train_file", "validation_file", "test_file", "tokenizer_name", "word_vectors")
+# Those that decide where results go and how a run is shown; none of them changes a result
+SHOWING = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "plots", "disable_tqdm", "push_to_hub",
+    "hub_model_id", "hub_strategy", "hub_private_repo",
+}  # fmt: skip
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
@@ -136,6 +141,11 @@ class TrainingArguments:
     )
     plots: bool = _arg(True, "Draw the report's plots; takes a second.")
     disable_tqdm: bool = _arg(False, "No progress bar.")
+    # --- sharing
+    push_to_hub: bool = _arg(False, "Share the model on the Hub when training ends; see hf-al push.")
+    hub_model_id: str | None = _arg(None, "Repository to push to, user/name (default: the name of output_dir).")
+    hub_strategy: str = _arg("end", "end, or checkpoint: also the newest checkpoint, during training.")
+    hub_private_repo: bool = _arg(False, "Make the repository private if this run makes it.")
     # --- machine
     stages: int = _arg(1, "Processes to split the blocks over; if above 1, hf-al train or a launcher starts them.")
     placement: str = _arg(
@@ -202,6 +212,7 @@ class TrainingArguments:
             "lr_scheduler_type": SCHEDULES,
             "eval_strategy": ("epoch", "steps", "no"),
             "wire_dtype": ("float32", "bf16"),
+            "hub_strategy": ("end", "checkpoint"),
             "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
         }
         for name, allowed in choices.items():
@@ -227,8 +238,15 @@ class TrainingArguments:
             raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {self.max_steps}.")
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy != "end"):
+            raise ValueError("Expected push_to_hub with hub_model_id, hub_strategy or hub_private_repo. Pass it, too.")
         if self.word_vectors_extra_words and not (self.word_vectors and self.tokenizer_type == "word"):
             raise ValueError("Expected word_vectors and tokenizer_type='word' with word_vectors_extra_words.")
+
+    @property
+    def hub_id(self) -> str:
+        """The repository that this run is pushed to."""
+        return self.hub_model_id or Path(self.output_dir).absolute().name
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -6,14 +6,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .arguments import FILES, TrainingArguments
+from .arguments import FILES, SHOWING, TrainingArguments
 from .messages import table
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
-NOT_SHOWN = {"output_dir", "model", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to"}
 USES = {
     "single_label_classification": "It assigns each text one of the classes {names}.",
     "multi_label_classification": "It assigns each text any number of the labels {names}.",
@@ -117,5 +116,5 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments that differ from the defaults, and all config values that were given."""
     defaults = TrainingArguments().to_dict()
-    shown = {n: v for n, v in shared_arguments(arguments).items() if n not in NOT_SHOWN and v != defaults[n]}
+    shown = {n: v for n, v in shared_arguments(arguments).items() if n not in {"model", *SHOWING} and v != defaults[n]}
     return [{"argument": name, "value": value} for name, value in {**shown, **arguments["model"]}.items()]

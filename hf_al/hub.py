@@ -1,20 +1,29 @@
 """Finished runs on a Hub: one commit each, with all that `from_pretrained` needs, the card, results and plots."""
 
 import json
+import logging
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .card import model_card, shared_arguments
 from .loading import load_model
 from .report import read_report
 
-STALE = ["*.safetensors", "*.safetensors.index.json", "plots/*", "*.py"]  # of an earlier push, unless pushed again
+logger = logging.getLogger(__name__)
+
+LAST_CHECKPOINT = "last-checkpoint"  # folder of the repository, as transformers' Trainer names it
+STALE = ["*.safetensors", "*.safetensors.index.json", "plots/*", "*.py", f"{LAST_CHECKPOINT}/*"]  # of earlier pushes
 
 
 def push(
@@ -48,10 +57,13 @@ def push(
             write, or a Hub that refuses or cannot be reached. The repository is then unchanged.
     """
     report = read_report(folder)
+    api = HfApi()
+    if "/" not in repo_id:
+        with _refusals(repo_id):
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory(prefix="hf_al_push_") as made:
         prepare(report, folder, repo_id, Path(made), inference_only, language, license)
-        api = HfApi()
-        try:
+        with _refusals(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -59,17 +71,89 @@ def push(
                 repo_id=repo_id, folder_path=made, revision=revision, create_pr=create_pr, delete_patterns=STALE,
                 commit_message=commit_message or f"{report['model_type']}, objective {report['objective']}",
             )  # fmt: skip
-        except HFValidationError as error:
-            raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
-        except LocalTokenNotFoundError:
-            raise ValueError("Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN.") from None
-        except HfHubHTTPError as error:
-            raise ValueError(_refused(repo_id, error)) from error
-        except Exception as error:  # network errors: the client's transport raises its own
-            raise ValueError(
-                f"Could not reach the Hub at {api.endpoint}: {error}. Push again later: hf-al push {folder} {repo_id}"
-            ) from error
     return str(commit.pr_url or commit.commit_url)
+
+
+def push_or_warn(folder: str, repo_id: str, private: bool) -> None:
+    """`push` when training ends: a finished run does not fail because of a network."""
+    try:
+        logger.info("Pushed to %s.", push(folder, repo_id, private))
+    except Exception as error:
+        logger.warning("%s The run is in %s. To push it later: hf-al push %s %s", error, folder, folder, repo_id)
+
+
+def check_can_push(repo_id: str) -> None:
+    """Refuses a push that is known to fail without asking the Hub.
+
+    Raises:
+        ValueError: a name that is no repo id, no token, or HF_HUB_OFFLINE.
+    """
+    if constants.is_offline_mode():
+        raise ValueError("Expected to reach a Hub with push_to_hub, got HF_HUB_OFFLINE. Unset one of them.")
+    with _refusals(repo_id):
+        validate_repo_id(repo_id)
+        if get_token() is None:
+            raise LocalTokenNotFoundError
+
+
+class Checkpoints:
+    """Sends the newest checkpoint of a running training to a Hub, in the background. What fails is a warning.
+
+    One is sent at a time. Those that are written meanwhile are left out, except for the last one.
+    """
+
+    def __init__(self, repo_id: str, private: bool):
+        self.repo_id, self.private, self.api = repo_id, private, HfApi()
+        self.sending: Future | None = None
+        self.waiting: Path | None = None
+
+    def send(self, path: Path) -> None:
+        """Sends the checkpoint `path`, unless another one is on its way."""
+        self.waiting = path
+        if self.sending is None or self.sending.done():
+            self._start()
+
+    def finish(self) -> None:
+        """Waits for what is on its way, and for the last checkpoint."""
+        while self.sending is not None:
+            self.sending.result()
+            self._start()
+
+    def _start(self) -> None:
+        path, self.waiting, self.sending = self.waiting, None, None
+        if path is None:
+            return
+        aside = Path(tempfile.mkdtemp(prefix="tmp-hub-", dir=path.parent))  # training may delete the checkpoint
+        shutil.copytree(path, aside, dirs_exist_ok=True, copy_function=os.link)
+        self.sending = self.api.run_as_future(self._send, aside, path.name)
+
+    def _send(self, aside: Path, name: str) -> None:
+        try:
+            with _refusals(self.repo_id):
+                repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+                self.api.upload_folder(
+                    repo_id=repo_id, folder_path=aside, path_in_repo=LAST_CHECKPOINT, delete_patterns="*",
+                    commit_message=f"Training: {name}",
+                )  # fmt: skip
+        except ValueError as error:
+            logger.warning("%s %s is not on the Hub; training goes on.", error, name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _refusals(repo_id: str) -> Iterator[None]:
+    """What a Hub refuses, or the way to it, as a ValueError that names the fix."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
+    except LocalTokenNotFoundError:
+        raise ValueError("Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN.") from None
+    except HfHubHTTPError as error:
+        raise ValueError(_refused(repo_id, error)) from error
+    except Exception as error:  # of the network: the client's transport has errors of its own
+        raise ValueError(f"Could not reach the Hub at {constants.ENDPOINT}: {error}. Push again later.") from error
 
 
 def _refused(repo_id: str, error: HfHubHTTPError) -> str:

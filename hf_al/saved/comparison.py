@@ -5,13 +5,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..arguments import SHOWING
 from ..messages import table
 from ..report import read_report
 
 # Runs that differ only in these arguments are the same experiment with another seed
-NOT_THE_EXPERIMENT = {
-    "seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to",
-}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -35,7 +33,7 @@ def compare(folders: list[str]) -> dict[str, Any]:
     groups: dict[str, list[Row]] = {}
     for run in runs:
         report = reports[run["run"]]
-        same = {key: value for key, value in arguments[run["run"]].items() if key not in NOT_THE_EXPERIMENT}
+        same = {key: value for key, value in arguments[run["run"]].items() if key not in {"seed", *SHOWING}}
         groups.setdefault(json.dumps([same, report["data"]["fingerprint"]], sort_keys=True), []).append(run)
     return {
         "runs": runs,

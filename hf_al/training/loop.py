@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import FILES, TrainingArguments
 from ..data import sources
 from ..data.batching import Collator, token_lengths
+from ..hub import Checkpoints, push_or_warn
 from ..metrics import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.launch import said_once
@@ -106,6 +107,8 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_last else None)
         run.fit()
         report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start)
+        if args.push_to_hub and transport.is_last:
+            push_or_warn(args.output_dir, args.hub_id, args.hub_private_repo)
     except Exception as error:
         transport.failed(error)
         raise
@@ -157,6 +160,8 @@ class Run:
         self.stage = Stage(model, plan.placement, number, device, collator, self.optimizers, transport, wire, args.bf16)
         if args.torch_compile:
             self.stage.compile()
+        shares_checkpoints = args.push_to_hub and args.hub_strategy == "checkpoint" and transport.is_last
+        self.shared = Checkpoints(args.hub_id, args.hub_private_repo) if shares_checkpoints else None
         self.progress = Progress()
         self.record = Record(plan, self.progress, accelerator, transport)
         self.at_start = health.part_sums(model, args.embedding_learning_rate_factor == 0)
@@ -226,6 +231,8 @@ class Run:
             self._train_steps(
                 tqdm(total=plan.total_steps, initial=progress.step, disable=not watched, desc=objective), stop
             )
+        if self.shared:
+            self.shared.finish()
         self.transport.tell(lambda: None)  # the last stage has received everything, and its checkpoint has its name
         if stop.received:
             logger.warning(
@@ -304,3 +311,5 @@ class Run:
                 path, self.stage.blocks, self.optimizers, manifest, progress.history, self.transport
             ):
                 checkpoint.rotate(output_dir, self.args.save_total_limit, progress.best_step, progress.step)
+                if self.shared:
+                    self.shared.send(path)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import TrainingArguments
 from ..data import sources, tokenization
 from ..data.labels import label_names, problem_type_of
+from ..hub import check_can_push
 from ..messages import last_line
 from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
@@ -50,10 +51,13 @@ RUN_FILES = (
 
 
 def check_arguments(args: TrainingArguments, look: bool = True) -> None:
-    """Refuses what cannot work before any data is read; with `look`, also an output folder that cannot be used."""
+    """Refuses what cannot work before any data is read; with `look`, also an output folder that
+    cannot be used, and a push to a Hub that cannot work."""
     check_model(args)
     if look:
         check_output_dir(args)
+        if args.push_to_hub:
+            check_can_push(args.hub_id)
 
 
 def check_model(args: TrainingArguments) -> None:

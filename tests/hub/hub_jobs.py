@@ -62,8 +62,11 @@ def answers(name: str, texts: list[str], revision: str | None = None) -> dict[st
 
 def shell(*argv: str) -> tuple[int, str, str]:
     """`hf-al ARGV`: (status, standard output, standard error)."""
+    import logging
+
     from hf_al.cli import main
 
+    logging.getLogger().handlers.clear()  # each call writes to its own standard error
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -88,3 +91,25 @@ def set_token(token: str | None) -> None:
         os.environ.pop("HF_TOKEN", None)
     else:
         os.environ["HF_TOKEN"] = token
+
+
+def interrupted(step: int, *argv: str) -> tuple[int, str, str]:
+    """`hf-al ARGV`, with Ctrl-C at an optimizer step."""
+    import os
+    import signal
+
+    import pytest
+    from hooks import hook
+
+    from hf_al.training.stage import Stage
+
+    with pytest.MonkeyPatch.context() as patch:
+        hook(patch, Stage, "train_batch", before=lambda call: call.step == step and os.kill(os.getpid(), signal.SIGINT))
+        return shell(*argv)
+
+
+def download(repo_id: str) -> str:
+    """The folder of a local copy."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(repo_id)

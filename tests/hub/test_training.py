@@ -1,0 +1,78 @@
+"""Training that shares its model, and its checkpoints on the way."""
+
+import shutil
+from pathlib import Path
+
+import hub_jobs as jobs
+import pytest
+
+pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
+TEXTS = ["thank you so much", "you lost my bag"]
+
+
+@pytest.fixture
+def flags(files) -> list[str]:
+    data = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation", "test")]
+    small = ["--num_blocks=2", "--hidden_size=16", "--target_size=12", "--threads=1", "--use_cpu", "--max_steps=30"]
+    return [*data, *small, "--plots=false", "--disable_tqdm", "--eval_strategy=no", "--save_steps=4"]
+
+
+def test_a_run_is_shared_when_it_ends(hub, flags, tmp_path):
+    folder = tmp_path / "my_run"
+    status, _, err = hub.run(jobs.shell, "train", *flags, f"--output_dir={folder}", "--push_to_hub")
+    assert status == 0, err
+    assert f"Pushed to {hub.endpoint}/tester/my_run/commit/" in err
+    assert hub.run(jobs.answers, "tester/my_run", TEXTS) == hub.run(jobs.answers, str(folder), TEXTS)
+    assert not [name for name in hub.run(jobs.files, "tester/my_run") if name.startswith("last-checkpoint")]
+
+
+def test_a_stopped_run_goes_on_from_the_checkpoint_on_the_hub(hub, flags, tmp_path):
+    """On a machine that has nothing but the data and the id; it ends as the undisturbed run does."""
+    status, _, err = hub.run(jobs.shell, "train", *flags, f"--output_dir={tmp_path / 'undisturbed'}")
+    assert status == 0, err
+    shared = [*flags, "--push_to_hub", "--hub_model_id=tester/stopped", "--hub_strategy=checkpoint"]
+    status, _, err = hub.run(jobs.interrupted, 17, "train", *shared, f"--output_dir={tmp_path / 'first'}")
+    assert status == 130, err
+    assert not list((tmp_path / "first" / "checkpoints").glob("tmp-*"))
+    shutil.rmtree(tmp_path / "first")
+    assert "model.safetensors" not in hub.run(jobs.files, "tester/stopped")
+    there = Path(hub.run(jobs.download, "tester/stopped")) / "last-checkpoint"
+    again = [*shared, f"--output_dir={tmp_path / 'second'}", f"--resume_from_checkpoint={there}"]
+    status, _, err = hub.run(jobs.shell, "train", *again)
+    assert status == 0, err
+    assert "step 18 of 30" in err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("undisturbed", "second")]
+    assert weights[0] == weights[1] == hub.run(jobs.files, "tester/stopped")["model.safetensors"]
+
+
+@pytest.mark.parametrize("fault", ["500", "401", "dropped"])
+def test_training_survives_a_hub_that_fails(fault, hub, flags, tmp_path):
+    hub.state.faults.update(dict.fromkeys(range(1000), fault))
+    share = ["--push_to_hub", "--hub_model_id=tester/never", "--hub_strategy=checkpoint"]
+    status, out, err = hub.run(jobs.shell, "train", *flags, f"--output_dir={tmp_path / 'run'}", *share)
+    hub.state.faults.clear()
+    assert status == 0, err
+    assert "test metrics by exit" in out
+    assert f"To push it later: hf-al push {tmp_path / 'run'} tester/never" in err
+    assert "checkpoint-00000004 is not on the Hub; training goes on." in err
+    assert "Traceback" not in err
+    status, _, err = hub.run(jobs.shell, "push", str(tmp_path / "run"), "tester/never")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("more", "token", "said"),
+    [
+        (["--push_to_hub"], None, "Run: hf auth login, or set HF_TOKEN"),
+        (["--push_to_hub", "--hub_model_id=a/b/c"], "hf_test", "Expected a repo id as user/name, got 'a/b/c'"),
+        (["--hub_model_id=a/b"], "hf_test", "Expected push_to_hub with hub_model_id"),
+        (["--push_to_hub", "--hub_strategy=all"], "hf_test", "Expected hub_strategy to be one of end, checkpoint"),
+    ],
+    ids=["no_token", "repo_id", "no_push", "strategy"],
+)
+def test_what_cannot_be_shared_is_refused_before_training(more, token, said, hub, flags, tmp_path):
+    hub.run(jobs.set_token, token)
+    status, _, err = hub.run(jobs.shell, "train", *flags, f"--output_dir={tmp_path / 'run'}", *more)
+    assert (status, said in err) == (2, True), err
+    assert not (tmp_path / "run").exists()
+    assert not hub.state.log
