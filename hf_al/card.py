@@ -61,6 +61,7 @@ def model_card(
         fingerprints=", ".join(f"{name} `{mark[:16]}`" for name, mark in report["data"]["fingerprint"].items()),
         hardware=machine["gpu"] or f"{machine['processor']} (threads: {machine['threads']})",
         arguments_table=table(_chosen(report["arguments"]), True),
+        start=shared_arguments(report["arguments"])["model_name_or_path"],
         plots=plots,
         versions=", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),
     )
@@ -72,12 +73,14 @@ def card_data(
     """The metadata, with the metrics of the last exit as `model-index`."""
     args = report["arguments"]
     shared = args["dataset_name"] if args["dataset_name"] and "/" in args["dataset_name"] else None
+    start = shared_arguments(args)["model_name_or_path"]
     metrics = {hub: last[ours] for ours, hub in HUB_METRICS.items() if ours in last}
     return ModelCardData(
         model_name=repo_id.split("/")[-1],
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["associated-learning", "local-learning", "hf_al", report["model_type"]],
+        base_model=start if start and "/" in start else None,
         datasets=[shared] if shared else None,
         language=language,
         license=license,

@@ -120,7 +120,8 @@ def resolve(flags: dict[str, Any]) -> TrainingArguments:
     model = dict(values.pop("model", None) or {})
     model |= {name: flags.pop(name) for name in list(flags) if name not in fields}
     args = TrainingArguments(**{**values, **flags}, model=model)
-    check_model_keys(args)
+    if not args.model_name_or_path:  # its architecture is not known yet
+        check_model_keys(args)
     if not args.output_dir and not print_only:
         raise ValueError("Expected --output_dir, got none. Pass --output_dir out/my_run, for example.")
     return args

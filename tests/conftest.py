@@ -1,12 +1,15 @@
 """Shared by all tests: no network, one cache for the run, small real text."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 _cache = tempfile.mkdtemp(prefix="hf_al_tests_")
 os.environ.update(
@@ -113,6 +116,47 @@ def make_batch():
         return {"input_ids": input_ids * mask, "attention_mask": mask, "labels": labels}
 
     return make
+
+
+# --- a Hub
+
+
+@pytest.fixture(scope="module")
+def hub_process(tmp_path_factory):
+    """A Hub on loopback, and a client process that knows it."""
+    import hub_jobs as jobs
+    from server import TOKEN, serve_in_thread
+
+    endpoint, server, app = serve_in_thread(tmp_path_factory.mktemp("hub"))
+    home = tmp_path_factory.mktemp("home")
+    values = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
+        patch.delenv("HF_HUB_OFFLINE")
+        for name, value in values.items():
+            patch.setenv(name, value)
+        pool.submit(jobs.set_token, TOKEN).result(100)  # starts it, with this environment
+
+        def run(job, *args, **options):
+            return pool.submit(job, *args, **options).result(100)
+
+        yield SimpleNamespace(run=run, state=app.state, endpoint=endpoint, environment=values)
+        server.should_exit = True
+
+
+@pytest.fixture
+def hub(hub_process, tmp_path):
+    """The Hub, with an empty cache, a token and no faults: hub.run(job, ...), hub.state, hub.endpoint."""
+    import hub_jobs as jobs
+    from server import TOKEN
+
+    hub_process.state.log.clear()
+    hub_process.state.faults.clear()
+    hub_process.run(jobs.set_token, TOKEN)
+    hub_process.run(jobs.cold_cache, str(tmp_path / "cache"))
+    return hub_process
 
 
 # --- the command line

@@ -315,7 +315,7 @@ def test_a_run_with_a_frozen_part_says_so(few_tweets, tmp_path, monkeypatch):
     def freeze(call):
         call.result.model.blocks[1].bridge.requires_grad_(False)
 
-    hook(monkeypatch, hf_al.training.setup, "build_model", after=freeze)
+    hook(monkeypatch, hf_al.training.start, "build_model", after=freeze)
     report = hf_al.train(arguments(tmp_path), few_tweets).report
     assert [message.split(":")[0] for message in report["warnings"]] == ["Nothing updated bridge of block 1"]
 

@@ -37,9 +37,10 @@ from .optim import BlockOptimizers
 from .plan import Plan, make_plan
 from .progress import Progress
 from .record import Record
-from .setup import check_arguments, keep_blocks, load, make_accelerator, place_blocks, prepare_output_dir, set_threads
+from .setup import check_arguments, make_accelerator, place_blocks, prepare_output_dir, set_threads
 from .signals import StopSignals
 from .stage import Stage, rows_of
+from .start import keep_blocks, load, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,10 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         )
         _check_same("data", {name: sources.fingerprint(split) for name, split in data.items()}, transport)
         # everything else about the run follows from the arguments
-        _check_same("run", {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}, transport)
+        run_facts = {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}
+        if args.model_name_or_path:
+            run_facts["first weights"] = weights_digest(model)
+        _check_same("run", run_facts, transport)
         _check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
         run.resume()

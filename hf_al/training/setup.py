@@ -10,29 +10,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
-from ..data import sources, tokenization
-from ..data.labels import label_names, problem_type_of
 from ..hub import check_can_push
 from ..messages import last_line
-from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
-from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES
 from ..parallel.placement import Placement, place
 from ..parsing import check_model_keys
 from ..registration import MODEL_CLASSES
 from . import trackers
 from .checkpoint import clear_leftovers
-from .local_step import block_randomness
 from .optim import make_optimizer, make_schedule
 
 logger = logging.getLogger(__name__)
@@ -40,7 +32,6 @@ logger = logging.getLogger(__name__)
 PER_BLOCK = (
     "learning_rate", "target_learning_rate_factor", "weight_decay", "target_weight_decay", "max_grad_norm",
 )  # fmt: skip
-BEFORE_THE_FIRST_STEP = -1
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
@@ -61,21 +52,27 @@ def check_arguments(args: TrainingArguments, look: bool = True) -> None:
 
 
 def check_model(args: TrainingArguments) -> None:
-    """Refuses unknown config values, and those out of range, before any data is read."""
+    """Refuses unknown config values, and those out of range, before any data is read. Those for a saved model are
+    checked when it is there."""
+    make_schedule(args, total_steps=100)
+    make_optimizer(args, [{"params": [torch.zeros(1)], "lr": 1.0}])
+    if args.model_name_or_path:
+        return
     check_model_keys(args)
-    values = {name: value for name, value in args.model.items() if name not in NEED_LABELS}
-    config = _make_config(args.model_type, values)
+    check_lists(args, make_config(args.model_type, {n: v for n, v in args.model.items() if n not in NEED_LABELS}))
+
+
+def check_lists(args: TrainingArguments, config: ALConfig) -> None:
+    """Refuses a list that does not have one number for each block."""
     for name in PER_BLOCK:
         value = getattr(args, name)
         if isinstance(value, list) and len(value) != config.num_blocks:
             raise ValueError(
                 f"Expected {name} as one number, or {config.num_blocks} of them (num_blocks), got {len(value)}."
             )
-    make_schedule(args, total_steps=100)
-    make_optimizer(args, [{"params": [torch.zeros(1)], "lr": 1.0}])
 
 
-def _make_config(model_type: str, values: dict[str, Any]) -> ALConfig:
+def make_config(model_type: str, values: dict[str, Any]) -> ALConfig:
     try:
         config: ALConfig = MODEL_CLASSES[model_type][0](**values)
     except StrictDataclassError as error:  # it is neither a ValueError nor one line
@@ -196,16 +193,6 @@ def set_threads(args: TrainingArguments) -> None:
     logger.info("Threads: %d of %d cores%s.", threads, cores, each)
 
 
-def load(
-    args: TrainingArguments, datasets: DatasetDict | None
-) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict]:
-    """The new model, its tokenizer, and the tokenized splits."""
-    data = sources.load_text_datasets(args, datasets)
-    tokenizer = tokenization.build_tokenizer(args, data["train"])
-    model = build_model(args, tokenizer, data["train"])
-    return model, tokenizer, tokenization.tokenize(data, tokenizer, args)
-
-
 def place_blocks(args: TrainingArguments, config: ALConfig, times: list[list[float]] | None) -> Placement:
     """Which stage owns which blocks, according to `args.placement`; `times` of `unit_seconds` are for `balanced`.
 
@@ -218,60 +205,3 @@ def place_blocks(args: TrainingArguments, config: ALConfig, times: list[list[flo
             "blocks. Train it in one process, or pass another --objective."
         )
     return place(config.units, args.stages, args.placement, *(times or []))
-
-
-def build_model(
-    args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
-) -> ALForSequenceClassification:
-    """A new model: vocabulary, labels and problem type follow from tokenizer and data, the weights of a block from
-    `args.seed` and its number."""
-    names = label_names(train)
-    problem_type = problem_type_of(train)
-    values: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "sep_token_id": tokenization.pair_separator(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "problem_type": problem_type,
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-        **args.model,
-    }
-    if values.get("label_smoothing") and problem_type != "single_label_classification":
-        logger.warning("label_smoothing spreads one label over the classes: it is not used for %s.", problem_type)
-        values["label_smoothing"] = 0.0
-    if problem_type == "regression":
-        labels = np.asarray(train["label"], np.float64)
-        values |= {"label_mean": [float(labels.mean())], "label_deviation": [float(labels.std())]}
-    rows = None
-    if args.word_vectors:
-        rows = tokenization.embedding_rows(tokenizer, args.word_vectors, args.seed)
-        wanted = values.setdefault("embedding_size", rows.shape[1])
-        if wanted != rows.shape[1]:
-            raise ValueError(
-                f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
-            )
-    config = _make_config(args.model_type, values)
-    with torch.device("meta"):
-        model: Any = MODEL_CLASSES[args.model_type][2](config)
-    for k in range(config.num_blocks):
-        model.model.blocks[k] = _new_block(model, k, args.seed)
-    if rows is not None:
-        with torch.no_grad():
-            model.get_input_embeddings().weight.copy_(torch.from_numpy(rows))
-    return model
-
-
-def _new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock:
-    """Block k with the weights that follow from (seed, k), whoever builds it and beside how many others."""
-    with block_randomness(torch.device("cpu"), seed, k, BEFORE_THE_FIRST_STEP, micro_batch=0, replica=0):
-        block = ALBlock(model.config, k, model.model.encoder_class)
-        block.apply(model._init_weights)
-    return block
-
-
-def keep_blocks(model: ALForSequenceClassification, owned: list[int], device: torch.device) -> None:
-    """Moves the owned blocks to the device and frees the weights of all others: their names and shapes stay, on the
-    device "meta"."""
-    for block in model.model.blocks:
-        block.to(device if block.index in owned else "meta")

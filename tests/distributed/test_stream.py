@@ -121,6 +121,22 @@ def test_an_objective_and_an_encoder_of_a_users_own_stream(flags, run_flags, tmp
         assert sha256(tmp_path / f"{stages}") == sha256(tmp_path / "1")
 
 
+def test_stages_go_on_from_one_trained_model(run_flags, tmp_path):
+    for seed, name in enumerate(["first", "other"]):
+        more = ["--max_steps=5", f"--seed={seed}", "--eval_strategy=no"]
+        flags = [f for f in run_flags("lstm_al_ce", 1, tmp_path / name, *more) if "eval_steps" not in f]
+        run_world(1, jobs.train, flags)
+    more = [f"--model_name_or_path={tmp_path / 'first'}", "--max_steps=30"]
+    for stages in (1, 3):
+        run_world(stages, jobs.train, run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", *more))
+    assert sha256(tmp_path / "1", 30) == sha256(tmp_path / "3", 30)
+    other = [f"--model_name_or_path={tmp_path / 'other'}"]
+    given = run_flags("lstm_al_ce", 2, tmp_path / "no", *more)
+    said = run_world(2, jobs.other_flags_at_the_first_stage, other, given, check=False)
+    assert "Expected the same run in all processes, got another at stage 0: first weights was" in said[1], said[1]
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("more", [["--wire_dtype=bf16"], ["--bf16"]])
 def test_a_narrow_wire_rounds_in_every_placement(more, run_flags, alone, tmp_path):
     counts = {}

@@ -13,10 +13,10 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def data(hub, files) -> str:
+def data(hub_process, files) -> str:
     """The id of a data set with the splits train, validation and test."""
     splits = ("train", "validation", "test")
-    hub.run(jobs.push_data, {f"{split}.csv": str(files / f"{split}.csv") for split in splits}, "tester/moods")
+    hub_process.run(jobs.push_data, {f"{split}.csv": str(files / f"{split}.csv") for split in splits}, "tester/moods")
     return "tester/moods"
 
 

@@ -45,6 +45,25 @@ def test_a_stopped_run_goes_on_from_the_checkpoint_on_the_hub(hub, flags, tmp_pa
     assert weights[0] == weights[1] == hub.run(jobs.files, "tester/stopped")["model.safetensors"]
 
 
+def test_a_shared_model_is_trained_further_by_its_id(hub, trained, files, tmp_path):
+    hub.run(jobs.push, str(trained[0]), "tester/base")
+    flags = [f"--train_file={files / 'train.csv'}", "--threads=1", "--use_cpu", "--max_steps=3", "--plots=false"]
+    by_id = [
+        "--model_name_or_path=tester/base",
+        "--model_revision=main",
+        "--push_to_hub",
+        "--hub_model_id=tester/further",
+    ]
+    for name, model in (("id", by_id), ("folder", [f"--model_name_or_path={trained[0]}"])):
+        status, _, err = hub.run(jobs.shell, "train", *flags, *model, f"--output_dir={tmp_path / name}")
+        assert status == 0, err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("id", "folder")]
+    assert weights[0] == weights[1] != (trained[0] / "model.safetensors").read_bytes()
+    card = hub.run(jobs.files, "tester/further")["README.md"].decode()
+    assert "base_model: tester/base" in card
+    assert "Training went on from the weights of tester/base." in card
+
+
 @pytest.mark.parametrize("fault", ["500", "401", "dropped"])
 def test_training_survives_a_hub_that_fails(fault, hub, flags, tmp_path):
     hub.state.faults.update(dict.fromkeys(range(1000), fault))

@@ -1,0 +1,185 @@
+"""What training starts from: the data, the tokenizer, and a model that is new or that somebody trained before."""
+
+import hashlib
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import TrainingArguments
+from ..data import sources, tokenization
+from ..data.labels import encode_labels, label_names, problem_type_of
+from ..loading import difference, load_model
+from ..modeling.blocks import ALBlock
+from ..modeling.configuration_al import ALConfig
+from ..modeling.modeling_al import ALForSequenceClassification
+from ..parsing import check_model_keys
+from ..registration import MODEL_CLASSES
+from .local_step import block_randomness
+from .setup import check_lists, make_config
+
+logger = logging.getLogger(__name__)
+
+BEFORE_THE_FIRST_STEP = -1
+Start = tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict]
+
+
+def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
+    """The model, its tokenizer, and the tokenized splits.
+
+    Raises:
+        ValueError: data, a tokenizer or a saved model that cannot be used.
+    """
+    data = sources.load_text_datasets(args, datasets)
+    if args.model_name_or_path:
+        model, tokenizer, data = continue_model(args, data)
+    else:
+        tokenizer = tokenization.build_tokenizer(args, data["train"])
+        model = build_model(args, tokenizer, data["train"])
+    return model, tokenizer, tokenization.tokenize(data, tokenizer, args)
+
+
+def build_model(
+    args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
+) -> ALForSequenceClassification:
+    """A new model: vocabulary, labels and problem type follow from tokenizer and data, the weights of a block from
+    `args.seed` and its number."""
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "sep_token_id": tokenization.pair_separator(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        **_label_values(train),
+        **args.model,
+    }
+    rows = None
+    if args.word_vectors:
+        rows = tokenization.embedding_rows(tokenizer, args.word_vectors, args.seed)
+        wanted = values.setdefault("embedding_size", rows.shape[1])
+        if wanted != rows.shape[1]:
+            raise ValueError(
+                f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
+            )
+    model = _new_model(_config(args.model_type, values), args.seed)
+    if rows is not None:
+        embedding: Any = model.get_input_embeddings()
+        with torch.no_grad():
+            embedding.weight.copy_(torch.from_numpy(rows))
+    return model
+
+
+def continue_model(args: TrainingArguments, data: DatasetDict) -> Start:
+    """The model of `args.model_name_or_path`, and its tokenizer, to go on with.
+
+    If the model knows all labels of the data, it keeps its own, in their order. If not, its label side starts anew: the
+    layers between labels and target codes, which have one row or column per label.
+
+    Raises:
+        ValueError: a model that cannot be trained, or config values that do not fit its weights.
+    """
+    name = args.model_name_or_path
+    assert name is not None
+    saved, tokenizer = load_model(name, args.model_revision)
+    if args.model_type not in ("", saved.config.model_type):
+        raise ValueError(
+            f"Expected model_type={saved.config.model_type}, that of {name}, got {args.model_type}. Leave it out."
+        )
+    if saved.config.inference_only:
+        raise ValueError(
+            f"Expected a model with its training-only parameters, got {name}, which was saved with inference_only=True."
+        )
+    args.model_type = saved.config.model_type
+    args.__post_init__()  # what depends on the architecture
+    args.max_seq_length = min(tokenizer.model_max_length, saved.config.max_position_embeddings)
+    check_model_keys(args)
+    kind, names = problem_type_of(data["train"]), label_names(data["train"])
+    known = saved.config.label_names
+    keeps_labels = kind == saved.config.resolved_problem_type and set(names) <= set(known)
+    if keeps_labels:
+        data = DatasetDict(encode_labels(data, kind, known))
+        logger.info("Continuing from %s, with its labels.", name)
+    else:
+        logger.info(
+            "Continuing from %s. Its labels are %s, those of the data are %s: the label side of block 0 starts anew.",
+            name, _some(known), _some(names),
+        )  # fmt: skip
+    labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
+    config = _config(args.model_type, {**saved.config.to_dict(), "_name_or_path": "", **labels, **args.model})
+    check_lists(args, config)
+    model = _new_model(config, args.seed)
+    weights = {n: t for n, t in saved.state_dict().items() if keeps_labels or not _is_label_side(n, model)}
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if keeps_labels or not _is_label_side(n, model)}
+    wrong = difference({n: tuple(t.shape) for n, t in weights.items()}, shapes)
+    if wrong:
+        raise ValueError(
+            f"Expected config values that fit the weights of {name}, got others: {wrong}. Leave them out: those of the "
+            "saved model are used."
+        )
+    model.load_state_dict(weights, strict=False)
+    return model, tokenizer, data
+
+
+def weights_digest(model: ALForSequenceClassification) -> str:
+    """Of all weights, to compare those that processes start from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _label_values(train: Dataset) -> dict[str, Any]:
+    """The config values that follow from the labels."""
+    names, kind = label_names(train), problem_type_of(train)
+    values: dict[str, Any] = {
+        "problem_type": kind,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    if kind == "regression":
+        labels = np.asarray(train["label"], np.float64)
+        values |= {"label_mean": [float(labels.mean())], "label_deviation": [float(labels.std())]}
+    return values
+
+
+def _config(model_type: str, values: dict[str, Any]) -> ALConfig:
+    if values.get("label_smoothing") and values["problem_type"] != "single_label_classification":
+        kind = values["problem_type"]
+        logger.warning("label_smoothing spreads one label over the classes: it is not used for %s.", kind)
+        values = {**values, "label_smoothing": 0.0}
+    return make_config(model_type, values)
+
+
+def _new_model(config: ALConfig, seed: int) -> ALForSequenceClassification:
+    with torch.device("meta"):
+        model: Any = MODEL_CLASSES[config.model_type][2](config)
+    for k in range(config.num_blocks):
+        model.model.blocks[k] = _new_block(model, k, seed)
+    return model
+
+
+def _is_label_side(name: str, model: ALForSequenceClassification) -> bool:
+    """Whether the parameter `name` has a row or a column for each label."""
+    _, _, k, part = name.split(".")[:4]
+    return part in ("encode_target", "decode_target") and model.model.blocks[int(k)].reads_labels
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock:
+    """Block k with the weights that follow from (seed, k), whoever builds it and beside how many others."""
+    with block_randomness(torch.device("cpu"), seed, k, BEFORE_THE_FIRST_STEP, micro_batch=0, replica=0):
+        block = ALBlock(model.config, k, model.model.encoder_class)
+        block.apply(model._init_weights)
+    return block
+
+
+def keep_blocks(model: ALForSequenceClassification, owned: list[int], device: torch.device) -> None:
+    """Moves the owned blocks to the device and frees the weights of all others: their names and shapes stay, on the
+    device "meta"."""
+    for block in model.model.blocks:
+        block.to(device if block.index in owned else "meta")
