@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .arguments import FILES, SHOWING, TrainingArguments
 from .messages import table
@@ -27,6 +27,7 @@ def model_card(
     plots: list[str],
     language: str | None = None,
     license: str | None = None,
+    baseline: dict[str, Any] | None = None,
 ) -> ModelCard:
     """The card.
 
@@ -36,6 +37,7 @@ def model_card(
         repo_id: `user/name`.
         plots: names of the plots in plots/.
         language, license: of the model, as the Hub names them (`en`, `apache-2.0`); left out if None.
+        baseline: the report of a run by backpropagation on the same data, to compare with.
     """
     split = "test" if "test" in report else "validation"
     exits = [row for row in report[split] if row["block"] in model.config.exits()]
@@ -53,7 +55,9 @@ def model_card(
         split=split,
         rows=report["data"]["rows"],
         exits=exits,
-        exits_table=table([{**row, "parameters": f"{exit_parameters(model, row['block']):,}"} for row in exits], True),
+        exits_table=table([{**row, **_cost(model, report, row["block"])} for row in exits], True),
+        comparison=table([_in_short(r, split) for r in (report, baseline)], True) if baseline else None,
+        tokens=report["exit_speeds"][0]["tokens"],
         example=json.dumps("The crew was lovely!"),
         use=USES[report["problem_type"]].format(names=shown),
         max_length=model.config.max_position_embeddings,
@@ -97,6 +101,38 @@ def card_data(
             for name, value in metrics.items()
         ],
     )
+
+
+def eval_results(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The test result as the Hub's `.eval_results/*.yaml` holds it; empty without a test split of a Hub data set."""
+    name = report["arguments"]["dataset_name"]
+    if "test" not in report or not name or "/" not in name:
+        return []
+    metric, rows = report["metric"], report["data"]["rows"]["test"]
+    entry = EvalResultEntry(
+        dataset_id=name,
+        task_id=report["arguments"]["dataset_config_name"] or "default",
+        value=report["test"][-1][metric],
+        notes=f"{metric} of the last exit on {rows} test rows",
+    )
+    return eval_result_entries_to_yaml([entry])
+
+
+def _in_short(report: dict[str, Any], split: str) -> dict[str, Any]:
+    """A run as one row of a comparison."""
+    last = {name: value for name, value in report[split][-1].items() if name != "block"}
+    return {"objective": report["objective"], **last, "training, s": f"{report['speed']['train_seconds']:.0f}"}
+
+
+def _cost(model: ALForSequenceClassification, report: dict[str, Any], k: int) -> dict[str, str]:
+    """What an answer at exit k needs."""
+    (speed,) = [row for row in report["exit_speeds"] if row["block"] == k]
+    parameters = f"{exit_parameters(model, k):,}"
+    return {
+        "parameters": parameters,
+        "ms": f"{speed['milliseconds']:.2f}",
+        "texts/s": f"{speed['texts_per_second']:,.0f}",
+    }
 
 
 def exit_parameters(model: ALForSequenceClassification, last: int) -> int:

@@ -173,6 +173,7 @@ def _push_flags(parser: FlagParser) -> None:
     parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")
     parser.add_argument("--language", metavar="CODE", help="of the texts, for the card, such as en")
     parser.add_argument("--license", metavar="NAME", help="of the model, for the card, such as apache-2.0")
+    parser.add_argument("--baseline", metavar="DIR", help="run by backpropagation on the same data, to compare with")
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
 
 

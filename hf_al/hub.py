@@ -16,8 +16,9 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .card import model_card, shared_arguments
+from .card import eval_results, model_card, shared_arguments
 from .loading import load_model
+from .modeling.objectives import OBJECTIVES
 from .report import read_report
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def push(
     inference_only: bool = False,
     language: str | None = None,
     license: str | None = None,
+    baseline: str | None = None,
     commit_message: str | None = None,
 ) -> str:
     """Puts a finished run on the Hub in one commit; files that are there unchanged are not sent again.
@@ -47,6 +49,7 @@ def push(
         create_pr: open a pull request instead of committing.
         inference_only: leave out the parameters that only training needs.
         language, license: for the card, as the Hub names them.
+        baseline: `output_dir` of a run by backpropagation on the same data: the card compares the two.
         commit_message: its first line.
 
     Returns:
@@ -57,12 +60,13 @@ def push(
             write, or a Hub that refuses or cannot be reached. The repository is then unchanged.
     """
     report = read_report(folder)
+    twin = None if baseline is None else _read_baseline(baseline, report)
     api = HfApi()
     if "/" not in repo_id:
         with _refusals(repo_id):
             repo_id = f"{api.whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory(prefix="hf_al_push_") as made:
-        prepare(report, folder, repo_id, Path(made), inference_only, language, license)
+        prepare(report, folder, repo_id, Path(made), inference_only, language, license, twin)
         with _refusals(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
@@ -175,6 +179,7 @@ def prepare(
     inference_only: bool,
     language: str | None,
     license: str | None,
+    baseline: dict[str, Any] | None = None,
 ) -> None:
     """Writes the shared files of a run into an empty folder, without any path or name of this machine."""
     model, tokenizer = load_model(folder)
@@ -190,4 +195,18 @@ def prepare(
     (into / "training_config.yaml").write_text(text, encoding="utf-8")
     if inference_only:
         model = type(model).from_pretrained(into)
-    model_card(report, model, repo_id, plots, language, license).save(into / "README.md")
+    model_card(report, model, repo_id, plots, language, license, baseline).save(into / "README.md")
+    results = eval_results(report)
+    if results:
+        (into / ".eval_results").mkdir()
+        (into / ".eval_results" / "hf_al.yaml").write_text(yaml.safe_dump(results, sort_keys=False), encoding="utf-8")
+
+
+def _read_baseline(folder: str, report: dict[str, Any]) -> dict[str, Any]:
+    """The report of a run that may stand beside `report`."""
+    twin = read_report(folder)
+    if not OBJECTIVES[twin["objective"]].end_to_end:
+        raise ValueError(f"Expected a run by backpropagation as baseline, got {twin['objective']} in {folder}.")
+    if twin["data"]["fingerprint"] != report["data"]["fingerprint"] or ("test" in twin) != ("test" in report):
+        raise ValueError(f"Expected a baseline on the same data, got another in {folder}. Train it on the same files.")
+    return twin

@@ -102,6 +102,10 @@ CODES = (
     "independent directions they differ in, of those possible. *Separation*: the distance of the two closest codes "
     "over the typical one; 1 means all labels are equally far apart, 0 that two of them share a code."
 )
+SPEEDS = (
+    "What an answer at each exit takes on this machine, for texts of {tokens} tokens (the median): `milliseconds` for "
+    "one text, `texts_per_second` in batches of 32. Tokenization is not counted."
+)
 CAPTIONS = {
     "losses": "The hidden side (encoder and bridge) learns from the associated and the exit loss, the label side from "
     "the reconstruction loss. Each point is the mean since the last one; a bold line over a faint one is smoothed.",
@@ -133,6 +137,9 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
     for split in ("test", "validation"):
         if split in report:
             lines += ["", f"## {split.capitalize()}, every exit", "", table(report[split], markdown=True)]
+    lines += ["", "## Speed of an answer", "", SPEEDS.format(tokens=report["exit_speeds"][0]["tokens"]), ""]
+    speeds = [{**row, "texts_per_second": f"{row['texts_per_second']:,.0f}"} for row in report["exit_speeds"]]
+    lines += [table([{n: v for n, v in row.items() if n != "tokens"} for row in speeds], markdown=True)]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *[f"- {message}" for message in report["warnings"]]]
     if "confusion_matrix" in report:

@@ -102,6 +102,16 @@ def test_a_batch_is_on_its_way_to_the_device_while_the_one_before_is_trained(few
     assert steps == [*["copied"] * 4, "trained 2", *["copied"] * 2, "trained 2", "trained 2"]
 
 
+def test_the_report_says_how_fast_each_exit_answers(trained):
+    args, result = trained
+    speeds = result.report["exit_speeds"]
+    assert [row["block"] for row in speeds] == [0, 1, 2]
+    assert all(row["milliseconds"] > 0 and row["texts_per_second"] > 0 for row in speeds)
+    page = (Path(args.output_dir) / "report.md").read_text()
+    assert f"texts of {speeds[0]['tokens']} tokens" in page
+    assert f"| 2 | {speeds[2]['milliseconds']:.4f} |" in page
+
+
 def test_training_loss_falls_on_real_text(trained):
     """That of every block: codes that move apart may be harder to hit at first."""
     _, result = trained

@@ -9,9 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import report as reporting
 from ..atomic import export
+from ..data import sources
+from ..data.batching import token_lengths
 from ..metrics import confusion_matrix, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from . import checkpoint, health
+from .measure import exit_speeds
 from .plan import Plan
 from .progress import Progress
 from .record import Record
@@ -57,9 +60,9 @@ def finish(
             for block in elsewhere.values():
                 block.to_empty(device=stage.device)
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), elsewhere, None)
-        found = {**results, "code_health": codes}
+        speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
+        found = {**results, "exit_speeds": speeds, "code_health": codes}
         report = _report(plan, progress, model, stage.device, found, all_warnings)
-        model.eval()
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
@@ -101,7 +104,7 @@ def _report(
         plan, progress: the run, and how far it got.
         model: the chosen one, complete.
         device: of the main process.
-        results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `code_health`.
+        results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `exit_speeds`, `code_health`.
         warnings: what the reader should know.
     """
     config, args = model.config, plan.args
@@ -126,7 +129,7 @@ def _report(
         "data": {
             "name": args.dataset_name or Path(args.train_file or "given data").name,
             "rows": {name: len(split) for name, split in plan.data.items()},
-            "fingerprint": plan.identity["data"],
+            "fingerprint": {name: sources.fingerprint(split) for name, split in plan.data.items()},
         },
         "speed": {
             "train_seconds": progress.seconds,

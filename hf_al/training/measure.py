@@ -1,7 +1,9 @@
-"""How long a step of each unit takes on this machine: timed on throw-away copies, one unit at a time."""
+"""How long things take on this machine: a step of each unit, on throw-away copies, and an answer at each exit."""
 
 import copy
+import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from .local_step import local_steps
 from .optim import BlockOptimizers
 
 ROUNDS = 4  # the first one warms up
+ANSWERS = 6  # of each exit; the first one warms up
+MANY = 32  # texts of a batch
 
 
 def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Tensor]:
@@ -33,7 +37,7 @@ def unit_seconds(
     A step is forward, backward, clipping and update, including the embedding and the label side. The state of the
     random generator is restored.
     """
-    tokens = min(max(1, int(np.median(lengths))), model.config.max_position_embeddings)
+    tokens = _median_length(model, lengths)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (args.per_device_train_batch_size, tokens))
     inputs = throw_away_inputs(model, torch.from_numpy(ids).to(device))
     boundary = model.model.initial_boundary(inputs["labels"])
@@ -52,6 +56,40 @@ def unit_seconds(
         copies.append(min(_copy_seconds(out.boundary, device) for _ in range(ROUNDS)))
         boundary = out.boundary
     return steps, copies
+
+
+@torch.inference_mode()
+def exit_speeds(model: ALForSequenceClassification, device: torch.device, lengths: np.ndarray) -> list[dict[str, Any]]:
+    """How fast each exit answers texts of the median length: `milliseconds` for one text, `texts_per_second` in batches
+    of 32. Medians of interleaved rounds, without tokenization; `tokens` is that length.
+
+    Args:
+        model: whole, in evaluation mode, on `device`.
+        device: where it answers.
+        lengths: tokens of each text.
+    """
+    tokens, exits = _median_length(model, lengths), model.config.exits()
+    times: dict[tuple[int, int], list[float]] = {(k, rows): [] for k in exits for rows in (1, MANY)}
+    for _ in range(ANSWERS):
+        for (k, rows), seconds in times.items():
+            ids, mask = torch.ones(2, rows, tokens, dtype=torch.long, device=device)
+            start = _now(device)
+            model(input_ids=ids, attention_mask=mask, exit_block=k)
+            seconds.append(_now(device) - start)
+    typical = {key: statistics.median(seconds[1:]) for key, seconds in times.items()}
+    return [
+        {
+            "block": k,
+            "milliseconds": 1000 * typical[k, 1],
+            "texts_per_second": MANY / typical[k, MANY],
+            "tokens": tokens,
+        }
+        for k in exits
+    ]
+
+
+def _median_length(model: ALForSequenceClassification, lengths: np.ndarray) -> int:
+    return min(max(1, int(np.median(lengths))), model.config.max_position_embeddings)
 
 
 def _copy_seconds(boundary: Boundary, device: torch.device) -> float:

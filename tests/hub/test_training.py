@@ -1,10 +1,12 @@
 """Training that shares its model, and its checkpoints on the way."""
 
+import json
 import shutil
 from pathlib import Path
 
 import hub_jobs as jobs
 import pytest
+import yaml
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 TEXTS = ["thank you so much", "you lost my bag"]
@@ -62,6 +64,36 @@ def test_a_shared_model_is_trained_further_by_its_id(hub, trained, files, tmp_pa
     card = hub.run(jobs.files, "tester/further")["README.md"].decode()
     assert "base_model: tester/base" in card
     assert "Training went on from the weights of tester/base." in card
+
+
+def test_the_card_compares_with_a_run_by_backpropagation_on_the_same_data(hub, flags, tmp_path):
+    runs = {"al": [], "twin": ["--objective=backprop"], "other": ["--objective=backprop", "--max_train_samples=90"]}
+    for name, more in runs.items():
+        status, _, err = hub.run(jobs.shell, "train", *flags, *more, f"--output_dir={tmp_path / name}")
+        assert status == 0, err
+    push = ["push", str(tmp_path / "al"), "tester/compared", "--baseline"]
+    status, _, err = hub.run(jobs.shell, *push, str(tmp_path / "twin"))
+    assert status == 0, err
+    card = hub.run(jobs.files, "tester/compared")["README.md"].decode()
+    rows = [line for line in card.split("### Compared with backpropagation")[1].splitlines() if line.startswith("| ")]
+    twin = json.loads((tmp_path / "twin" / "report.json").read_text())
+    assert rows[3].startswith(f"| backprop | {twin['test'][-1]['accuracy']:.4f} |"), rows
+    for name, said in (("al", "Expected a run by backpropagation"), ("other", "Expected a baseline on the same data")):
+        status, _, err = hub.run(jobs.shell, *push, str(tmp_path / name))
+        assert (status, said in err) == (2, True), err
+
+
+def test_a_result_on_a_data_set_of_the_hub_is_shared_as_the_hub_reads_it(hub, files, flags, tmp_path):
+    data = {f"{split}.csv": str(files / f"{split}.csv") for split in ("train", "validation", "test")}
+    hub.run(jobs.push_data, data, "tester/opinions")
+    flags = [flag for flag in flags if "_file=" not in flag]
+    share = ["--dataset_name=tester/opinions", "--push_to_hub", "--hub_model_id=tester/scored"]
+    status, _, err = hub.run(jobs.shell, "train", *flags, *share, f"--output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    (entry,) = yaml.safe_load(hub.run(jobs.files, "tester/scored")[".eval_results/hf_al.yaml"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert entry["dataset"] == {"id": "tester/opinions", "task_id": "default"}
+    assert entry["value"] == report["test"][-1]["accuracy"]
 
 
 @pytest.mark.parametrize("fault", ["500", "401", "dropped"])
