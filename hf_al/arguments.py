@@ -80,7 +80,9 @@ class TrainingArguments:
         None, "single_label_classification, multi_label_classification or regression; guessed from the labels.", **DATA
     )
     validation_fraction: float = _arg(0.1, "Share of train cut off if there is no validation split.", **DATA)
-    validation_seed: int = _arg(0, "Seed of that cut; apart from the run's seed, so that seeds share one cut.", **DATA)
+    validation_seed: int = _arg(
+        0, "Seed of that cut; separate from the run's seed, so that runs with different seeds share one cut.", **DATA
+    )
     max_train_samples: int | None = _arg(None, "Use only the first N training rows.")
     max_eval_samples: int | None = _arg(None, "Use only the first N validation rows.")
     max_predict_samples: int | None = _arg(None, "Use only the first N test rows.")
@@ -151,7 +153,7 @@ class TrainingArguments:
     push_to_hub: bool = _arg(False, "Share the model on the Hub when training ends; see hf-al push.")
     hub_model_id: str | None = _arg(None, "Repository to push to, user/name (default: the name of output_dir).")
     hub_strategy: str = _arg("end", "end, or checkpoint: also the newest checkpoint, during training.")
-    hub_private_repo: bool = _arg(False, "Make the repository private if this run makes it.")
+    hub_private_repo: bool = _arg(False, "Make the repository private if this run creates it.")
     # --- machine
     stages: int = _arg(1, "Processes to split the blocks over; if above 1, hf-al train or a launcher starts them.")
     placement: str = _arg(
@@ -182,7 +184,9 @@ class TrainingArguments:
                 "its tokenizer and its embedding. Leave them out."
             )
         if self.model_revision and not self.model_name_or_path:
-            raise ValueError(f"Expected model_name_or_path with model_revision={self.model_revision}. Pass it, too.")
+            raise ValueError(
+                f"Expected model_name_or_path with model_revision={self.model_revision}, got none. Pass it as well."
+            )
         if self.torch_compile and self.model_type == "al_lstm":
             raise ValueError(
                 "Expected another model_type with torch_compile, got al_lstm: its loop over tokens would be unrolled. "
@@ -239,8 +243,8 @@ class TrainingArguments:
                 )
         if (self.eval_strategy == "steps") != (self.eval_steps is not None):
             raise ValueError(
-                f"Expected eval_steps exactly with eval_strategy='steps', got eval_strategy={self.eval_strategy!r} and "
-                f"eval_steps={self.eval_steps}."
+                "Expected eval_steps if, and only if, eval_strategy='steps', got "
+                f"eval_strategy={self.eval_strategy!r} and eval_steps={self.eval_steps}."
             )
         needs_evaluation = {
             "early_stopping_patience": self.early_stopping_patience is not None,
@@ -254,9 +258,15 @@ class TrainingArguments:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {self.max_steps}.")
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy != "end"):
-            raise ValueError("Expected push_to_hub with hub_model_id, hub_strategy or hub_private_repo. Pass it, too.")
+            raise ValueError(
+                "Expected push_to_hub with hub_model_id, hub_strategy or hub_private_repo, got none. Pass "
+                "--push_to_hub as well."
+            )
         if self.word_vectors_extra_words and not (self.word_vectors and self.tokenizer_type == "word"):
-            raise ValueError("Expected word_vectors and tokenizer_type='word' with word_vectors_extra_words.")
+            raise ValueError(
+                "Expected word_vectors and tokenizer_type='word' with word_vectors_extra_words, got others. Leave it "
+                "out, or pass them."
+            )
 
     @property
     def hub_id(self) -> str:

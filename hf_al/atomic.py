@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 CONFIG = "config.json"  # to transformers, a folder without it is not a model
+# What a run writes under names that are not fixed, as patterns that match nothing of a user's own
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors")
+EXPORTS = f"export.{'[0-9a-f]' * 8}.tmp"
 
 
 def fsync(path: Path) -> None:
@@ -35,25 +38,36 @@ def replacing(path: Path, keep_part: bool = False) -> Iterator[TextIO]:
 
     Args:
         path: the name.
-        keep_part: if writing stops halfway, keep the part beside it, under another name.
+        keep_part: if writing stops halfway, keep the part beside it, under another name, and say so in the error.
     """
     if _is_stream(path):
-        with path.open("a", encoding="utf-8") as stream:  # appends, in case a shell opened it with >>
+        stream = path.open("a", encoding="utf-8")  # appends, in case a shell opened it with >>
+        try:
             yield stream
+        except BaseException:
+            with suppress(OSError):  # a full disk refuses what is left in the buffer, once more
+                stream.close()
+            raise
+        stream.close()
         return
     target = Path(os.path.realpath(path))
     stem = os.fsdecode(os.fsencode(target.name)[:200])  # a name has 255 bytes at most
     aside = target.with_name(f"{stem}.{secrets.token_hex(4)}.tmp")
+    file = aside.open("x", encoding="utf-8")
     try:
-        with aside.open("x", encoding="utf-8") as file:
-            if target.exists():
-                shutil.copymode(target, aside)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, aside)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
         aside.replace(target)
-    except BaseException:
-        if not keep_part:
+    except BaseException as error:
+        with suppress(OSError):
+            file.close()
+        if keep_part:
+            error.add_note(f"What was written so far is in {aside}.")
+        else:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
         raise
@@ -93,7 +107,7 @@ def export(folder: Path) -> Iterator[Path]:
     The old config.json is removed first and the new one comes last: whenever the move stops, `folder` holds the old
     model, the new one, or nothing that could be taken for a model.
     """
-    for leftover in folder.glob("export." + "[0-9a-f]" * 8 + ".tmp"):  # left by a process that died
+    for leftover in folder.glob(EXPORTS):  # left by a process that died
         shutil.rmtree(leftover, ignore_errors=True)
     with removed_if_broken(folder / f"export.{secrets.token_hex(4)}.tmp") as aside:
         yield aside
@@ -101,7 +115,7 @@ def export(folder: Path) -> Iterator[Path]:
             fsync(path)
         (folder / CONFIG).unlink(missing_ok=True)
         fsync(folder)
-        for stale in folder.glob("model*.safetensors*"):  # transformers prefers one file to several parts
+        for stale in [path for pattern in WEIGHTS for path in folder.glob(pattern)]:  # one file is preferred to parts
             if not (aside / stale.name).exists():
                 stale.unlink()
         for path in sorted(aside.iterdir(), key=lambda path: path.name == CONFIG):

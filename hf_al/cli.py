@@ -49,9 +49,15 @@ def _train(flags: Namespace) -> None:
         launch(args.to_yaml(), args.stages, args.use_cpu)
         return
     set_up_output(args.disable_tqdm)
+    import torch.distributed as dist
+
     from .training.loop import train
 
-    report = train(args).report
+    try:
+        report = train(args).report
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if not speaks():
         return
     split = "test" if "test" in report else "validation"
@@ -68,7 +74,7 @@ def _evaluate_flags(parser: FlagParser) -> None:
     _add_file(data, "--test_file", "csv, tsv, json lines or parquet, also .gz")
     data.add_argument("--dataset_name", metavar="NAME", help="in place of a file: a Hub id, or tweets")
     parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of the Hub data set")
-    parser.add_argument("--test_split_name", metavar="NAME", default="test", help="its split (default: test)")
+    parser.add_argument("--test_split_name", metavar="NAME", help="its split (default: test)")
     parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
     parser.add_argument("--label_column_name", metavar="NAME", help="column of the label (default: guessed)")
     parser.add_argument(
@@ -76,7 +82,7 @@ def _evaluate_flags(parser: FlagParser) -> None:
         type=positive,
         default=128,
         metavar="N",
-        help="examples of a batch (default: 128)",
+        help="examples per batch (default: 128)",
     )
     _add_machine_flags(parser)
 
@@ -88,10 +94,12 @@ def _evaluate(flags: Namespace) -> None:
     from .loading import check_model_name
 
     check_model_name(flags.model, flags.revision)
-    if flags.test_file:
-        data = read_file(flags.test_file)
+    if flags.dataset_name:
+        data = load_split(flags.dataset_name, flags.dataset_config_name, flags.test_split_name or "test")
+    elif flags.dataset_config_name or flags.test_split_name:
+        raise ValueError("Expected --dataset_name with --dataset_config_name or --test_split_name, got --test_file.")
     else:
-        data = load_split(flags.dataset_name, flags.dataset_config_name, flags.test_split_name)
+        data = read_file(flags.test_file)
     if flags.threads:
         import torch
 
@@ -197,11 +205,11 @@ class Command:
 
 COMMANDS = {
     "train": Command("train a classifier", _train_flags, _train),
-    "evaluate": Command("metrics of a trained model on a labelled file, one json object", _evaluate_flags, _evaluate),
+    "evaluate": Command("metrics of a trained model on labelled text, one json object", _evaluate_flags, _evaluate),
     "predict": Command("classify text: a file, or lines from standard input", _predict_flags, _predict),
     "inspect": Command("blocks, shapes, parameters and exits of a model", _inspect_flags, _inspect),
     "compare": Command("a table of several runs", _compare_flags, _compare),
-    "push": Command("share a finished run on a Hub: model, card, results", _push_flags, _push),
+    "push": Command("share a finished run on the Hub: model, card, results", _push_flags, _push),
 }
 EXAMPLES = """\
   hf-al train --train_file train.csv --test_file test.csv --output_dir out/mine

@@ -16,6 +16,7 @@ from .values import convert, type_name, union_members
 
 FILE_FLAGS = {"config", "train_file", "validation_file", "test_file"}  # completed with file names in a shell
 FOLDER_FLAGS = {"output_dir", "resume_from_checkpoint"}
+OTHER_NAMES = {"num_hidden_layers": "num_blocks", "--num_hidden_layers": "--num_blocks"}  # those of transformers
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "NAME"}
 
 
@@ -38,8 +39,9 @@ class FlagParser(ArgumentParser):
             return
         if not unknown[0].startswith("-"):
             raise ValueError(f"Unexpected argument {unknown[0]!r}.")
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        raise ValueError(f"Unknown flag {unknown[0]}.{nearest(unknown[0].split('=')[0], known)}")
+        flag = unknown[0].split("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        raise ValueError(f"Unknown flag {unknown[0]}.{nearest(OTHER_NAMES.get(flag, flag), known)}")
 
 
 def reader(kind: Any) -> Callable[[str], Any]:
@@ -159,7 +161,8 @@ def check_model_keys(args: TrainingArguments) -> None:
     known = {name: field.kind for name, field in fields.items()}
     for key, value in args.model.items():
         if key not in known:
-            raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{nearest(str(key), list(known))}")
+            name = OTHER_NAMES.get(str(key), str(key))
+            raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{nearest(name, list(known))}")
         try:
             args.model[key] = convert(value, known[key])
         except (TypeError, ValueError):

@@ -153,7 +153,8 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
                 for n, row in zip(names, counts, strict=True)
             ]
             lines += ["", table(rows, markdown=True)]
-    lines += ["", "## Training"]
+    if drawn:
+        lines += ["", "## Training"]
     show("Training", "losses", "validation", "gradients")
     if report["code_health"]:
         lines += ["", "## Target codes", "", CODES]

@@ -14,6 +14,7 @@ from hooks import hook
 from safetensors.torch import load_file
 
 import hf_al
+from hf_al import atomic
 from hf_al.training import checkpoint
 from hf_al.training.optim import BlockOptimizers
 
@@ -139,13 +140,13 @@ def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(find, 
 def test_a_text_that_breaks_while_written_is_the_old_or_the_new_one(tmp_path):
     path = tmp_path / "report.json"
     for call in (1, 2):  # to the disk, and under the name
-        checkpoint.write_atomically(path, "old")
+        atomic.write_atomically(path, "old")
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, call)
             with pytest.raises(Broken):
-                checkpoint.write_atomically(path, "new" * 1000)
+                atomic.write_atomically(path, "new" * 1000)
         assert path.read_text() == "old"
-    checkpoint.write_atomically(path, "new")
+    atomic.write_atomically(path, "new")
     assert path.read_text() == "new"
 
 
@@ -322,6 +323,15 @@ def test_last_does_not_start_anew_over_damaged_checkpoints(find, make_run, tmp_p
     flip_a_bit(save(tmp_path, 10, make_run()) / "block-000.safetensors")
     with pytest.raises(ValueError, match=r"Expected an intact checkpoint, got damaged ones only: .*block-000"):
         find("last", tmp_path)
+
+
+def test_a_format_that_looks_different_is_not_taken_for_damage(make_run, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoints" / "checkpoint-00000001"
+    path.mkdir(parents=True)
+    (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 9, "files": ["block-000.bin"]}))
+    for open_it in (lambda: checkpoint.open_checkpoint(path), lambda: checkpoint.candidates(str(path), tmp_path)):
+        with pytest.raises(ValueError, match=r"Expected a checkpoint of format 2, got format 9 in .* another version"):
+            open_it()
 
 
 def test_a_checkpoint_of_another_format_is_refused(make_run, tmp_path, monkeypatch):

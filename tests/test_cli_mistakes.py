@@ -19,6 +19,11 @@ SCRIPT = str(Path(sys.executable).with_name("hf-al"))
         (["train", "--output_dir=out"], ["Expected data, got none", "--train_file", "--dataset_name"]),
         (["train", "--output_dir=out", "--learing_rate=1"], ["--learing_rate", "Did you mean --learning_rate?"]),
         (["train", "--output_dir=out", "--num_block=2"], ["--num_block", "Did you mean --num_blocks?"]),
+        (["train", "--output_dir=out", "--num_hidden_layers=2"], ["Did you mean --num_blocks?"]),
+        (
+            ["train", "--output_dir=out", "--train_file=a.csv", "--test_split_name=x"],
+            ["Expected a Hub id", "split_name=x"],
+        ),
         (["train", "--output_dir=out", "stray"], ["stray"]),
         (["train", "--output_dir=out", "--seed=abc"], ["seed", "int", "'abc'"]),
         (["train", "--output_dir=out", "--learning_rate=fast"], ["learning_rate", "float", "'fast'"]),

@@ -43,9 +43,31 @@ def test_ctrl_c_leaves_the_answers_so_far_beside_their_place(trained, start, tmp
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.wait(60) == 130
-    assert err == f"hf-al predict: interrupted. The answers so far are in {aside}.\n"
+    assert err == f"hf-al predict: interrupted. What was written so far is in {aside}.\n"
     assert len(aside.read_text().splitlines()) == 32
     assert not output.exists()
+
+
+@pytest.mark.medium
+def test_a_full_disk_leaves_the_answers_so_far_and_says_where(trained, tmp_path):
+    (tmp_path / "long.txt").write_text("a fine day\n" * 3000)
+    limit = f"ulimit -f 20; exec {sys.executable} -m hf_al_program predict {trained[0]} --threads 1 "
+    done = subprocess.run(
+        ["bash", "-c", f"{limit} --input long.txt --output answers.jsonl"], cwd=tmp_path, capture_output=True, text=True
+    )
+    (aside,) = tmp_path.glob("answers.jsonl.*.tmp")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "hf-al predict: error: Could not write the answers to answers.jsonl: File too large. Make room there, or pass "
+        f"another --output. What was written so far is in {aside}.\n"
+    )
+    full = shell_into_full_device(trained, tmp_path)
+    assert "Could not write the answers to /dev/full: No space left on device." in full
+
+
+def shell_into_full_device(trained, folder: Path) -> str:
+    program = [sys.executable, "-m", "hf_al_program", "predict", str(trained[0]), "--output", "/dev/full"]
+    return subprocess.run(program, input="one text\n", cwd=folder, capture_output=True, text=True).stderr
 
 
 @pytest.mark.medium

@@ -344,8 +344,13 @@ def test_fp16_is_refused_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     ("world", "stages", "objective", "message"),
     [
-        ("2", 1, "al_ce", "Expected one process, got 2: .* Pass --stages 2, or launch with --num_processes 1."),
-        ("2", 1, "backprop", "got 2: .* says so. backprop trains in one process: launch with --num_processes 1."),
+        (
+            "2",
+            1,
+            "al_ce",
+            "Expected one process, got 2: .* Pass --stages 2, or start it without a launcher: python ",
+        ),
+        ("2", 1, "backprop", "says so. backprop trains in one process: start it without a launcher: python "),
         ("2", 3, "al_ce", "Expected 3 processes, one per stage, got 2. .* hf-al train --stages 3"),
         ("1", 2, "al_ce", "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1"),
     ],
@@ -357,6 +362,34 @@ def test_another_number_of_processes_than_stages_is_refused(
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match=message):
         hf_al.train(arguments(tmp_path, stages=stages, model={"objective": objective}), few_tweets)
+
+
+def test_files_beside_a_run_stay_whatever_they_are_called(few_tweets, tmp_path):
+    """Both when a run starts anew, and when its model is exported once more."""
+    hf_al.train(arguments(tmp_path / "run", max_steps=2), few_tweets)
+    mine = [
+        "model_backup.safetensors",
+        "my_al.py",
+        "vocab.txt",
+        "export.mine.tmp/file",
+        "tokenizer_2.json",
+    ]
+    for name in mine:
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
+    hf_al.train(arguments(tmp_path / "run", max_steps=2, resume_from_checkpoint="last"), few_tweets)
+    hf_al.train(arguments(tmp_path / "run", max_steps=2, overwrite_output_dir=True), few_tweets)
+    assert [name for name in mine if not (tmp_path / "run" / name).exists()] == []
+
+
+def test_checkpoints_on_another_disk_are_unlinked_not_deleted(few_tweets, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    hf_al.train(arguments(run, max_steps=2), few_tweets)
+    (run / "checkpoints").rename(elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    hf_al.train(arguments(run, max_steps=2, overwrite_output_dir=True), few_tweets)
+    assert not (run / "checkpoints").is_symlink()
+    assert list(elsewhere.glob("checkpoint-*/manifest.json"))
 
 
 def test_a_folder_with_files_is_not_overwritten_unless_asked(few_tweets, tmp_path):
@@ -395,8 +428,8 @@ def test_arguments_that_cannot_work_are_refused_before_data_is_read(values, mess
         ({"seed": 1.5}, "Expected seed as int, got 1.5"),
         ({"validation_fraction": 1.0}, r"Expected validation_fraction in \[0, 1\), got 1.0"),
         ({"weight_decay": -1}, "Expected weight_decay to be 0 or more, got -1"),
-        ({"eval_strategy": "steps"}, "Expected eval_steps exactly with eval_strategy='steps'"),
-        ({"eval_steps": 5}, "Expected eval_steps exactly with eval_strategy='steps'"),
+        ({"eval_strategy": "steps"}, "Expected eval_steps if, and only if, eval_strategy='steps'"),
+        ({"eval_steps": 5}, "Expected eval_steps if, and only if, eval_strategy='steps'"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "Expected an eval_strategy for early_stopping"),
         ({"lr_scheduler_type": "liner"}, "Expected lr_scheduler_type to be one of .*'liner'. Did you mean linear"),
         ({"model_type": "lstm"}, "Expected model_type to be one of .*Did you mean al_lstm"),

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import hf_al
 from hf_al.modeling.blocks import truncate
-from hf_al.modeling.lstm import packed
+from hf_al.modeling.lstm import packed, sort_by_length
 
 PROBLEMS = {
     "single_label": ({}, lambda: torch.tensor([0, 2, 1, 1])),
@@ -554,8 +554,9 @@ def test_a_carried_state_is_the_final_state_of_the_block_before(make_model, make
     batch = without_labels(make_batch(rows=1))
     rows = model.get_input_embeddings()(batch["input_ids"])
     lengths = batch["attention_mask"].sum(1)
-    hidden, state = packed(model.model.blocks[1].encode.layers[0], rows, lengths)
-    expected, _ = packed(model.model.blocks[2].encode.layers[0], hidden, lengths, state)
+    by_length = sort_by_length(lengths, rows.device)
+    hidden, state = packed(model.model.blocks[1].encode.layers[0], rows, by_length)
+    expected, _ = packed(model.model.blocks[2].encode.layers[0], hidden, by_length, state)
     got = model(**batch, output_hidden_states=True).hidden_states[-1]
     assert torch.allclose(got, expected, atol=1e-6)
 

@@ -197,7 +197,7 @@ def test_standard_input_is_text_lines_unless_said(trained, inputs, start):
     assert table.communicate(inputs["rows.csv"].read_text())[0] == out
     assert lines.wait(60) == table.wait(60) == 0
     assert len(out.splitlines()) == 3
-    assert err == "3 rows, 0 of them with an error.\n"
+    assert err == "3 rows, none with an error.\n"
 
 
 @pytest.mark.medium
@@ -210,7 +210,7 @@ def test_unusable_rows_give_an_error_each_and_status_0(trained, tmp_path, shell,
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer.get("row") for answer in found] == [None, 1, 2, 3, None]
     assert all("Expected" in answer["error"] for answer in found[1:4])
-    assert "5 rows, 3 of them with an error." in caplog.text
+    assert "5 rows, 3 with an error." in caplog.text
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -309,7 +309,7 @@ def test_memory_does_not_grow_with_the_input(trained, start):
     after = answer(100)
     process.stdin.close()
     assert process.wait(60) == 0
-    assert process.stderr.read() == b"30720 rows, 0 of them with an error.\n"
+    assert process.stderr.read() == b"30720 rows, none with an error.\n"
     sent = 100 * len(chunk) // 1024
     assert sent > 1000
     assert after - before < 12 * 1024, f"grew by {after - before} KiB while {sent} KiB were sent"

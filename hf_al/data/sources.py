@@ -81,6 +81,10 @@ def _load_raw(args: TrainingArguments) -> DatasetDict:
     for split, path in (("validation_file", args.validation_file), ("test_file", args.test_file)):
         if path and args.dataset_name:
             raise ValueError(f"Expected train_file beside {split}, got dataset_name. Pass one kind of data only.")
+    if not args.dataset_name or args.dataset_name == "tweets":
+        for field in ("dataset_config_name", "train_split_name", "validation_split_name", "test_split_name"):
+            if getattr(args, field) and (args.train_file or field == "dataset_config_name"):
+                raise ValueError(f"Expected a Hub id as dataset_name with {field}={getattr(args, field)}, got none.")
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         return DatasetDict({split: read_file(file) for split, file in files.items() if file})

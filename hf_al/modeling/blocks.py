@@ -272,8 +272,8 @@ def refuse_gradients(outputs: Iterable[Tensor], objective: str) -> None:
 
     def refuse(_: Tensor) -> None:
         raise ValueError(
-            f"Expected labels in training mode with objective={objective!r}, got none and a loss made of the outputs: "
-            "its gradients would cross all blocks. Pass labels to the model. Instead of Trainer's "
+            f"Expected labels in training mode with objective={objective!r}, got none and a loss made from the "
+            "outputs: its gradients would cross all blocks. Pass labels to the model. Instead of Trainer's "
             "label_smoothing_factor, set label_smoothing in the model's config; instead of compute_loss_func, use an "
             "objective of your own."
         )

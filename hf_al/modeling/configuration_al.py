@@ -35,7 +35,7 @@ def _choice(config, name, allowed):
     value = getattr(config, name)
     if value not in allowed:
         nearest = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-        advice = f"Did you mean {nearest[0]}?" if nearest else f"Pass {allowed[0]!r}, say."
+        advice = f"Did you mean {nearest[0]}?" if nearest else f"Pass {allowed[0]!r}, for example."
         raise ValueError(f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. {advice}")
 
 
@@ -308,12 +308,15 @@ class ALTransformerConfig(ALConfig):
         for name, usual in (("rotary_base", 10000.0), ("layer_norm_eps", 1e-5)):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"Expected {name} to be a positive number, got {value}. Pass {name}={usual}, say.")
+                raise ValueError(
+                    f"Expected {name} to be a positive number, got {value}. Pass {name}={usual}, for example."
+                )
         head_size, rest = divmod(self.hidden_size, self.num_attention_heads)
         if rest:
             raise ValueError(
                 f"Expected hidden_size to be a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}. Pass hidden_size={self.num_attention_heads * (head_size + 1)}, say."
+                f"{self.num_attention_heads}. Pass hidden_size={self.num_attention_heads * (head_size + 1)}, for "
+                "example."
             )
         if self.position_embedding_type == "rotary" and head_size % 2:
             raise ValueError(

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .lstm import BidirectionalLSTM
+from .lstm import BidirectionalLSTM, sort_by_length
 from .objectives import Boundary
 
 Inputs = dict[str, Any]  # tensors that every block knows about a batch: see `prepare_inputs` of an encoder
@@ -103,9 +103,13 @@ class LstmEncoder(Encoder):
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
-        """Adds `order` (N, T), which moves all padding to the right, unless it is there already."""
+        """Adds `order` (N, T), which moves all padding to the right, unless it is there already; and `by_length`, for
+        devices that run packed batches."""
         if inputs["padding"] == "mixed":
             inputs["order"] = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
+        device = inputs["attention_mask"].device
+        if device.type != "cpu" and not torch.compiler.is_compiling():
+            inputs["by_length"] = sort_by_length(inputs["lengths"], device)
         return inputs
 
     def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
@@ -117,7 +121,7 @@ class LstmEncoder(Encoder):
         if "order" in inputs:
             x_NTE = x_NTE.gather(1, inputs["order"][..., None].expand_as(x_NTE))
         for layer, dropout, state in zip(self.layers, self.dropouts, states, strict=True):
-            x_NTE, final = layer(dropout(x_NTE), inputs["lengths"], state)
+            x_NTE, final = layer(dropout(x_NTE), inputs["lengths"], state, inputs.get("by_length"))
             finals.append(final)
         if "order" in inputs:
             index = inputs["order"][..., None].expand_as(x_NTE)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 State = tuple[Tensor, Tensor]
+ByLength = tuple[Tensor, Tensor, Tensor]
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 CHUNK = 8  # steps whose factors are computed together in the backward pass: few calls, and they stay in the cache
 
@@ -28,7 +29,7 @@ class BidirectionalLSTM(nn.LSTM):
         super().__init__(input_size, hidden_size, batch_first=True, bidirectional=True)
 
     def forward(  # type: ignore[override]
-        self, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
+        self, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None, by_length: ByLength | None = None
     ) -> tuple[Tensor, State]:
         """Hidden states (N, T, 2H), zero on padding, and the final (h, c), each (2, N, H).
 
@@ -36,29 +37,41 @@ class BidirectionalLSTM(nn.LSTM):
             x_NTE: the texts.
             lengths_N: tokens of each text, at least 1.
             state: initial (h, c), each (2, N, H); zeros if None.
+            by_length: what `sort_by_length` made of the lengths, so that it is done once for all layers.
         """
         if torch.compiler.is_compiling():
             return traceable(self, x_NTE, lengths_N, state)
-        run = bidirectional if x_NTE.device.type == "cpu" else packed
-        return run(self, x_NTE, lengths_N, state)
+        if x_NTE.device.type == "cpu":
+            return bidirectional(self, x_NTE, lengths_N, state)
+        return packed(self, x_NTE, by_length or sort_by_length(lengths_N, x_NTE.device), state)
 
     def operands(self) -> list[Tensor]:
         """The parameters in the order of `KINDS`, forward and reverse in turn."""
         return [getattr(self, f"{kind}_l0{side}") for kind in KINDS for side in ("", "_reverse")]
 
 
-def packed(
-    lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None = None
-) -> tuple[Tensor, State]:
-    """The layer on a packed batch, for devices whose library has a kernel for it.
+def sort_by_length(lengths_N: Tensor, device: torch.device) -> ByLength:
+    """The texts by falling length: lengths on the CPU, and on the device where each text goes and how it comes back.
 
-    The batch is sorted by length here, on the host: torch would fetch the order from the device, and wait for it.
+    Sorted on the host: torch would fetch the order from the device, and wait for it.
     """
     lengths_N = lengths_N.cpu()
     order_N = lengths_N.argsort(descending=True, stable=True)
-    there_N, back_N = (index.to(x_NTE.device, non_blocking=True) for index in (order_N, order_N.argsort()))
+    indices = [order_N, order_N.argsort()]
+    if device.type == "cuda":
+        indices = [index.pin_memory() for index in indices]
+    there_N, back_N = (index.to(device, non_blocking=True) for index in indices)
+    return lengths_N[order_N], there_N, back_N
+
+
+def packed(
+    lstm: BidirectionalLSTM, x_NTE: Tensor, by_length: ByLength, state: State | None = None
+) -> tuple[Tensor, State]:
+    """The layer on a packed batch, for devices whose library has a kernel for it."""
+    lengths_N, there_N, back_N = by_length
+    there_N, back_N = there_N.to(x_NTE.device), back_N.to(x_NTE.device)  # blocks may be on several devices
     state = None if state is None else (state[0][:, there_N], state[1][:, there_N])
-    batch = nn.utils.rnn.pack_padded_sequence(x_NTE[there_N], lengths_N[order_N], batch_first=True)
+    batch = nn.utils.rnn.pack_padded_sequence(x_NTE[there_N], lengths_N, batch_first=True)
     batch, (h, c) = nn.LSTM.forward(lstm, batch, state)
     hidden_NTD, _ = nn.utils.rnn.pad_packed_sequence(batch, batch_first=True, total_length=x_NTE.shape[1])
     return hidden_NTD[back_N], (h[:, back_N], c[:, back_N])

@@ -73,7 +73,17 @@ class Schema(tuple[Entry, ...]):
         small, large = (run(*probe) for probe in PROBES)
         symbols = dict(zip(zip(*PROBES, strict=True), "NT", strict=True))
         entries = []
+        if small.keys() != large.keys():
+            raise ValueError(
+                f"Expected the same tensors to leave a block for every batch, got {sorted(small)} for a batch of "
+                f"{PROBES[0]} and {sorted(large)} for one of {PROBES[1]}."
+            )
         for name, tensor in small.items():
+            if not isinstance(tensor, Tensor) or tensor.ndim != large[name].ndim:
+                raise ValueError(
+                    f"Expected {name} to leave its block as a tensor with the same dimensions for every batch, got "
+                    f"{getattr(tensor, 'shape', tensor)} and {getattr(large[name], 'shape', large[name])}."
+                )
             if not tensor.is_contiguous():
                 raise ValueError(
                     f"Expected {name} to leave its block contiguous, got strides {tensor.stride()}: dropout in the "
@@ -107,8 +117,18 @@ class Schema(tuple[Entry, ...]):
 
     def write(self, boundary: Boundary, buffer: Tensor, rows: int, tokens: int) -> None:
         """Copies the tensors into the buffer, after the header."""
+        if boundary.keys() != {entry.name for entry in self}:
+            raise ValueError(
+                f"Expected {sorted(entry.name for entry in self)} to leave the block, as for the first batch, got "
+                f"{sorted(boundary)}."
+            )
         for entry, view in self._views(buffer, rows, tokens):
             tensor = boundary[entry.name]
+            if tensor.shape != view.shape:
+                raise ValueError(
+                    f"Expected {entry.name} of shape {tuple(view.shape)} for {rows} rows and {tokens} tokens, got "
+                    f"{tuple(tensor.shape)}: dimensions are those of the batch, the tokens, or constants."
+                )
             assert tensor.dtype == entry.dtype, f"{entry.name} is {tensor.dtype}, agreed was {entry.dtype}"
             assert tensor.is_contiguous(), f"{entry.name} has strides {tensor.stride()}"
             view.copy_(tensor)

@@ -7,6 +7,7 @@ Boundaries go point to point. Everything else is json, or small tensors as safet
 group has anyway: writing there never waits, and its content outlives a process that dies.
 """
 
+import itertools
 import json
 import re
 import time
@@ -25,6 +26,7 @@ from ..modeling.objectives import Boundary
 from .launch import leave_the_word
 from .schema import ALIGNMENT, Message, Schema
 
+RUNS = itertools.count()  # of this process: each has words of its own
 AHEAD = 2  # receives that are posted ahead, and sends in flight
 ASK_EVERY = 0.2  # seconds after which the first stage checks again whether another one was told to stop
 SILENCE = 3.0  # seconds for a process that failed to report why
@@ -104,7 +106,7 @@ class Neighbours(Alone):
     def __init__(self, number: int, stages: int, device: torch.device, timeout: float):
         self.number, self.stages, self.device, self.timeout = number, stages, device, timeout
         self.is_first, self.is_last = number == 0, number == stages - 1
-        self.store = dist.distributed_c10d._get_default_store()
+        self.store = dist.PrefixStore(f"hf_al/{next(RUNS)}", dist.distributed_c10d._get_default_store())
         self.incoming: dict[str, Schema] = {}
         self.outgoing: dict[str, Schema] = {}
         self.coming: Iterator[Message] = iter(())
@@ -112,7 +114,7 @@ class Neighbours(Alone):
         self.inbox, self.outbox = _Ring(AHEAD + 1, device), _Ring(AHEAD, device)
         self.in_flight: deque[dist.Work] = deque()
         self.signal = 0
-        self.store_is_gone = False
+        self.store_is_gone = self.has_failed = False
         self.next_question = 0.0
         self.at = "the start"
         self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each so far
@@ -184,14 +186,14 @@ class Neighbours(Alone):
         if self.is_first:
             self.signal = now or signal or self._asked()  # in the headers of the next one
         elif signal:
-            self.store.set("stop", str(signal))
+            self._ask("set", "stop", str(signal))
         return now
 
     def _asked(self) -> int:
         if time.monotonic() < self.next_question:
             return 0
         self.next_question = time.monotonic() + ASK_EVERY
-        return int(self.store.get("stop")) if self.store.check(["stop"]) else 0
+        return int(self._ask("get", "stop")) if self._ask("check", ["stop"]) else 0
 
     # --- words
 
@@ -204,7 +206,7 @@ class Neighbours(Alone):
             result = None if spared else work()
         except (ValueError, OSError) as raised:
             error = raised
-        self.store.set(f"{name}/{self.number}", json.dumps(error is not None))
+        self._ask("set", f"{name}/{self.number}", json.dumps(error is not None))
         failures = [s for s in range(self.stages) if json.loads(self._get(f"{name}/{s}", s))]
         if failures and failures[-1] != self.number:
             leave_the_word()  # to the main process, or the last stage that failed
@@ -214,7 +216,7 @@ class Neighbours(Alone):
 
     def gather(self, value: Any) -> list[Any]:
         name = self._name("gather")
-        self.store.set(f"{name}/{self.number}", json.dumps(value))
+        self._ask("set", f"{name}/{self.number}", json.dumps(value))
         return [json.loads(self._get(f"{name}/{s}", s)) for s in range(self.stages)]
 
     def pass_on(self, rows: list[Any]) -> list[Any] | None:
@@ -247,10 +249,15 @@ class Neighbours(Alone):
         return json.loads(self._get(name, self.stages - 1))
 
     def failed(self, error: Exception) -> None:
-        if not isinstance(error, ConnectionError):
-            status = 2 if isinstance(error, (ValueError, OSError)) else 1
-            with suppress(RuntimeError):  # the store may be gone, too
-                self.store.set("failure", str(status))
+        if isinstance(error, ConnectionError) or self.has_failed:
+            return
+        self.has_failed = True
+        status = 2 if isinstance(error, (ValueError, OSError)) else 1
+        with suppress(RuntimeError):  # the store may be gone, too
+            first = self.store.add("failures", 1) == 1
+            if not first:  # a consequence of the other's
+                leave_the_word(status)
+            self.store.set("failure", str(status))
 
     def statistics(self) -> dict[str, float]:
         return {**self.count, **{f"waited_{what}": seconds for what, seconds in self.waited.items()}}
@@ -268,7 +275,14 @@ class Neighbours(Alone):
 
     def _set(self, key: str, value: bytes, counter: str) -> None:
         self.count[counter] += len(value)
-        self.store.set(key, value)  # type: ignore[arg-type]  # bytes are fine
+        self._ask("set", key, value)
+
+    def _ask(self, what: str, *args: Any) -> Any:
+        """A call of the store, which the launcher or the main process holds."""
+        try:
+            return getattr(self.store, what)(*args)
+        except RuntimeError as error:
+            raise self._lost(self.stages - 1, error) from None
 
     def _get(self, key: str, peer: int) -> bytes:
         """The value under a key, as soon as `peer` has set it."""

@@ -11,7 +11,7 @@ import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -175,12 +175,11 @@ def predict_file(flags: Namespace) -> None:
         chunks = predict(model, tokenizer, rows, flags.batch_size, flags.exit_block, flags.all_scores)
         with _destination(flags.output) as out:
             for answers in chunks:
-                out.writelines(json.dumps(answer) + "\n" for answer in answers)
-                out.flush()
+                _write(answers, out, flags.output)
                 total += len(answers)
                 errors += sum("error" in answer for answer in answers)
                 bar.update(len(answers))
-    logger.info("%d rows, %d of them with an error.", total, errors)
+    logger.info("%d %s, %s with an error.", total, "row" if total == 1 else "rows", errors or "none")
 
 
 def _input_format(path: str | None, said: str | None) -> str:
@@ -202,6 +201,8 @@ def _check_files(source: str | None, destination: str | None) -> None:
         raise ValueError(f"Expected a file as --input, got the folder {source}.")
     if source is not None and Path(source).is_file() and Path(source).stat().st_size == 0:
         raise ValueError(f"Expected rows in {source}, got an empty file.")
+    if destination == "":
+        raise ValueError("Expected a file as --output, got an empty name.")
     if destination is not None and Path(destination).is_dir():
         raise ValueError(f"Expected a file as --output, got the folder {destination}.")
     if destination is not None:
@@ -231,10 +232,25 @@ def _destination(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    with replacing(Path(path), keep_part=True) as file:
+    with ExitStack() as stack:
         try:
-            yield file
-        except BaseException as error:
-            if Path(file.name) != Path(path):
-                error.add_note(f"The answers so far are in {file.name}.")
+            out = stack.enter_context(replacing(Path(path), keep_part=True))
+        except OSError as error:
+            raise ValueError(_unwritable(path, error)) from error
+        yield out
+
+
+def _write(answers: list[dict[str, Any]], out: TextIO, path: str | None) -> None:
+    try:
+        out.writelines(json.dumps(answer) + "\n" for answer in answers)
+        out.flush()
+    except OSError as error:
+        if path is None:  # a closed standard output is no mistake
             raise
+        raise ValueError(_unwritable(path, error)) from error
+
+
+def _unwritable(path: str, error: OSError) -> str:
+    return (
+        f"Could not write the answers to {path}: {error.strerror or error}. Make room there, or pass another --output."
+    )

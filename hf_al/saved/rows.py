@@ -47,7 +47,9 @@ def read_rows(stream: BinaryIO, kind: str, named: str | None = None) -> Iterator
         raise ValueError(f"Expected one or two text columns, got {names}. Name at most two.")
     if kind == "text":
         if names:
-            raise ValueError("Expected no text_column_names for text lines, got some. Say --input_format csv or jsonl.")
+            raise ValueError(
+                "Expected no text_column_names for text lines, got some. Pass --input_format csv or jsonl."
+            )
         return _each(lines, lambda line: _usable((line.rstrip("\r\n"),)))
     return (
         _csv_rows(lines, "," if kind == "csv" else "\t", names) if kind in ("csv", "tsv") else _json_rows(lines, names)

@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import nn
 
-from ..atomic import disk_error, fsync, removed_if_broken
-from ..atomic import write_atomically as write_atomically
+from ..atomic import disk_error, fsync, removed_if_broken, write_atomically
 from ..loading import difference
 from ..parallel.transport import ALONE, Alone
 from .optim import BlockOptimizers
@@ -118,7 +119,9 @@ def _folder(aside: Path, transport: Alone) -> Iterator[Path]:
             aside.mkdir(parents=True)
         transport.pass_on([])
         yield aside
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Exception):
+            transport.failed(error)  # before the others miss the folder
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
@@ -146,13 +149,23 @@ def writing(what: str, output_dir: Path) -> Iterator[None]:
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a complete checkpoint, else None. Looks at the sizes of the other files, not into them."""
+    manifest = _read_json(path / MANIFEST)
+    return manifest if _is_complete(path, manifest) else None
+
+
+def _read_json(path: Path) -> Any:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        complete = all((path / name).stat().st_size == file["size"] for name, file in manifest["files"].items())
-        complete = complete and manifest["sha256"] == _own_sha256(manifest)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return manifest if complete else None
+
+
+def _is_complete(path: Path, manifest: Any) -> bool:
+    try:
+        sizes = all((path / name).stat().st_size == file["size"] for name, file in manifest["files"].items())
+        return sizes and manifest["sha256"] == _own_sha256(manifest)
+    except (OSError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -173,11 +186,13 @@ def candidates(name: str, output_dir: Path) -> list[Path]:
         ValueError: a folder that is not a complete checkpoint.
     """
     if name != "last":
-        if read_manifest(Path(name)) is None:
+        try:
+            open_checkpoint(Path(name))
+        except Damaged:
             raise ValueError(
                 f"Expected a complete checkpoint (manifest.json and its block files) in {name}, found none. "
                 "Pass the folder of one, or 'last'."
-            )
+            ) from None
         return [Path(name)]
     found = list(reversed(_by_step(output_dir)))
     for i, path in enumerate(found):
@@ -221,6 +236,17 @@ def _verified(path: Path, name: str, manifest: dict[str, Any]) -> bytes:
     return found
 
 
+def _verified_weights(path: Path, name: str, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights in a file of a checkpoint, and never its optimizer state: two thirds of the file."""
+    try:
+        if _entry(path / name)["sha256"] != manifest["files"][name]["sha256"]:
+            raise Damaged(f"{path / name} does not hold the bytes that were written (sha256)")
+        with safe_open(path / name, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key.startswith(WEIGHT)}  # noqa: SIM118
+    except OSError as error:
+        raise Damaged(f"{path / name} cannot be read ({error.strerror})") from None
+
+
 def open_checkpoint(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
@@ -228,28 +254,37 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
         Damaged: it is not complete.
         ValueError: another version of hf_al wrote it.
     """
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise Damaged(f"{path} has no manifest.json that is whole and finds all its files")
-    if manifest.get("format") != FORMAT:
+    manifest = _read_json(path / MANIFEST)
+    if isinstance(manifest, dict) and "files" in manifest and manifest.get("format") != FORMAT:
         raise ValueError(
             f"Expected a checkpoint of format {FORMAT}, got format {manifest.get('format')} in {path}: another version "
             "of hf_al wrote it. Resume with that version, or start anew in another output_dir."
         )
-    return manifest
+    if not _is_complete(path, manifest):
+        raise Damaged(f"{path} has no manifest.json that is whole and finds all its files")
+    opened: dict[str, Any] = manifest
+    return opened
 
 
-def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockOptimizers | None) -> None:
+def load_checkpoint(
+    path: Path,
+    blocks: dict[int, nn.Module],
+    optimizers: BlockOptimizers | None,
+    manifest: dict[str, Any] | None = None,
+) -> None:
     """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files.
 
     Raises:
         Damaged: a file that is missing or not as it was written; earlier blocks have already been loaded.
         ValueError: tensors that are not those of the blocks, or another format.
     """
-    manifest = open_checkpoint(path)
+    manifest = manifest or open_checkpoint(path)
     for k, block in blocks.items():
         file = f"block-{k:03d}.safetensors"
-        tensors = load(_verified(path, file, manifest))
+        if optimizers is None:
+            tensors = _verified_weights(path, file, manifest)
+        else:
+            tensors = load(_verified(path, file, manifest))
         weights = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
         shapes = [{n: tuple(t.shape) for n, t in named.items()} for named in (block.state_dict(), weights)]
         other = difference(*shapes)
@@ -264,13 +299,13 @@ def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockO
             optimizers.load_state(k, state)
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path, manifest: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """What the run had logged at a checkpoint.
 
     Raises:
         Damaged: the file is not as it was written.
     """
-    rows: list[dict[str, Any]] = json.loads(_verified(path, HISTORY, open_checkpoint(path)))
+    rows: list[dict[str, Any]] = json.loads(_verified(path, HISTORY, manifest or open_checkpoint(path)))
     return rows
 
 

@@ -37,7 +37,14 @@ from .optim import BlockOptimizers
 from .plan import Plan, make_plan
 from .progress import Progress
 from .record import Record
-from .setup import check_arguments, make_accelerator, place_blocks, prepare_output_dir, set_threads
+from .setup import (
+    check_arguments,
+    check_shared,
+    make_accelerator,
+    place_blocks,
+    prepare_output_dir,
+    set_threads,
+)  # fmt: skip
 from .signals import StopSignals
 from .stage import Stage, rows_of
 from .start import keep_blocks, load, weights_digest
@@ -102,13 +109,14 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         _check_same("data", {name: sources.fingerprint(split) for name, split in data.items()}, transport)
         # everything else about the run follows from the arguments
         run_facts = {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}
-        if args.model_name_or_path:
+        if args.model_name_or_path or args.word_vectors:  # from files that may differ
             run_facts["first weights"] = weights_digest(model)
         _check_same("run", run_facts, transport)
         _check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
         run.resume()
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_last else None)
+        check_shared(output_dir, transport)
         run.fit()
         report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start)
         if args.push_to_hub and transport.is_last:
@@ -192,8 +200,8 @@ class Run:
             try:
                 manifest = checkpoint.open_checkpoint(path)
                 self._check_run(manifest, path)
-                checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers)
-                history = checkpoint.read_history(path) if self.transport.is_last else []
+                checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers, manifest)
+                history = checkpoint.read_history(path, manifest) if self.transport.is_last else []
             except checkpoint.Damaged as damage:
                 return damage.reason
             vars(self.progress).update(manifest["progress"], history=history)
@@ -227,17 +235,20 @@ class Run:
             units, "unit" if units == 1 else "units", len(plan.data["train"]), plan.total_steps, len(plan.order),
             plan.placement.table(self.model.model.blocks, devices),
         )  # fmt: skip
-        self.record.start()
-        self.model.train()
         with logging_redirect_tqdm(), StopSignals() as stop:
+            self.record.start()
+            self.model.train()
             watched = sys.stderr.isatty() and self.transport.is_last and not self.args.disable_tqdm
             objective = self.model.config.objective
             self._train_steps(
                 tqdm(total=plan.total_steps, initial=progress.step, disable=not watched, desc=objective), stop
             )
-        if self.shared:
-            self.shared.finish()
-        self.transport.tell(lambda: None)  # the last stage has received everything, and its checkpoint has its name
+            if self.shared:
+                self.shared.finish()
+            # the last stage has received everything, and its checkpoint has its name; a signal that came meanwhile, to
+            # whichever stage, stops all of them here
+            received = max(self.transport.gather(int(stop.received or 0)))
+        stop.received = signal.Signals(received) if received else None
         if stop.received:
             logger.warning(
                 "Stopped by %s after step %d of %d, with a checkpoint in %s. "

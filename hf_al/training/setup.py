@@ -16,11 +16,14 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 
 from ..arguments import TrainingArguments
+from ..atomic import EXPORTS, WEIGHTS
 from ..hub import check_can_push
 from ..messages import last_line
 from ..modeling.configuration_al import ALConfig
 from ..modeling.objectives import OBJECTIVES
+from ..parallel.launch import ACCELERATE, LOCAL_RANK
 from ..parallel.placement import Placement, place
+from ..parallel.transport import Alone
 from ..parsing import check_model_keys
 from ..registration import MODEL_CLASSES
 from . import trackers
@@ -35,9 +38,9 @@ PER_BLOCK = (
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
-    "config.json", "checkpoints", "export.*.tmp", "report.json", "report.md", "plots", "training_config.yaml", "logs",
-    "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "*_al.py", "blocks.py",
-    "encoders.py", "lstm.py", "objectives.py",
+    "config.json", *WEIGHTS, EXPORTS, "shared-????????.tmp", "checkpoints", "logs", "report.json", "report.md", "plots",
+    "training_config.yaml", "tokenizer.json", "tokenizer_config.json", "configuration_al.py", "modeling_al.py",
+    "blocks.py", "encoders.py", "lstm.py", "objectives.py",
 )  # fmt: skip
 
 
@@ -117,12 +120,35 @@ def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
         clear_leftovers(folder / "checkpoints")
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
             for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
         raise ValueError(
-            f"Expected an output_dir that can be emptied, got {folder}: {error.strerror}. Pass another folder, or fix "
-            "its permissions."
+            f"Expected an output_dir that can be emptied, got {folder}: {error.strerror or error}. Pass another "
+            "folder, or fix its permissions."
         ) from None
+
+
+def check_shared(folder: Path, transport: Alone) -> None:
+    """All stages must see one output folder, also on several machines: each writes its blocks' checkpoints there.
+
+    Raises:
+        ValueError: a stage does not find what the last one wrote.
+    """
+    name = transport.tell(lambda: tempfile.mkstemp(prefix="shared-", suffix=".tmp", dir=folder)[1])
+
+    def check() -> None:
+        if not (folder / Path(name).name).exists():
+            raise ValueError(
+                f"Expected one output_dir for all stages, but stage {transport.number} does not find in "
+                f"{folder.absolute()} what the last stage wrote to {folder}. Pass a folder that all machines share, by "
+                "its absolute path."
+            )
+
+    try:
+        transport.together(check)
+    finally:
+        if transport.is_last:
+            os.unlink(name)
 
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:
@@ -146,7 +172,8 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     except RuntimeError as error:
         raise ConnectionError(
             f"Expected {args.stages} processes to meet within {args.ddp_timeout} seconds, not all did: "
-            f"{str(error).splitlines()[0]}. Check the output of the others, and start all of them again."
+            f"{str(error).splitlines()[0]}. One of them may have ended before, with a message of its own. Start all of "
+            "them again, on another port if something else answered on this one."
         ) from None
     _check_world(args, accelerator.num_processes)
     if accelerator.device.type not in ("cpu", "cuda"):
@@ -163,14 +190,14 @@ def _check_world(args: TrainingArguments, processes: int) -> None:
     if args.stages == 1:
         objective = args.model.get("objective")
         can_be_split = objective not in OBJECTIVES or not OBJECTIVES[objective].end_to_end
-        fix = f"Pass --stages {processes}, or launch" if can_be_split else f"{objective} trains in one process: launch"
+        fix = f"Pass --stages {processes}, or start" if can_be_split else f"{objective} trains in one process: start"
         raise ValueError(
-            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. {fix} with "
-            "--num_processes 1."
+            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. {fix} it "
+            f"without a launcher: python {_program('-m')}"
         )
     raise ValueError(
         f"Expected {args.stages} processes, one per stage, got {processes}. On one machine: hf-al train --stages "
-        f"{args.stages} ...; or: {launch_command(args)}"
+        f"{args.stages} ..., with no {LOCAL_RANK} or {ACCELERATE} of a launcher set; or: {launch_command(args)}"
     )
 
 
@@ -179,8 +206,18 @@ def launch_command(args: TrainingArguments) -> str:
     on_cpu = "ACCELERATE_USE_CPU=1 " if args.use_cpu or not torch.cuda.is_available() else ""
     return (
         f"{on_cpu}accelerate launch --multi_gpu --num_processes {args.stages} --num_machines 1 --mixed_precision no "
-        f"--dynamo_backend no {shlex.join(sys.argv)}"
+        f"--dynamo_backend no {_program('--module')}"
     )
+
+
+def _program(module_flag: str) -> str:
+    """What was started, with its arguments, as another program takes it on its command line."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:
+        program = f"{module_flag} {spec.name.removesuffix('.__main__')}"
+    else:
+        program = shlex.quote(sys.argv[0]) if Path(sys.argv[0]).is_file() else "PROGRAM"
+    return f"{program} {shlex.join(sys.argv[1:])}"
 
 
 def set_threads(args: TrainingArguments) -> None:

@@ -5,6 +5,7 @@ The stage never asks how many there are; its transport knows.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,18 @@ from .optim import BlockOptimizers
 def rows_of(inputs: dict[str, Tensor]) -> int:
     """Examples of a micro-batch."""
     return len(inputs["attention_mask"])
+
+
+@contextmanager
+def _unchanged(blocks: list[ALBlock]) -> Iterator[None]:
+    """Throw-away batches leave no trace: not in running statistics, and not in the mode of the blocks."""
+    before = [(buffer, buffer.clone()) for block in blocks for buffer in block.buffers()]
+    modes = [(module, module.training) for block in blocks for module in block.modules()]
+    yield
+    for buffer, value in before:
+        buffer.copy_(value)
+    for module, training in modes:
+        module.training = training
 
 
 class Stage:
@@ -62,8 +75,9 @@ class Stage:
         self.transport, self.wire, self.bf16 = transport, wire, bf16
         self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
-        self.transport.agree("train", self._throw_away, wire)
-        self.transport.agree("evaluate", self._throw_away_evaluation, torch.float32)
+        with _unchanged(list(self.blocks.values())):
+            self.transport.agree("train", self._throw_away, wire)
+            self.transport.agree("evaluate", self._throw_away_evaluation, torch.float32)
 
     def compile(self) -> None:
         """torch.compile for the encoder of every block, in training only: evaluation stays as in a reloaded model."""
@@ -83,6 +97,8 @@ class Stage:
     @torch.no_grad()
     def _throw_away_evaluation(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
         inputs, boundary = self._throw_away_inputs(rows, tokens), boundary or {}
+        for block in self.blocks.values():
+            block.eval()
         for _, out in walk(self.blocks.values(), boundary, inputs, exits=self.model.config.exits()):
             boundary = out.boundary
         return boundary

@@ -95,8 +95,7 @@ def finish(accelerator: Accelerator, output_dir: Path) -> None:
                 _forget(tracker.name, output_dir)
         except Exception as error:  # a server that is gone must not make a finished run fail
             logger.warning("The tracker %s did not finish: %s", tracker.name, error)
-    accelerator.trackers.clear()
-    accelerator.end_training()
+    accelerator.trackers.clear()  # and not `end_training`, which also ends the process group: another run may follow
 
 
 def _forget(name: str, output_dir: Path) -> None:

@@ -47,6 +47,46 @@ def train_own(stage: int, flags: list[str]) -> dict:
     return train(stage, flags)
 
 
+def train_with_statistics(stage: int, flags: list[str]) -> dict:
+    """A run whose blocks keep running statistics of what they see."""
+    from torch import nn
+
+    from hf_al.modeling.encoders import LstmEncoder
+
+    make, forward = LstmEncoder.__init__, LstmEncoder.forward
+
+    def make_with_norm(self, config, index):
+        make(self, config, index)
+        self.norm = nn.BatchNorm1d(self.output_size)
+
+    def normalized(self, boundary, inputs):
+        out = forward(self, boundary, inputs)
+        return {**out, "hidden": self.norm(out["hidden"].transpose(1, 2)).transpose(1, 2).contiguous()}
+
+    PATCH.setattr(LstmEncoder, "__init__", make_with_norm)
+    PATCH.setattr(LstmEncoder, "forward", normalized)
+    return train(stage, flags)
+
+
+def train_twice(stage: int, folder: str, flags: list[str]) -> list[dict]:
+    return [train(stage, [*flags, f"--seed={seed}", f"--output_dir={folder}/{seed}"]) for seed in (1, 2)]
+
+
+def elsewhere_at_the_first_stage(stage: int, folders: list[str], flags: list[str]) -> dict:
+    """The same relative output_dir in another working folder, as on another machine."""
+    os.chdir(folders[stage])
+    return train(stage, flags)
+
+
+def read_by_the_last_stage(stage: int, flags: list[str]) -> dict:
+    """The tensors that this process reads from checkpoints."""
+    read = []
+    hook(PATCH, checkpoint, "_verified_weights", after=lambda call: read.append(list(call.result)))
+    hook(PATCH, checkpoint, "load", after=lambda call: read.append(list(call.result)))
+    train(stage, flags)
+    return {"read": [name for names in read for name in names]}
+
+
 DEATHS = {  # what the first stage is doing, and which call of it is its last
     "in a step": (BlockOptimizers, "update", lambda call, number: call.step == 31),
     "while saving": (checkpoint, "save_file", lambda call, number: "00000026" in str(call.filename)),

@@ -96,6 +96,8 @@ def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone
     ranks = [stages - 1 - stage for stage in range(stages)]
     assert [c["sent_to"] for c in counts] == [{rank - 1} if rank else set() for rank in ranks], "forward only"
     assert all(c["received_bytes"] > 1e5 for c in counts[1:])
+    assert [c["told_bytes"] for c in counts[:-1]] == [0] * (stages - 1), "words back come from the last stage alone"
+    assert counts[-1]["told_bytes"] - len(json.dumps(counts[-1]["report"])) < 1000, "verdicts; at the end the report"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,37 @@ def test_an_objective_and_an_encoder_of_a_users_own_stream(flags, run_flags, tmp
     for stages in (1, 2, 3, 4):
         run_world(stages, jobs.train_own, run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", *flags))
         assert sha256(tmp_path / f"{stages}") == sha256(tmp_path / "1")
+
+
+def test_running_statistics_see_no_throw_away_batch(run_flags, tmp_path):
+    for stages in (1, 2):
+        run_world(stages, jobs.train_with_statistics, run_flags("lstm_al_ce", stages, tmp_path / f"{stages}"))
+    assert sha256(tmp_path / "1") == sha256(tmp_path / "2")
+
+
+def test_a_program_may_train_twice(run_flags, tmp_path):
+    flags = [f for f in run_flags("lstm_al_ce", 2, tmp_path) if "output_dir" not in f]
+    run_world(2, jobs.train_twice, str(tmp_path), [*flags, "--max_steps=10"])
+    first, second = (sha256(tmp_path / str(seed), 10) for seed in (1, 2))
+    assert first != second
+
+
+def test_the_model_is_merged_without_the_optimizer_state_of_other_stages(run_flags, tmp_path):
+    found = run_world(2, jobs.read_by_the_last_stage, run_flags("lstm_al_ce", 2, tmp_path / "run"))
+    assert len(found[1]["read"]) > 10
+    assert not [name for name in found[1]["read"] if name.startswith(checkpoint.OPTIMIZER)]
+
+
+def test_stages_with_folders_of_their_own_are_refused_before_training(run_flags, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    flags = [f for f in run_flags("lstm_al_ce", 2, tmp_path) if "output_dir" not in f]
+    folders = [str(tmp_path / "one"), str(tmp_path / "two")]
+    said = run_world(2, jobs.elsewhere_at_the_first_stage, folders, [*flags, "--output_dir=run"], check=False)
+    assert "Expected one output_dir for all stages, but stage 0 does not find in" in said[0]
+    assert "Pass a folder that all machines share, by its absolute path." in said[0]
+    assert said[1].splitlines()[-1] == "SystemExit: 2"
+    assert not list(tmp_path.glob("*/run/*"))
 
 
 def test_stages_go_on_from_one_trained_model(run_flags, tmp_path):
