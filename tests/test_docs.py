@@ -209,7 +209,9 @@ def run(line: str, monkeypatch) -> None:
     if program.endswith(".py"):
         program, argv = "python", [program, *argv]
     if program == "python":
-        short = ["--rounds=1", "--networks=lstm", "--threads=1"] if "benchmarks" in argv[0] else SHORT
+        step = ["--rounds=1", "--networks=lstm", "--threads=1"]
+        accuracy = ["--objectives=al_ce", "--seeds=1", "--sets=tweets", *SHORT]
+        short = {"step.py": step, "accuracy.py": accuracy}.get(Path(argv[0]).name, SHORT)
         monkeypatch.setattr(sys, "argv", [*argv, *short])
         monkeypatch.syspath_prepend(Path(argv[0]).parent)
         runpy.run_path(argv[0], run_name="__main__")

@@ -121,7 +121,7 @@ def test_the_text_column_is_guessed_where_there_is_one_reading(columns, text):
         (b'{"text": "one"}\n', "jsonl", "body", "Expected column 'body', got the columns"),
         (b'{"a": 1, "b": 2}\n', "jsonl", None, "Cannot tell the text column among"),
         (b"text\n", "csv", "a,b,c", "Expected one or two text columns"),
-        (b"one\n", "text", "body", "Say --input_format csv or jsonl"),
+        (b"one\n", "text", "body", "Pass --input_format csv or jsonl"),
         (b"", "csv", None, "Expected a header line"),
         (b"text\xff,label\n", "csv", None, "Expected a header in UTF-8"),
     ],

@@ -261,6 +261,14 @@ def test_a_signal_at_any_stage_stops_all_after_the_same_step(number, where, run_
     assert sha256(tmp_path / "run") == alone("lstm_al_ce")
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_stops_all(run_flags, alone, tmp_path):
+    flags = run_flags("lstm_al_ce", 2, tmp_path / "run")
+    assert run_world(2, jobs.signalled_at_the_end, STEPS, flags) == [143, 143]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    run_world(1, jobs.train, run_flags("lstm_al_ce", 1, tmp_path / "run", "--resume_from_checkpoint=last"))
+    assert sha256(tmp_path / "run") == alone("lstm_al_ce")
+
+
 def test_the_wrong_batch_is_noticed(run_flags, tmp_path):
     flags = run_flags("lstm_al_ce", 2, tmp_path / "run")
     said = run_world(2, jobs.another_order_at_the_first_stage, flags, check=False)
