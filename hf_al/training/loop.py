@@ -245,8 +245,8 @@ class Run:
             )
             if self.shared:
                 self.shared.finish()
-            # the last stage has received everything, and its checkpoint has its name; a signal that came meanwhile, to
-            # whichever stage, stops all of them here
+            self.transport.tell(lambda: None)  # the last stage has everything, and its checkpoint has its name
+            # a signal that came meanwhile, to whichever stage, stops all of them here
             received = max(self.transport.gather(int(stop.received or 0)))
         stop.received = signal.Signals(received) if received else None
         if stop.received:
