@@ -121,7 +121,7 @@ def make_batch():
 # --- a Hub
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub_process(tmp_path_factory):
     """A Hub on loopback, and a client process that knows it."""
     import hub_jobs as jobs
@@ -130,14 +130,12 @@ def hub_process(tmp_path_factory):
     endpoint, server, app = serve_in_thread(tmp_path_factory.mktemp("hub"))
     home = tmp_path_factory.mktemp("home")
     values = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
-    ):
-        patch.delenv("HF_HUB_OFFLINE")
-        for name, value in values.items():
-            patch.setenv(name, value)
-        pool.submit(jobs.set_token, TOKEN).result(100)  # starts it, with this environment
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("HF_HUB_OFFLINE")
+            for name, value in values.items():
+                patch.setenv(name, value)
+            pool.submit(jobs.set_token, TOKEN).result(100)  # starts it, with this environment
 
         def run(job, *args, **options):
             return pool.submit(job, *args, **options).result(100)

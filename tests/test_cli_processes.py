@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
+from conftest import assert_mistake
 
 from hf_al.cli import main
 
@@ -61,13 +62,12 @@ def test_a_full_disk_leaves_the_answers_so_far_and_says_where(trained, tmp_path)
         "hf-al predict: error: Could not write the answers to answers.jsonl: File too large. Make room there, or pass "
         f"another --output. What was written so far is in {aside}.\n"
     )
-    full = shell_into_full_device(trained, tmp_path)
-    assert "Could not write the answers to /dev/full: No space left on device." in full
 
 
-def shell_into_full_device(trained, folder: Path) -> str:
-    program = [sys.executable, "-m", "hf_al_program", "predict", str(trained[0]), "--output", "/dev/full"]
-    return subprocess.run(program, input="one text\n", cwd=folder, capture_output=True, text=True).stderr
+def test_a_full_device_is_named(trained, shell, tmp_path):
+    (tmp_path / "one.txt").write_text("a fine day\n")
+    result = shell("predict", str(trained[0]), "--input", str(tmp_path / "one.txt"), "--output", "/dev/full")
+    assert_mistake(result, "Could not write the answers to /dev/full: No space left on device.")
 
 
 @pytest.mark.medium
