@@ -6,10 +6,10 @@ transformers would find the same faults, but only after allocating memory for th
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from .modeling.modeling_al import ALForSequenceClassification
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository: config, weights, tokenizer; no pickles
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MIXED = "Config and weights are from different models: copy both from one run."
 Shapes = dict[str, tuple[int, ...]]
 
@@ -65,6 +65,12 @@ def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceCla
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"Could not load {name}: {error}") from error
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"Expected finite weights in {name}, got nan or inf in {key}: its answers would mean nothing. Copy it "
+                "again from the run, or train it again."
+            )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"Expected a tokenizer of at most {config.vocab_size} tokens (vocab_size) in {name}, got {len(tokenizer)}. "
@@ -109,6 +115,8 @@ def _folder(name: str, revision: str | None) -> Path:
         raise ValueError(f"Could not load {name}: {error}") from error
     if not (copy / "config.json").is_file():
         raise ValueError(f"Expected a model with config.json on the Hub, got {name}.")
+    if not any(copy.glob("*.safetensors")):
+        _refuse_without_weights(name, HfApi().list_repo_files(name, revision=revision))
     return copy
 
 
@@ -125,13 +133,17 @@ def _saved_shapes(folder: Path) -> dict[Path, Shapes]:
             raise ValueError(f"Expected an index of weight files in {folder / INDEX}, got {error}.") from None
         files = [folder / name for name in sorted(names)]
     else:
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        raise ValueError(
-            f"Expected {WEIGHTS} in {folder}, got {', '.join(pickles) or 'no weights'}. "
-            + ("Pickled weights can run any code when they are read; save the model as safetensors." if pickles else "")
-            + ("" if pickles else "Pass the output_dir of a finished run.")
-        )
+        _refuse_without_weights(str(folder), [path.name for path in folder.iterdir()])
     return {file: read_header(file) for file in files}
+
+
+def _refuse_without_weights(name: str, files: list[str]) -> NoReturn:
+    pickles = sorted(file for file in files if Path(file).suffix in PICKLES)
+    raise ValueError(
+        f"Expected {WEIGHTS} in {name}, got {', '.join(pickles) or 'no weights'}. "
+        + ("Pickled weights can run any code when they are read; save the model as safetensors." if pickles else "")
+        + ("" if pickles else "Pass the output_dir of a finished run.")
+    )
 
 
 def read_header(file: Path) -> Shapes:

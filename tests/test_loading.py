@@ -184,6 +184,17 @@ def test_a_model_that_disagrees_is_refused_in_one_line_before_its_weights_are_re
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024, "more than 200 MiB were taken"
 
 
+def test_weights_that_are_not_finite_are_named(folder):
+    def spoil(tensors):
+        tensors["model.blocks.0.bridge.layers.0.bias"][3] = float("inf")
+
+    change_weights(folder, spoil)
+    with pytest.raises(
+        ValueError, match=r"Expected finite weights in .*, got nan or inf in model.blocks.0.bridge.layers"
+    ):
+        load_model(str(folder))
+
+
 def test_a_missing_part_is_named(folder):
     break_it, message = DISAGREEMENTS["missing_part"]
     break_it(folder)

@@ -143,6 +143,22 @@ def test_an_inference_only_model_is_refused(saved, tmp_path):
         hf_al.train(args, topics(*TOPICS))
 
 
+def test_a_model_that_cannot_fit_is_refused_with_its_size_before_memory_is_taken(tmp_path):
+    for values, message in (
+        (
+            {"hidden_size": 300_000},
+            r"Expected a model whose training fits the \d+ GiB of this machine, got one of [\d,]+ p",
+        ),
+        (
+            {"num_blocks": 10**9},
+            "Expected num_blocks to be at most 1000, got 1000000000. Pass num_blocks=1000 or less.",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf_al.train(arguments(tmp_path / "run", model=values), topics("bread", "ball"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_revision_without_a_model_is_refused():
     with pytest.raises(ValueError, match="Expected model_name_or_path with model_revision=small"):
         hf_al.TrainingArguments(output_dir="unused", model_revision="small")

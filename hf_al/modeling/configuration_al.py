@@ -45,12 +45,21 @@ def _at_least(config, name, minimum):
         raise ValueError(f"Expected {name} to be at least {minimum}, got {value}. Pass {name}={minimum} or more.")
 
 
+def _at_most(config, name, maximum):
+    value = getattr(config, name)
+    if value > maximum:
+        raise ValueError(f"Expected {name} to be at most {maximum}, got {value}. Pass {name}={maximum} or less.")
+
+
 def _probability(config, name):
     value = getattr(config, name)
     if not 0 <= value < 1:
         raise ValueError(
             f"Expected {name} in [0, 1), got {value}. Pass {name}=0.1, for example, or 0.0 to switch it off."
         )
+
+
+MOST_LAYERS = 1000  # each is a module: very many would fill the memory before anybody looks at a weight
 
 
 @strict
@@ -154,6 +163,8 @@ class ALConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             _at_least(self, name, 1)
+        for name in ("num_blocks", "layers_per_block", "bridge_layers"):
+            _at_most(self, name, MOST_LAYERS)
         for name in ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing"):
             _probability(self, name)
         for name in ("initializer_range", "embedding_std"):
@@ -305,6 +316,8 @@ class ALTransformerConfig(ALConfig):
         _probability(self, "attention_probs_dropout_prob")
         for name in ("num_attention_heads", "intermediate_size"):
             _at_least(self, name, 1)
+        for name in ("num_blocks", "layers_per_block", "bridge_layers"):
+            _at_most(self, name, MOST_LAYERS)
         for name, usual in (("rotary_base", 10000.0), ("layer_norm_eps", 1e-5)):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -155,9 +156,26 @@ def _config(model_type: str, values: dict[str, Any]) -> ALConfig:
 def _new_model(config: ALConfig, seed: int) -> ALForSequenceClassification:
     with torch.device("meta"):
         model: Any = MODEL_CLASSES[config.model_type][2](config)
+    _check_fits(model)
     for k in range(config.num_blocks):
         model.model.blocks[k] = _new_block(model, k, seed)
     return model
+
+
+def _check_fits(model: ALForSequenceClassification) -> None:
+    """Refuses a model whose training cannot fit this machine, before any memory is taken.
+
+    Raises:
+        ValueError: weights, gradients and two moments of an optimizer that are more than the machine has.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters())
+    needed, there = 4 * 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"Expected a model whose training fits the {there / 2**30:.0f} GiB of this machine, got one of {count:,} "
+            f"parameters, which needs {needed / 2**30:,.0f} GiB with gradients and optimizer state. Pass a smaller "
+            "hidden_size, num_blocks or vocabulary."
+        )
 
 
 def _is_label_side(name: str, model: ALForSequenceClassification) -> bool:

@@ -28,6 +28,20 @@ def push_data(files: dict[str, str], repo_id: str) -> None:
         api.upload_file(path_or_fileobj=path, path_in_repo=name, repo_id=repo_id, repo_type="dataset")
 
 
+def push_files(folder: str, repo_id: str) -> None:
+    """A model repository of a folder, as it is."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo_id)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+def peak_memory_mib() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def files(repo_id: str, revision: str | None = None) -> dict[str, bytes]:
     """Name -> bytes of a repository."""
     from pathlib import Path
@@ -52,6 +66,7 @@ def answers(name: str, texts: list[str], revision: str | None = None) -> dict[st
 
     import hf_al  # noqa: F401
 
+    torch.set_num_threads(1)  # another number rounds differently
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     model = AutoModelForSequenceClassification.from_pretrained(name, revision=revision)
     with torch.no_grad():

@@ -43,6 +43,7 @@ def test_it_answers_where_hf_al_is_not_installed(hub, shared, trained, tmp_path)
     code = (
         "import json, sys; sys.modules['hf_al'] = None\n"
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "import torch; torch.set_num_threads(1)\n"
         "name, texts = sys.argv[1], json.loads(sys.argv[2])\n"
         "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)\n"
