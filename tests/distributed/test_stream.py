@@ -218,7 +218,7 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
 )  # fmt: skip
 def test_a_resumed_run_may_have_another_number_of_stages(killed, first, then, run_flags, alone, tmp_path):
     case = "lstm_associated_state"
-    flags = run_flags(case, first, tmp_path / "run", "--ddp_timeout=8")  # no launcher ends processes that still wait
+    flags = run_flags(case, first, tmp_path / "run", "--ddp_timeout=4")  # no launcher ends processes that still wait
     said = run_world(first, jobs.dies, killed, "killed", flags, check=False)
     assert said[0] == "ended with status -9"
     assert all("Error: Stage" in words or "SystemExit" in words for words in said[1:])
