@@ -257,6 +257,10 @@ class TrainingArguments:
             raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {self.max_steps}.")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "Expected either overwrite_output_dir or resume_from_checkpoint, got both. Pass the one that you want."
+            )
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy != "end"):
             raise ValueError(
                 "Expected push_to_hub with hub_model_id, hub_strategy or hub_private_repo, got none. Pass "

@@ -24,6 +24,10 @@ SCRIPT = str(Path(sys.executable).with_name("hf-al"))
             ["train", "--output_dir=out", "--train_file=a.csv", "--test_split_name=x"],
             ["Expected a Hub id", "split_name=x"],
         ),
+        (
+            ["train", "--output_dir=out", "--overwrite_output_dir", "--resume_from_checkpoint=last"],
+            ["Expected either overwrite_output_dir or resume_from_checkpoint, got both"],
+        ),
         (["train", "--output_dir=out", "stray"], ["stray"]),
         (["train", "--output_dir=out", "--seed=abc"], ["seed", "int", "'abc'"]),
         (["train", "--output_dir=out", "--learning_rate=fast"], ["learning_rate", "float", "'fast'"]),

@@ -1,5 +1,6 @@
 """Tokenizers: trained on the train split, or loaded; and pretrained rows for the embedding table."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -212,6 +213,12 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
     if tokenizer.is_fast:  # `encode` sets it as well, but is not called if the cache has the result
         tokenizer.backend_tokenizer.enable_truncation(limit)
     return tokens
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of everything that decides how a text is cut into tokens."""
+    what = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{what} {tokenizer.model_max_length}".encode()).hexdigest()[:16]
 
 
 def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:

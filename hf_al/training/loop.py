@@ -218,6 +218,12 @@ class Run:
                     f"Expected the {what} of {path}, got another: {differences[0]}. Resume with the arguments and data "
                     "of that run, or start anew in another output_dir."
                 )
+        done, total = manifest["progress"]["step"], self.plan.total_steps
+        if done > total:
+            raise ValueError(
+                f"Expected a run of more than the {done} steps that {path} has done, got {total}. Raise --max_steps or "
+                "--num_train_epochs, or resume from an earlier checkpoint."
+            )
         changed = checkpoint.differences(manifest["conditions"], json.loads(json.dumps(self.plan.conditions)))
         if changed:
             logger.warning(

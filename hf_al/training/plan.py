@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import TrainingArguments
 from ..data import sources
 from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
+from ..data.tokenization import tokenizer_digest
 from ..metrics import chosen_metric
 from ..parallel.placement import Placement
 
@@ -116,8 +117,12 @@ def make_plan(
         metric=metric,
         labels={name: split_labels(data[name], collator) for name in data},
         identity={
-            "data": {name: sources.fingerprint(data[name]) for name in ("train", "validation")},
-            "run": {**{name: getattr(args, name) for name in IDENTITY}, "metric_for_best_model": metric},
+            "data": {name: sources.fingerprint(data[name]) for name in data},
+            "run": {
+                **{name: getattr(args, name) for name in IDENTITY},
+                "metric_for_best_model": metric,
+                "tokenizer": tokenizer_digest(tokenizer),
+            },
             "model": {key: value for key, value in values.items() if key != "transformers_version"},
         },
         conditions={

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM (sent by clusters before they take a machine away): the step is finished and saved first."""
+"""Ctrl-C, SIGTERM (sent by clusters before they take a machine away) and SIGHUP (a terminal that is gone): the step is
+finished and saved first."""
 
 import os
 import signal
@@ -15,7 +16,7 @@ NOTE = b"\nStopping after this step, with a checkpoint. Send the same signal aga
 
 
 class StopSignals:
-    """Inside the context, the first SIGINT or SIGTERM is only noted in `received`; the second acts as usual.
+    """Inside the context, the first SIGINT, SIGTERM or SIGHUP is only noted in `received`; the second acts as usual.
 
     Changes nothing outside the main thread, where Python allows no handlers, nor for signals that are ignored
     (`nohup`).
@@ -28,7 +29,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 before = signal.getsignal(number)
                 if before not in (None, signal.SIG_IGN):  # None: a handler that is not Python's cannot be restored
                     self._before[number] = before
@@ -57,7 +58,7 @@ class StopSignals:
             signal.signal(number, before)
 
     def raise_received(self) -> None:
-        """KeyboardInterrupt for Ctrl-C, SystemExit with status 143 for SIGTERM, nothing if no signal came."""
+        """KeyboardInterrupt for Ctrl-C, SystemExit with 143 or 129 for SIGTERM or SIGHUP; nothing without one."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:

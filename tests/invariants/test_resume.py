@@ -157,7 +157,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(run_flags, never_
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_run_that_signals_stopped_at_odd_steps_ends_with_the_same_bits(number, run_flags, never_stopped, tmp_path):
     """Real signals, at a step with neither save nor evaluation, at one with both, and at the last but one."""
     flags = run_flags("al_lstm", "associated", tmp_path / "run", "--resume_from_checkpoint=last")
@@ -248,6 +248,7 @@ def test_a_checkpoint_resumes_in_another_output_dir(run_flags, never_stopped, tm
         ("--seed=43", "seed was 42 and is now 43"),
         ("--per_device_train_batch_size=4", "per_device_train_batch_size was 8 and is now 4"),
         ("--max_train_samples=396", "train was"),
+        ("--max_predict_samples=20", "test was"),
         ("--objective=al_ce", "objective was 'associated' and is now 'al_ce'"),
         ("--metric_for_best_model=log_loss", "metric_for_best_model was 'accuracy' and is now 'log_loss'"),
     ],
@@ -258,6 +259,25 @@ def test_another_run_is_not_resumed(flag, named, run_flags, never_stopped):
     with pytest.raises(ValueError, match=r"Expected the (model|data|run) of .*, got another") as error:
         hf_al.train(parse_arguments(flags))
     assert named in str(error.value)
+
+
+def test_another_tokenizer_setting_is_another_run_even_if_it_changes_no_training_text(few_tweets, tmp_path):
+    lower = few_tweets.map(lambda row: {"text": row["text"].lower()})
+    values = {"model": {"num_blocks": 2, "hidden_size": 16, "target_size": 12}, "threads": 1, "use_cpu": True}
+    for more, error in (({}, None), ({"lowercase": False, "resume_from_checkpoint": "last"}, "tokenizer was")):
+        args = hf_al.TrainingArguments(output_dir=str(tmp_path), max_steps=2, plots=False, **values, **more)
+        if error is None:
+            hf_al.train(args, lower)
+        else:
+            with pytest.raises(ValueError, match=error):
+                hf_al.train(args, lower)
+
+
+def test_a_run_with_fewer_steps_than_are_done_is_not_resumed(run_flags, never_stopped):
+    folder = never_stopped("al_lstm", "associated")
+    flags = run_flags("al_lstm", "associated", folder, "--resume_from_checkpoint=last", "--max_steps=10")
+    with pytest.raises(ValueError, match=rf"Expected a run of more than the {STEPS} steps that .* has done, got 10"):
+        hf_al.train(parse_arguments(flags))
 
 
 def test_a_run_that_goes_on_under_other_conditions_says_which_once(run_flags, never_stopped, tmp_path, caplog):
