@@ -174,6 +174,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(make_run, 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("before", [10, 20], ids=["another_step", "same_step"])
+@pytest.mark.medium
 def test_a_process_that_dies_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(find, before, make_run, tmp_path):
     """A real process that ends at its n-th touch of the disk without a chance to clean up, for every n."""
     old, new = make_run(0), make_run(1)

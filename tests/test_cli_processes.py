@@ -64,6 +64,7 @@ def test_a_full_disk_leaves_the_answers_so_far_and_says_where(trained, tmp_path)
     )
 
 
+@pytest.mark.medium
 def test_a_full_device_is_named(trained, shell, tmp_path):
     (tmp_path / "one.txt").write_text("a fine day\n")
     result = shell("predict", str(trained[0]), "--input", str(tmp_path / "one.txt"), "--output", "/dev/full")

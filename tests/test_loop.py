@@ -497,6 +497,7 @@ def test_regression_end_to_end(objective, topics, tmp_path):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.medium
 def test_multi_label_end_to_end(objective, topics, tmp_path):
     """A text of two topics has both labels, one of no topic has none."""
 

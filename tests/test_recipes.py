@@ -56,6 +56,7 @@ def test_a_recipe_takes_backpropagation_and_another_depth(path):
 
 
 @pytest.mark.parametrize("path", ONE_EACH, ids=lambda path: path.stem)
+@pytest.mark.medium
 def test_a_recipe_trains_its_backpropagation_twin(path, tmp_path):
     argv = [f"--config={path}", f"--output_dir={tmp_path}", *SHORT, "--objective=backprop", "--num_blocks=2"]
     result = hf_al.train(parse_arguments(argv))

@@ -70,6 +70,7 @@ def test_labels_that_the_model_knows_keep_their_places(saved, tmp_path):
     assert result.report["test"][-1]["accuracy"] > 0.9
 
 
+@pytest.mark.medium
 def test_new_labels_start_the_label_side_anew_and_say_so(saved, tmp_path, caplog):
     caplog.set_level(logging.INFO, "hf_al")
     new = topics("bread", "ball").map(lambda row: {"label": {"bread": "yes", "ball": "no"}[row["label"]]})
@@ -89,6 +90,7 @@ def test_new_labels_start_the_label_side_anew_and_say_so(saved, tmp_path, caplog
     assert hf_al.evaluate(str(tmp_path / "run"), new["test"])["accuracy"] == 1.0
 
 
+@pytest.mark.medium
 def test_new_labels_of_another_kind_are_learned(saved, tmp_path):
     values = topics("bread", "ball").map(lambda row: {"label": 3.5 if row["label"] == "ball" else -1.25})
     report = hf_al.train(arguments(tmp_path, model_name_or_path=str(saved), max_steps=60), values).report
@@ -96,6 +98,7 @@ def test_new_labels_of_another_kind_are_learned(saved, tmp_path):
     assert report["test"][-1]["mse"] < 0.3 * 2.375**2  # that of guessing the mean
 
 
+@pytest.mark.medium
 def test_a_continued_run_resumes_to_the_same_bits(saved, tmp_path):
     new = topics("bread", "ball").map(lambda row: {"label": row["label"].upper()})
     values = {"model_name_or_path": str(saved), "save_steps": 10}

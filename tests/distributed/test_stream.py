@@ -11,6 +11,7 @@ from world import run_world
 
 from hf_al.training import checkpoint
 
+pytestmark = pytest.mark.medium
 STEPS = 60
 FLAGS = [
     f"--max_steps={STEPS}", "--max_train_samples=397", "--per_device_train_batch_size=8",

@@ -213,6 +213,7 @@ def test_a_resume_that_forgets_something_is_seen(what, run_flags, never_stopped,
     assert all(spoiled[name] != expected[name] for name in expected if name.startswith("block"))
 
 
+@pytest.mark.medium
 def test_last_starts_at_step_0_and_says_so_where_there_is_no_checkpoint(run_flags, never_stopped, tmp_path, caplog):
     flags = run_flags("al_lstm", "associated", tmp_path, "--resume_from_checkpoint=last")
     with caplog.at_level(logging.INFO, "hf_al"):
@@ -221,6 +222,7 @@ def test_last_starts_at_step_0_and_says_so_where_there_is_no_checkpoint(run_flag
     assert weights_of(tmp_path) == weights_of(never_stopped("al_lstm", "associated"))
 
 
+@pytest.mark.medium
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run_flags, never_stopped, tmp_path):
     before = never_stopped("al_lstm", "associated")
     shutil.copytree(before, tmp_path / "run")
