@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .arguments import FILES, SHOWING, TrainingArguments
-from .messages import table
+from .messages import some, table
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
 
@@ -32,7 +32,7 @@ def model_card(
     """The card.
 
     Args:
-        report: of the run.
+        report: of the run, its arguments as `shared_arguments` gives them.
         model: the chosen one, as it is shared.
         repo_id: `user/name`.
         plots: names of the plots in plots/.
@@ -41,8 +41,6 @@ def model_card(
     """
     split = "test" if "test" in report else "validation"
     exits = [row for row in report[split] if row["block"] in model.config.exits()]
-    names = report["label_names"]
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     machine = report["machine"]
     return ModelCard.from_template(
         card_data(report, exits[-1], split, repo_id, language, license),
@@ -59,13 +57,13 @@ def model_card(
         comparison=table([_in_short(r, split) for r in (report, baseline)], True) if baseline else None,
         tokens=report["exit_speeds"][0]["tokens"],
         example=json.dumps("The crew was lovely!"),
-        use=USES[report["problem_type"]].format(names=shown),
+        use=USES[report["problem_type"]].format(names=some(report["label_names"], 20)),
         max_length=model.config.max_position_embeddings,
         split_sizes=", ".join(f"{count:,} rows for {name}" for name, count in report["data"]["rows"].items()),
         fingerprints=", ".join(f"{name} `{mark[:16]}`" for name, mark in report["data"]["fingerprint"].items()),
         hardware=machine["gpu"] or f"{machine['processor']} (threads: {machine['threads']})",
         arguments_table=table(_chosen(report["arguments"]), True),
-        start=shared_arguments(report["arguments"])["model_name_or_path"],
+        start=report["arguments"]["model_name_or_path"],
         plots=plots,
         versions=", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),
     )
@@ -76,23 +74,22 @@ def card_data(
 ) -> ModelCardData:
     """The metadata, with the metrics of the last exit as `model-index`."""
     args = report["arguments"]
-    shared = args["dataset_name"] if args["dataset_name"] and "/" in args["dataset_name"] else None
-    start = shared_arguments(args)["model_name_or_path"]
+    dataset = _hub_id(args["dataset_name"])
     metrics = {hub: last[ours] for ours, hub in HUB_METRICS.items() if ours in last}
     return ModelCardData(
         model_name=repo_id.split("/")[-1],
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["associated-learning", "local-learning", "hf_al", report["model_type"]],
-        base_model=start if start and "/" in start else None,
-        datasets=[shared] if shared else None,
+        base_model=_hub_id(args["model_name_or_path"]),
+        datasets=[dataset] if dataset else None,
         language=language,
         license=license,
         metrics=list(metrics),
         eval_results=[
             EvalResult(
                 task_type="text-classification",
-                dataset_type=shared or "text",
+                dataset_type=dataset or "text",
                 dataset_name=report["data"]["name"],
                 dataset_split=split,
                 metric_type=name,
@@ -105,17 +102,22 @@ def card_data(
 
 def eval_results(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The test result as the Hub's `.eval_results/*.yaml` holds it; empty without a test split of a Hub data set."""
-    name = report["arguments"]["dataset_name"]
-    if "test" not in report or not name or "/" not in name:
+    dataset = _hub_id(report["arguments"]["dataset_name"])
+    if "test" not in report or dataset is None:
         return []
     metric, rows = report["metric"], report["data"]["rows"]["test"]
     entry = EvalResultEntry(
-        dataset_id=name,
+        dataset_id=dataset,
         task_id=report["arguments"]["dataset_config_name"] or "default",
         value=report["test"][-1][metric],
         notes=f"{metric} of the last exit on {rows} test rows",
     )
     return eval_result_entries_to_yaml([entry])
+
+
+def _hub_id(name: str | None) -> str | None:
+    """A shared argument if it names a repository, not a file or the embedded data."""
+    return name if name and "/" in name else None
 
 
 def _in_short(report: dict[str, Any], split: str) -> dict[str, Any]:
@@ -155,5 +157,5 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments that differ from the defaults, and all config values that were given."""
     defaults = TrainingArguments().to_dict()
-    shown = {n: v for n, v in shared_arguments(arguments).items() if n not in {"model", *SHOWING} and v != defaults[n]}
+    shown = {n: v for n, v in arguments.items() if n not in {"model", *SHOWING} and v != defaults[n]}
     return [{"argument": name, "value": value} for name, value in {**shown, **arguments["model"]}.items()]

@@ -1,4 +1,4 @@
-"""Text for users: the nearest known name, the last line of a library's error, rows as a table."""
+"""Text for users: the nearest known name, long lists of names, the last line of a library's error, rows as a table."""
 
 import difflib
 import re
@@ -10,6 +10,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?` if a known name resembles this one, else nothing."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """The first `most` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def last_line(error: Exception) -> str:

@@ -168,8 +168,14 @@ def check_model_keys(args: TrainingArguments) -> None:
         except (TypeError, ValueError):
             raise ValueError(f"Expected {key} as {type_name(known[key])}, got {value!r}.") from None
     blocks = args.model.get("num_blocks", fields["num_blocks"].default)
-    if args.stages > max(1, blocks):
+    if blocks > 0:  # else the config says what is wrong
+        check_stages(args.stages, blocks)
+
+
+def check_stages(stages: int, units: int) -> None:
+    """Refuses stages that would own nothing. `units`: what cannot be split; at most the number of blocks."""
+    if not 1 <= stages <= units:
         raise ValueError(
-            f"Expected 1 to {blocks} stages, one or more blocks each, got {args.stages}. Pass fewer --stages, or more "
+            f"Expected 1 to {units} stages, one or more blocks each, got {stages}. Pass fewer --stages, or more "
             "--num_blocks."
         )

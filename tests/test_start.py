@@ -129,6 +129,13 @@ def test_what_does_not_fit_a_trained_model_is_refused(values, message, saved, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_fewer_blocks_are_refused_also_with_new_labels(saved, tmp_path):
+    new = topics("bread", "ball").map(lambda row: {"label": row["label"].upper()})
+    args = arguments(tmp_path / "run", model_name_or_path=str(saved), model={"num_blocks": 2})
+    with pytest.raises(ValueError, match=r"Expected config values that fit the weights of .*, got others: "):
+        hf_al.train(args, new)
+
+
 def test_another_architecture_is_refused(saved, tmp_path):
     own = json.loads((saved / "config.json").read_text())["model_type"]
     other = {"al_lstm": "al_transformer", "al_transformer": "al_lstm"}[own]

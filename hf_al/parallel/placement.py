@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import nn
 
 from ..messages import table
+from ..parsing import check_stages
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,7 @@ def place(
     Raises:
         ValueError: more stages than units, or a list that does not name every block once, in order.
     """
-    if not 1 <= num_stages <= len(units):
-        raise ValueError(
-            f"Expected 1 to {len(units)} stages, one or more blocks each, got {num_stages}. "
-            "Pass fewer --stages, or more --num_blocks."
-        )
+    check_stages(num_stages, len(units))
     if how not in ("equal", "balanced"):
         cuts = _given_cuts(how, units, num_stages)
     elif how == "equal" or seconds is None:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ..loading import check_model_name
-from ..messages import table
+from ..messages import some, table
 from ..metrics import BEST_METRIC
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
@@ -113,7 +113,7 @@ def as_text(found: dict[str, Any]) -> str:
                 f"validation {metric}": exit_value,
             }
         )
-    shown = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+    shown = some(labels, 10)
     lines = [
         f"{found['model']}: {found['model_type']}, objective {found['objective']}, {found['problem_type']}",
         f"{len(labels)} classes: {shown}" if found["problem_type"] != "regression" else f"values: {shown}",

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import report as reporting
 from ..atomic import export
-from ..data import sources
 from ..data.batching import token_lengths
 from ..metrics import confusion_matrix, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
@@ -129,7 +128,7 @@ def _report(
         "data": {
             "name": args.dataset_name or Path(args.train_file or "given data").name,
             "rows": {name: len(split) for name, split in plan.data.items()},
-            "fingerprint": {name: sources.fingerprint(split) for name, split in plan.data.items()},
+            "fingerprint": plan.identity["data"],
         },
         "speed": {
             "train_seconds": progress.seconds,

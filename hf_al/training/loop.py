@@ -22,7 +22,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import FILES, TrainingArguments
-from ..data import sources
 from ..data.batching import Collator, token_lengths
 from ..hub import Checkpoints, push_or_warn
 from ..metrics import SMALLER_IS_BETTER, exit_metrics
@@ -37,14 +36,7 @@ from .optim import BlockOptimizers
 from .plan import Plan, make_plan
 from .progress import Progress
 from .record import Record
-from .setup import (
-    check_arguments,
-    check_shared,
-    make_accelerator,
-    place_blocks,
-    prepare_output_dir,
-    set_threads,
-)  # fmt: skip
+from .setup import check_arguments, check_shared, make_accelerator, place_blocks, prepare_output_dir, set_threads
 from .signals import StopSignals
 from .stage import Stage, rows_of
 from .start import keep_blocks, load, weights_digest
@@ -106,7 +98,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         plan = transport.together(
             partial(make_plan, args, output_dir, model.config, tokenizer, data, placement, device)
         )
-        _check_same("data", {name: sources.fingerprint(split) for name, split in data.items()}, transport)
+        _check_same("data", plan.identity["data"], transport)
         # everything else about the run follows from the arguments
         run_facts = {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}
         if args.model_name_or_path or args.word_vectors:  # from files that may differ

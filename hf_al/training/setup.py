@@ -45,8 +45,8 @@ RUN_FILES = (
 
 
 def check_arguments(args: TrainingArguments, look: bool = True) -> None:
-    """Refuses what cannot work before any data is read; with `look`, also an output folder that
-    cannot be used, and a push to a Hub that cannot work."""
+    """Refuses what cannot work before any data is read; with `look`, also an output folder that cannot be used, and a
+    push to a Hub that cannot work."""
     check_model(args)
     if look:
         check_output_dir(args)

@@ -14,6 +14,7 @@ from ..arguments import TrainingArguments
 from ..data import sources, tokenization
 from ..data.labels import encode_labels, label_names, problem_type_of
 from ..loading import difference, load_model
+from ..messages import some
 from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
@@ -105,21 +106,23 @@ def continue_model(args: TrainingArguments, data: DatasetDict) -> Start:
     else:
         logger.info(
             "Continuing from %s. Its labels are %s, those of the data are %s: the label side of block 0 starts anew.",
-            name, _some(known), _some(names),
+            name, some(known, 8), some(names, 8),
         )  # fmt: skip
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
     config = _config(args.model_type, {**saved.config.to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config)
     model = _new_model(config, args.seed)
-    weights = {n: t for n, t in saved.state_dict().items() if keeps_labels or not _is_label_side(n, model)}
-    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if keeps_labels or not _is_label_side(n, model)}
-    wrong = difference({n: tuple(t.shape) for n, t in weights.items()}, shapes)
+    kept, wanted = (
+        {n: t for n, t in tensors.items() if keeps_labels or not _is_label_side(n, model)}
+        for tensors in (saved.state_dict(), model.state_dict())
+    )
+    wrong = difference(*({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (kept, wanted)))
     if wrong:
         raise ValueError(
             f"Expected config values that fit the weights of {name}, got others: {wrong}. Leave them out: those of the "
             "saved model are used."
         )
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(kept, strict=False)
     return model, tokenizer, data
 
 
@@ -179,13 +182,10 @@ def _check_fits(model: ALForSequenceClassification) -> None:
 
 
 def _is_label_side(name: str, model: ALForSequenceClassification) -> bool:
-    """Whether the parameter `name` has a row or a column for each label."""
+    """Whether the parameter `name`, perhaps of a block that `model` lacks, has a row or a column for each label."""
     _, _, k, part = name.split(".")[:4]
-    return part in ("encode_target", "decode_target") and model.model.blocks[int(k)].reads_labels
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    blocks = model.model.blocks
+    return part in ("encode_target", "decode_target") and int(k) < len(blocks) and blocks[int(k)].reads_labels
 
 
 def _new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock:
