@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-fast test-slow test-lowest conformance check format docs clean
+.PHONY: quickstart reference-models test test-fast test-slow test-lowest conformance check format docs clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ SOURCES := pyproject.toml constraints.txt
 
 quickstart: .venv/quickstart
 	$(BIN)/python recipes/quickstart.py --output_dir out/quickstart
+
+# DATA=folder: local copies of the data sets; without it they come from the Hub
+reference-models: .venv/quickstart
+	$(BIN)/python recipes/reference_models.py $(if $(DATA),--data_dir $(DATA))
 
 test: .venv/all
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from .arguments import FILES, SHOWING, TrainingArguments
 from .messages import some, table
+from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
 
@@ -50,6 +51,8 @@ def model_card(
         report=report,
         end_to_end=OBJECTIVES[report["objective"]].end_to_end,
         architecture=f"{model.model.blocks[-1].encode.in_words()} in the last one",
+        picture=picture(model.config),
+        own_decoders=not OBJECTIVES[report["objective"]].target_codes,
         split=split,
         rows=report["data"]["rows"],
         exits=exits,
@@ -115,6 +118,24 @@ def eval_results(report: dict[str, Any]) -> list[dict[str, Any]]:
     return eval_result_entries_to_yaml([entry])
 
 
+def picture(config: ALConfig) -> str:
+    """The blocks and exits of a model, drawn in text."""
+    last = config.num_blocks - 1
+    drawn = list(range(last + 1)) if last < 4 else [0, 1, None, last]  # None: those left out
+    arrow = "->" if OBJECTIVES[config.objective].end_to_end else "-/->"
+
+    def line(part: str, start: str, join: str, numbered: bool = True) -> str:
+        width = len(f"encode {last}")
+        names = ["..." if k is None and part == "encode" else f"{part} {k}" if numbered else part for k in drawn]
+        shown = [name if part == "encode" or k in config.exits() else "" for k, name in zip(drawn, names, strict=True)]
+        return (start + join.join(name.center(width) for name in shown)).rstrip()
+
+    start, between = "text -> ", f" {arrow} "
+    left, gap = " " * len(start), " " * len(between)
+    bar = line("|", left, gap, numbered=False)
+    return "\n".join([line("encode", start, between), bar, line("bridge", left, gap), bar, line("exit", left, gap)])
+
+
 def _hub_id(name: str | None) -> str | None:
     """A shared argument if it names a repository, not a file or the embedded data."""
     return name if name and "/" in name else None
@@ -158,4 +179,5 @@ def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments that differ from the defaults, and all config values that were given."""
     defaults = TrainingArguments().to_dict()
     shown = {n: v for n, v in arguments.items() if n not in {"model", *SHOWING} and v != defaults[n]}
-    return [{"argument": name, "value": value} for name, value in {**shown, **arguments["model"]}.items()]
+    values = {**shown, **arguments["model"]}
+    return [{"argument": n, "value": f"{v:g}" if isinstance(v, float) else v} for n, v in values.items()]

@@ -1,4 +1,4 @@
-"""The command line: hf-al train | evaluate | predict | inspect | compare | push.
+"""The command line: hf-al train | evaluate | predict | inspect | compare | push | demo.
 
 Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
 A command's imports happen when it runs: no `--help` waits for torch.
@@ -193,6 +193,26 @@ def _push(flags: Namespace) -> None:
     print(push(values.pop("model"), **values))
 
 
+# --- demo
+
+
+def _demo_flags(parser: FlagParser) -> None:
+    _add_model(parser, MODEL)
+    _add_revision(parser)
+    _add_file(parser, "--examples", "texts to try, one per line (default: three sentences)")
+    parser.add_argument("--server_name", metavar="HOST", help="address to serve (default: this machine only)")
+    parser.add_argument("--server_port", type=positive, metavar="N", help="(default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="also a public address, through gradio's servers")
+    parser.add_argument("--space", metavar="DIR", help="write the files of a Hub Space there instead")
+
+
+def _demo(flags: Namespace) -> None:
+    set_up_output(disable_tqdm=not sys.stderr.isatty())
+    from .saved.demo import demo
+
+    demo(flags)
+
+
 # --- the parser
 
 
@@ -210,6 +230,7 @@ COMMANDS = {
     "inspect": Command("blocks, shapes, parameters and exits of a model", _inspect_flags, _inspect),
     "compare": Command("a table of several runs", _compare_flags, _compare),
     "push": Command("share a finished run on the Hub: model, card, results", _push_flags, _push),
+    "demo": Command("a page on which to try a model: the answer at every exit", _demo_flags, _demo),
 }
 EXAMPLES = """\
   hf-al train --train_file train.csv --test_file test.csv --output_dir out/mine
@@ -218,6 +239,7 @@ EXAMPLES = """\
   hf-al inspect out/mine
   hf-al compare out/mine out/other
   hf-al push out/mine user/name
+  hf-al demo out/mine
 hf-al COMMAND --help lists the flags of a command."""
 
 

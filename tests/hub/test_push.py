@@ -10,6 +10,7 @@ from pathlib import Path
 import hub_jobs as jobs
 import pytest
 import yaml
+from huggingface_hub import SpaceCard
 from server import TOKEN
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
@@ -55,6 +56,15 @@ def test_it_answers_where_hf_al_is_not_installed(hub, shared, trained, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == hub.run(jobs.answers, str(trained[0]), TEXTS)["logits"]
+
+
+def test_a_space_of_a_shared_model_names_its_id(hub, shared, tmp_path):
+    status, _, err = hub.run(jobs.shell, "demo", shared, "--space", str(tmp_path / "space"))
+    assert status == 0, err
+    assert not (tmp_path / "space" / "model").exists()
+    assert json.loads((tmp_path / "space" / "demo.json").read_text())["model"] == shared
+    card = SpaceCard.load(tmp_path / "space" / "README.md").data
+    assert (card.sdk, card.app_file, card.models) == ("gradio", "app.py", [shared])
 
 
 def test_a_pinned_revision_stays_what_it_was(hub, shared, trained):

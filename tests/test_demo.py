@@ -1,0 +1,170 @@
+"""The page of `hf-al demo` and of a Space in a real browser: an answer at every exit, files, and messages."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+from conftest import assert_mistake
+from transformers import AutoTokenizer
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+TEXTS = ["thank you so much", "you lost my bag", "which gate"]
+
+pytestmark = [
+    pytest.mark.medium,
+    pytest.mark.timeout(150),
+    # gradio's own, on import
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        assert "CI" not in os.environ, "CI installs chromium"
+        pytest.skip("no chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play, closing(play.chromium.launch(executable_path=CHROMIUM, args=QUIET)) as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def port() -> int:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def try_the_page(browser, port: int, tmp_path, name: str) -> None:
+    """What a visitor does: types a text, types none, uploads files."""
+    page = browser.new_page()
+    elsewhere, errors = [], []
+    page.on("request", lambda request: elsewhere.append(request.url) if "127.0.0.1" not in request.url else None)
+    page.on("pageerror", lambda error: errors.append(error))
+    page.goto(f"http://127.0.0.1:{port}")
+    page.fill("#text textarea", "you lost my bag")
+    assert name in page.inner_text("h1")
+    page.click("#classify")
+    page.wait_for_selector("#exit-1 >> text=%")
+    for exit_block in ("#exit-0", "#exit-1"):
+        assert {"negative", "neutral", "positive"} <= set(page.inner_text(exit_block).split())
+        assert " ms" in page.inner_text(exit_block)
+    assert "settled after block" in page.inner_text("#verdict")
+    page.fill("#text textarea", "  ")
+    page.click("#classify")
+    page.wait_for_selector("#verdict >> text=Type a text first.")
+    page.click("text=The crew was lovely")
+    page.wait_for_selector("#exit-1 >> text=%")
+    page.click("text=A file:")
+    (tmp_path / "numbers.csv").write_text("a,b\n1,2\n")
+    page.set_input_files("#file input[type=file]", tmp_path / "numbers.csv")
+    page.wait_for_selector("#message >> text=Expected one column named like text")
+    page.click("#file [aria-label=Clear]")
+    (tmp_path / "texts.csv").write_text("id,text\n" + "".join(f'{i},"{TEXTS[i % 3]}"\n' for i in range(200)))
+    page.set_input_files("#file input[type=file]", tmp_path / "texts.csv")
+    page.wait_for_selector("#message >> text=200 rows")
+    with page.expect_download() as download:
+        page.click("#answers a")
+    lines = download.value.path().read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "text,answer,score,settled after block"
+    assert len(lines) == 201
+    assert not elsewhere
+    assert not errors
+    page.close()
+
+
+def test_a_model_can_be_tried_in_a_browser(browser, port, trained, start, tmp_path):
+    program = start("demo", str(trained[0]), "--server_port", str(port))
+    assert any(b"in a browser" in line for line in program.stderr)
+    try_the_page(browser, port, tmp_path, "run")
+
+
+def test_a_space_answers_where_hf_al_is_not_installed(browser, port, trained, shell, tmp_path):
+    space = tmp_path / "space"
+    status, _, err = shell("demo", str(trained[0]), "--space", str(space))
+    assert status == 0, err
+    code = "import sys, runpy; sys.modules['hf_al'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "HF_HOME": str(tmp_path / "cache")}
+    app = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, str(space / "app.py")], env=environment, stdout=subprocess.PIPE
+    )
+    try:
+        assert any(b"Running on local URL" in line for line in app.stdout)
+        try_the_page(browser, port, tmp_path, "run")
+    finally:
+        app.kill()
+        app.communicate()
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_every_kind_of_answer_has_words(make_model, trained, kind):
+    from hf_al.saved.demo_page import Model, settled
+
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    labels = 1 if kind == "regression" else 3
+    asked = Model(make_model(problem_type=kind, num_labels=labels, vocab_size=len(tokenizer)), tokenizer)
+    rows = asked.readings(TEXTS, TEXTS)
+    assert [len(exits) for exits in rows] == [3, 3, 3]
+    (one,) = asked.readings(TEXTS[:1], TEXTS[:1])
+    assert one[0] == pytest.approx(rows[0][0], abs=1e-5)
+    answers = [asked.answer(reading) for reading in one]
+    assert all(answers)
+    assert 0 <= settled(answers) < 3
+    if kind == "regression":
+        assert float(answers[-1]) == pytest.approx(next(iter(one[-1].values())), abs=1e-3)
+    else:
+        assert asked.answer({"a": 0.9, "b": 0.2, "c": 0.6}) == "a, c"
+        assert asked.answer({"a": 0.1}) == "no label"
+
+
+def test_an_answer_has_settled_where_all_later_exits_say_the_same():
+    from hf_al.saved.demo_page import settled
+
+    assert [settled(list(said)) for said in ("aaa", "baa", "aba", "abb", "a")] == [0, 1, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.pdf", b"x", "Expected a file .txt"),
+        ("a.txt", b"\xff\xfe", "Could not read a.txt"),
+        ("a.txt", b"\n\n", "Expected 1 to 10000 rows in a.txt, got 0"),
+        ("a.txt", b"x\n" * 10001, "got 10001"),
+        ("a.csv", b"text,review\na,b\n", "Expected one column named like text"),
+        ("a.jsonl", b"{", "Could not read a.jsonl"),
+        ("a.jsonl", b"3\n", "Could not read a.jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, said):
+    from hf_al.saved.demo_page import read_texts
+
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_texts(tmp_path / name)
+
+
+def test_text_is_found_by_its_name_or_as_the_only_column(tmp_path):
+    from hf_al.saved.demo_page import read_texts
+
+    for name, content in {
+        "a.csv": 'id,Text\n1,"two\nlines"\n', "b.tsv": "label\treview\nx\ttwo\nlines\n", "c.jsonl": '{"q": "one"}\n',
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(content)
+    assert read_texts(tmp_path / "a.csv") == ["two\nlines"]
+    assert read_texts(tmp_path / "c.jsonl") == ["one"]
+
+
+def test_mistakes_are_one_message(shell, trained, tmp_path):
+    assert_mistake(shell("demo", str(tmp_path)), "Expected a model folder")
+    assert_mistake(shell("demo", str(trained[0]), "--space", str(trained[0])), "Expected a new or an empty folder")
+    assert_mistake(shell("demo", str(trained[0]), "--examples", str(tmp_path / "none")), "--examples")
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert_mistake(shell("demo", str(trained[0]), f"--server_port={taken.getsockname()[1]}"), "--server_port")
