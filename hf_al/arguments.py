@@ -83,6 +83,10 @@ class TrainingArguments:
     validation_seed: int = _arg(
         0, "Seed of that cut; separate from the run's seed, so that runs with different seeds share one cut.", **DATA
     )
+    streaming: bool = _arg(
+        False, "Read train while training on it, again and again; needs max_steps and validation data."
+    )
+    streaming_buffer_size: int = _arg(10000, "Rows of a stream that are read, shuffled and sorted by length together.")
     max_train_samples: int | None = _arg(None, "Use only the first N training rows.")
     max_eval_samples: int | None = _arg(None, "Use only the first N validation rows.")
     max_predict_samples: int | None = _arg(None, "Use only the first N test rows.")
@@ -203,7 +207,8 @@ class TrainingArguments:
             "learning_rate adam_epsilon num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
             "gradient_accumulation_steps logging_steps max_seq_length tokenizer_vocab_size save_total_limit "
             "min_frequency threads eval_steps save_steps early_stopping_patience max_train_samples max_eval_samples "
-            "max_predict_samples target_learning_rate_factor preprocessing_num_workers stages ddp_timeout"
+            "max_predict_samples target_learning_rate_factor preprocessing_num_workers stages ddp_timeout "
+            "streaming_buffer_size"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -257,6 +262,12 @@ class TrainingArguments:
             raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {self.max_steps}.")
+        if self.streaming and (self.max_steps < 1 or self.eval_strategy == "epoch"):
+            raise ValueError(
+                "Expected max_steps, and an eval_strategy of steps or no, with streaming: nobody knows where an epoch "
+                f"of a stream ends. Got max_steps={self.max_steps} and eval_strategy={self.eval_strategy!r}. Pass "
+                "--max_steps 10000 --eval_strategy steps --eval_steps 1000, for example."
+            )
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "Expected either overwrite_output_dir or resume_from_checkpoint, got both. Pass the one that you want."

@@ -11,6 +11,7 @@ from .messages import some, table
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
+from .report import split_sizes
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
@@ -62,7 +63,7 @@ def model_card(
         example=json.dumps("The crew was lovely!"),
         use=USES[report["problem_type"]].format(names=some(report["label_names"], 20)),
         max_length=model.config.max_position_embeddings,
-        split_sizes=", ".join(f"{count:,} rows for {name}" for name, count in report["data"]["rows"].items()),
+        split_sizes=split_sizes(report["data"]),
         fingerprints=", ".join(f"{name} `{mark[:16]}`" for name, mark in report["data"]["fingerprint"].items()),
         hardware=machine["gpu"] or f"{machine['processor']} (threads: {machine['threads']})",
         arguments_table=table(_chosen(report["arguments"]), True),

@@ -170,13 +170,20 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
         "",
         "## Speed and memory",
         "",
-        f"Data: {', '.join(f'{name} {rows}' for name, rows in report['data']['rows'].items())} rows. "
+        f"Data: {split_sizes(report['data'])}. "
         f"Training took {speed['train_seconds']:.1f} s, {speed['examples_per_second']:.0f} examples/s (evaluation and "
         f"checkpoints excluded). Peak memory: {_memory(speed)}.",
     ]
     show("Speed and memory", "speed", "memory")
     lines += ["", "```", report["placement"], "```", "", table([report["machine"]], markdown=True), ""]
     return "\n".join(lines)
+
+
+def split_sizes(data: dict[str, Any]) -> str:
+    """The rows of each split in words, from the report's `data`."""
+    stream = " (of a stream)" if data.get("streamed") else ""
+    sizes = [f"{rows:,} rows for {name}{stream if name == 'train' else ''}" for name, rows in data["rows"].items()]
+    return ", ".join(sizes)
 
 
 def _memory(speed: dict[str, Any]) -> str:

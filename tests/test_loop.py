@@ -80,7 +80,7 @@ def test_the_first_weights_of_a_block_follow_from_the_seed_and_its_number(model_
     def first_blocks(num_blocks: int, seed: int) -> list[dict[str, torch.Tensor]]:
         args = arguments(tmp_path, model_type, seed=seed, model={"num_blocks": num_blocks})
         torch.manual_seed(num_blocks * 100)
-        model, _, _ = start.load(args, few_tweets)
+        model, *_ = start.load(args, few_tweets)
         assert not any(parameter.is_meta for parameter in model.parameters())
         return [block.state_dict() for block in model.model.blocks]
 

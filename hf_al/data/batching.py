@@ -46,6 +46,17 @@ class BatchOrder:
             batches += [bucket[i : i + self.batch_size] for i in range(0, len(bucket), self.batch_size)]
         return [batches[i] for i in rng.permutation(len(batches))]
 
+    def examples(self, steps: int) -> float:
+        """How many examples so many steps train on."""
+        return steps / len(self) * len(self.lengths)
+
+    def size(self) -> str:
+        return f"{len(self.lengths)} rows, {len(self)} steps per epoch"
+
+    def place(self, step: int) -> str:
+        """Where a run is after `step` steps."""
+        return f"epoch {step / len(self):.2f} step {step}"
+
     def steps(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
         """(step, rows) of the optimizer steps `first` .. `last` - 1, counted from 0 over all epochs."""
         epoch, batches = -1, []
@@ -92,7 +103,7 @@ class Collator:
     pad_token_id: int
     num_labels: int
 
-    def __call__(self, data: Dataset, rows: np.ndarray) -> dict[str, Tensor]:
+    def __call__(self, data: Any, rows: np.ndarray) -> dict[str, Tensor]:
         batch = data[rows]
         texts = batch["input_ids"]
         longest = max(1, max(len(t) for t in texts))

@@ -9,25 +9,21 @@ import hashlib
 import importlib.metadata
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, DownloadManager, Features, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from ..arguments import TrainingArguments
-from ..atomic import disk_error
 from .columns import LABEL_NAMES, guess_label, guess_text
+from .files import read_file, stream_file, writing_cache
 from .labels import SINGLE, encode_labels, label_names, problem_type_of
+from .streaming import whole
 
 logger = logging.getLogger(__name__)
 
 TWEETS_RULES = 2  # raise it whenever `_tweets` yields something else: `datasets` caches by the arguments, not the code
 TEXT_FEATURES = (Value("string"), Value("large_string"))
-READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
 def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None) -> DatasetDict:
@@ -41,11 +37,11 @@ def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None
         ValueError: no data named, a file that is missing or cannot be read, ambiguous columns, labels that are missing
             or that train does not have.
     """
-    if given is not None and (args.train_file or args.dataset_name):
+    if given is not None and not args.streaming and (args.train_file or args.dataset_name):
         raise ValueError(
             f"Expected data once, got datasets and {args.train_file or args.dataset_name!r}. Pass one of them."
         )
-    raw = given if given is not None else _load_raw(args)
+    raw = given if given is not None else load_raw(args)
     if "train" not in raw:
         raise ValueError(
             f"Expected a split named train, got {list(raw)}. Rename yours, or name it: --train_split_name."
@@ -73,7 +69,12 @@ def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None
 # --- raw splits
 
 
-def _load_raw(args: TrainingArguments) -> DatasetDict:
+def load_raw(args: TrainingArguments) -> dict[str, Dataset]:
+    """The splits as they are; with `args.streaming`, train is an IterableDataset.
+
+    Raises:
+        ValueError: as `load_text_datasets`.
+    """
     if args.train_file and args.dataset_name:
         raise ValueError(
             f"Expected train_file or dataset_name, got both ({args.train_file}, {args.dataset_name}). Pass one of them."
@@ -87,12 +88,13 @@ def _load_raw(args: TrainingArguments) -> DatasetDict:
                 raise ValueError(f"Expected a Hub id as dataset_name with {field}={getattr(args, field)}, got none.")
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-        return DatasetDict({split: read_file(file) for split, file in files.items() if file})
+        read = {"train": stream_file if args.streaming else read_file, "validation": read_file, "test": read_file}
+        return {split: read[split](file) for split, file in files.items() if file}
     if not args.dataset_name:
         raise ValueError(
             "Expected data, got none. Pass --train_file FILE, or --dataset_name with a Hub id or 'tweets'."
         )
-    hub = _load_hub(args.dataset_name, args.dataset_config_name)
+    hub = _load_hub(args.dataset_name, args.dataset_config_name, args.streaming)
     names = {"train": args.train_split_name, "validation": args.validation_split_name, "test": args.test_split_name}
     splits = {}
     for split, name in names.items():
@@ -100,10 +102,12 @@ def _load_raw(args: TrainingArguments) -> DatasetDict:
             splits[split] = _split(hub, name, args.dataset_name)
         elif split in hub:
             splits[split] = hub[split]
+    if args.streaming:
+        splits = {name: rows if name == "train" else whole(rows) for name, rows in splits.items()}
     if "test" in splits and not args.test_split_name and _all_hidden(splits["test"], args):
         logger.info("The test split of %s has no labels: it is left out.", args.dataset_name)
         del splits["test"]
-    return DatasetDict(splits)
+    return splits
 
 
 def load_split(name: str, config: str | None, split: str) -> Dataset:
@@ -115,11 +119,12 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     return _split(_load_hub(name, config), split, name)
 
 
-def _load_hub(name: str, config: str | None) -> DatasetDict:
+def _load_hub(name: str, config: str | None, streaming: bool = False) -> DatasetDict:
     if name == "tweets":
-        return load_tweets()
+        splits = load_tweets()
+        return DatasetDict({n: s.to_iterable_dataset() for n, s in splits.items()}) if streaming else splits
     try:
-        return load_dataset(name, config)
+        return load_dataset(name, config, streaming=streaming)
     except Exception as error:  # the Hub, the network and each data set fail in ways of their own
         raise ValueError(f"Could not load the data set {name!r}: {error}") from error
 
@@ -134,52 +139,6 @@ def _all_hidden(split: Dataset, args: TrainingArguments) -> bool:
     """Benchmarks publish test labels as -1."""
     column = args.label_column_name or next((n for n in LABEL_NAMES if n in split.column_names), None)
     return column is not None and len(split) > 0 and set(split.unique(column)) == {-1}
-
-
-def read_file(path: str) -> Dataset:
-    """One csv, tsv, json lines or parquet file (also .gz) as a memory-mapped Dataset.
-
-    Cells of a csv file are kept as they are: 'NA' stays a text.
-
-    Raises:
-        ValueError: a file that is missing, empty, of another kind, not UTF-8, or not in the format of its ending.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"Expected a file at {path}, found none. Check the path.")
-    try:
-        file.open("rb").close()
-    except OSError as error:
-        raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
-    if file.stat().st_size == 0:
-        raise ValueError(f"Expected rows in {path}, got an empty file. Add rows of text and label.")
-    suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in READERS:
-        raise ValueError(
-            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or fix its "
-            "extension."
-        )
-    options: dict[str, Any] = {}
-    if READERS[kind] == "csv":
-        options = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
-    try:
-        if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
-            file = Path(DownloadManager().extract(str(file)))
-        with writing_cache():
-            data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
-        for column in data.data.columns:
-            column.validate(full=True)  # json lines may hold bytes that are not UTF-8
-    except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
-        cause = error.__cause__ or error
-        if "no data" in str(cause):
-            raise ValueError(f"Expected rows in {path}, got only a header. Add rows of text and label.") from None
-        reason = " ".join(str(cause).split()).rstrip(".")
-        advice = "Save it as UTF-8." if "utf" in str(cause).lower() else "Check its format and its ending."
-        raise ValueError(
-            f"Expected {path} to be a {kind} file, got {type(cause).__name__}: {reason}. {advice}"
-        ) from error
-    return data
 
 
 def load_tweets() -> DatasetDict:
@@ -204,25 +163,6 @@ def load_tweets() -> DatasetDict:
         with writing_cache():
             splits[split] = Dataset.from_generator(_tweets, features=features, gen_kwargs=arguments)
     return DatasetDict(splits)
-
-
-@contextmanager
-def writing_cache() -> Iterator[None]:
-    """Turns a full disk into one message: `datasets` caches what it reads and computes as Arrow files.
-
-    Raises:
-        OSError: why the disk refused, and what to do.
-    """
-    try:
-        yield
-    except (DatasetGenerationError, OSError) as error:
-        reason = disk_error(error.__cause__ or error)
-        if reason is None:
-            raise
-        raise OSError(
-            f"Could not write to the cache of datasets: {reason}. Make room there, or name another place: "
-            "HF_HOME=FOLDER."
-        ) from None
 
 
 def _tweets(path: str, wanted: str, rules: int) -> Iterator[dict[str, str]]:

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arguments import TrainingArguments
-from .sources import writing_cache
+from .files import writing_cache
 
 logger = logging.getLogger(__name__)
 

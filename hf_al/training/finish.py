@@ -109,7 +109,7 @@ def _report(
     config, args = model.config, plan.args
     names = dict(model.named_parameters())
     training_only = sum(p.numel() for n, p in names.items() if model.is_training_only(n))
-    examples = progress.step / len(plan.order) * len(plan.data["train"])
+    examples = plan.order.examples(progress.step)
     report = {
         "model_type": config.model_type,
         "objective": config.objective,
@@ -127,7 +127,9 @@ def _report(
         },
         "data": {
             "name": args.dataset_name or Path(args.train_file or "given data").name,
-            "rows": {name: len(split) for name, split in plan.data.items()},
+            "rows": {name: len(split) for name, split in plan.data.items()}
+            | ({"train": plan.order.examples(progress.step)} if args.streaming else {}),
+            "streamed": args.streaming,
             "fingerprint": plan.identity["data"],
         },
         "speed": {

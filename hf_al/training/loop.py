@@ -90,13 +90,13 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         transport.together(partial(check_arguments, args, look=transport.is_last))
         set_threads(args)
         set_seed(args.seed)
-        model, tokenizer, data = transport.together(partial(load, args, datasets), main_first=True)
+        model, tokenizer, data, order = transport.together(partial(load, args, datasets), main_first=True)
         times = None
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
             times = transport.tell(lambda: unit_seconds(model, args, device, token_lengths(data["train"])))
         placement = transport.together(partial(place_blocks, args, model.config, times))
         plan = transport.together(
-            partial(make_plan, args, output_dir, model.config, tokenizer, data, placement, device)
+            partial(make_plan, args, output_dir, model.config, tokenizer, data, order, placement, device)
         )
         _check_same("data", plan.identity["data"], transport)
         # everything else about the run follows from the arguments
@@ -229,8 +229,8 @@ class Run:
         device = self.stage.device
         devices = self.transport.gather(device.type if device.type == "cpu" else str(device))
         logger.info(
-            "Training %d %s on %d rows: %d steps, %d per epoch.\n%s",
-            units, "unit" if units == 1 else "units", len(plan.data["train"]), plan.total_steps, len(plan.order),
+            "Training %d %s for %d steps on %s.\n%s",
+            units, "unit" if units == 1 else "units", plan.total_steps, plan.order.size(),
             plan.placement.table(self.model.model.blocks, devices),
         )  # fmt: skip
         with logging_redirect_tqdm(), StopSignals() as stop:
@@ -258,7 +258,7 @@ class Run:
     def _train_steps(self, bar: tqdm, stop: StopSignals) -> None:
         plan, progress, record = self.plan, self.progress, self.record
         stopping, announced = 0, progress.step
-        for step, parts in self.stage.batches(plan.data["train"], plan.steps(progress.step, plan.total_steps)):
+        for step, parts in self.stage.batches(plan.train, plan.steps(progress.step, plan.total_steps)):
             if progress.out_of_patience(self.args.early_stopping_patience, plan.metric):
                 break
             if step == announced:  # announces what will be received until the next evaluation

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
 from ..data import sources
-from ..data.batching import BatchOrder, Collator, micro_batches, token_lengths
+from ..data.batching import BatchOrder, Collator, micro_batches
+from ..data.streaming import StreamOrder
 from ..data.tokenization import tokenizer_digest
 from ..metrics import chosen_metric
 from ..parallel.placement import Placement
@@ -52,7 +53,7 @@ class Plan:
     args: TrainingArguments
     output_dir: Path
     data: DatasetDict
-    order: BatchOrder
+    order: BatchOrder | StreamOrder
     total_steps: int
     placement: Placement
     problem_type: str
@@ -60,6 +61,11 @@ class Plan:
     labels: dict[str, np.ndarray]
     identity: dict[str, dict[str, Any]]
     conditions: dict[str, Any]
+
+    @property
+    def train(self) -> Dataset | StreamOrder:
+        """What rows of the batch order are looked up in."""
+        return self.order if isinstance(self.order, StreamOrder) else self.data["train"]
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[np.ndarray]]]:
         """(step, row numbers of each of its micro-batches) of the optimizer steps `first` .. `last` - 1, from 0."""
@@ -70,7 +76,7 @@ class Plan:
     def evaluate_every(self) -> int:
         if self.args.eval_strategy == "no":
             return self.total_steps
-        return self.args.eval_steps or len(self.order)
+        return self.args.eval_steps or len(self.order)  # type: ignore[arg-type]  # streams have eval_steps
 
     def evaluates_after(self, steps: int) -> bool:
         return steps == self.total_steps or steps % self.evaluate_every == 0
@@ -90,18 +96,20 @@ def make_plan(
     config: Any,
     tokenizer: PreTrainedTokenizerBase,
     data: DatasetDict,
+    order: BatchOrder | StreamOrder,
     placement: Placement,
     device: torch.device,
 ) -> Plan:
-    """The plan of a run on tokenized `data`. `config` is that of the model; `device` is where it trains.
+    """The plan of a run on tokenized `data` in this `order`; `config` is the model's, `device` where it trains.
 
     Raises:
         ValueError: a metric that this kind of problem does not have.
     """
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    order = BatchOrder(token_lengths(data["train"]), batch, args.seed)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(order))
-    total_steps = max(1, steps)
+    if isinstance(order, StreamOrder):
+        total_steps, how = args.max_steps, f" in windows of {args.streaming_buffer_size}"
+    else:
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(order))
+        total_steps, how = max(1, steps), ""
     problem_type = config.resolved_problem_type
     collator = Collator(tokenizer.pad_token_id, config.classes)
     values = json.loads(config.to_json_string(use_diff=False))
@@ -117,7 +125,7 @@ def make_plan(
         metric=metric,
         labels={name: split_labels(data[name], collator) for name in data},
         identity={
-            "data": {name: sources.fingerprint(data[name]) for name in data},
+            "data": {name: sources.fingerprint(data[name]) + (how if name == "train" else "") for name in data},
             "run": {
                 **{name: getattr(args, name) for name in IDENTITY},
                 "metric_for_best_model": metric,

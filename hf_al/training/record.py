@@ -101,8 +101,8 @@ class Record:
         self.accelerator.log(flat, step=progress.step)
         shown = " ".join(f"{row[metric]:.4f}" for row in exits)
         logger.info(
-            "epoch %.2f step %d: validation %s by exit %s%s",
-            progress.step / len(self.plan.order), progress.step, metric, shown, " (best)" if better else "",
+            "%s: validation %s by exit %s%s",
+            self.plan.order.place(progress.step), metric, shown, " (best)" if better else "",
         )  # fmt: skip
 
     def warn(self, messages: list[str]) -> None:

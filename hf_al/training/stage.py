@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.batching import Collator, evaluation_batches, one_ahead, token_lengths
+from ..data.streaming import StreamLengths, StreamOrder
 from ..modeling.blocks import ALBlock, BlockOutput, walk
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary, cut
@@ -109,7 +110,9 @@ class Stage:
 
     # --- training
 
-    def expect_training(self, lengths: np.ndarray, steps: Iterable[tuple[int, list[np.ndarray]]]) -> None:
+    def expect_training(
+        self, lengths: np.ndarray | StreamLengths, steps: Iterable[tuple[int, list[np.ndarray]]]
+    ) -> None:
         """Announces the steps until the next evaluation, each with its micro-batches."""
         self.transport.expect(
             self._message("train", step, micro_batch, lengths[rows])
@@ -123,7 +126,7 @@ class Stage:
         return Message(kind, step, micro_batch, len(lengths), tokens)
 
     def batches(
-        self, data: Dataset, steps: Iterable[tuple[int, list[np.ndarray]]]
+        self, data: Dataset | StreamOrder, steps: Iterable[tuple[int, list[np.ndarray]]]
     ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         """Each step with the inputs of its micro-batches on the device. Those of the next step are made, and their
         copies are under way, before a step is handed out."""
@@ -190,7 +193,7 @@ class Stage:
     ) -> Iterator[tuple[ALBlock, BlockOutput]]:
         return local_steps(self.blocks.values(), boundary, inputs, key, self.device, self.bf16, self.wire)
 
-    def _inputs(self, data: Dataset, rows: np.ndarray) -> dict[str, Tensor]:
+    def _inputs(self, data: Dataset | StreamOrder, rows: np.ndarray) -> dict[str, Tensor]:
         batch = self.collator(data, rows)
         lengths = batch["attention_mask"].sum(1)  # before the copy: reading from the device would wait for it
         if self.device.type == "cuda":

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
 from ..data import sources, tokenization
+from ..data.batching import BatchOrder, token_lengths
 from ..data.labels import encode_labels, label_names, problem_type_of
+from ..data.streaming import StreamOrder, open_windows
 from ..loading import difference, load_model
 from ..messages import some
 from ..modeling.blocks import ALBlock
@@ -26,22 +28,38 @@ from .setup import check_lists, make_config
 logger = logging.getLogger(__name__)
 
 BEFORE_THE_FIRST_STEP = -1
-Start = tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict]
+Start = tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict, BatchOrder | StreamOrder]
 
 
 def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
-    """The model, its tokenizer, and the tokenized splits.
+    """The model, its tokenizer, the tokenized splits (of a stream, its first window), and the batch order.
 
     Raises:
         ValueError: data, a tokenizer or a saved model that cannot be used.
     """
+    windows = None
+    if args.streaming:
+        windows, datasets = open_windows(args, sources.load_raw(args) if datasets is None else datasets)
+        columns = sources.choose_columns(datasets["train"], args)
     data = sources.load_text_datasets(args, datasets)
     if args.model_name_or_path:
         model, tokenizer, data = continue_model(args, data)
     else:
         tokenizer = tokenization.build_tokenizer(args, data["train"])
         model = build_model(args, tokenizer, data["train"])
-    return model, tokenizer, tokenization.tokenize(data, tokenizer, args)
+    tokens = tokenization.tokenize(data, tokenizer, args)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if windows is None:
+        return model, tokenizer, tokens, BatchOrder(token_lengths(tokens["train"]), batch, args.seed)
+    kind, names = problem_type_of(data["train"]), label_names(data["train"])
+
+    def encode(rows: Dataset) -> Dataset:
+        rows = sources.named_columns(rows, *columns, "train")
+        sources.check_rows(rows, "train")
+        labelled = encode_labels({"train": rows}, kind, names)
+        return tokenization.tokenize(DatasetDict(labelled), tokenizer, args)["train"]
+
+    return model, tokenizer, tokens, StreamOrder(windows, encode, tokens["train"].features, batch, args.seed)
 
 
 def build_model(
@@ -73,7 +91,9 @@ def build_model(
     return model
 
 
-def continue_model(args: TrainingArguments, data: DatasetDict) -> Start:
+def continue_model(
+    args: TrainingArguments, data: DatasetDict
+) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict]:
     """The model of `args.model_name_or_path`, and its tokenizer, to go on with.
 
     If the model knows all labels of the data, it keeps its own, in their order. If not, its label side starts anew: the

@@ -46,6 +46,16 @@ def test_200_steps_on_all_tweets_give_the_same_bits(case, run_flags, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+def test_stages_that_each_read_a_stream_give_the_same_bits(run_flags, tmp_path):
+    found = []
+    for stages in (1, 3):
+        folder = tmp_path / f"{stages}"
+        flags = run_flags("lstm_al_ce", stages, folder, "--streaming", "--streaming_buffer_size=100")
+        run_world(stages, jobs.train, flags)
+        found.append(sha256(folder))
+    assert found[0] == found[1]
+
+
 KINDS = {
     "multi_label": lambda row: {"label": [row["label"]] + ["short"] * (len(row["text"]) < 70)},
     "regression": lambda row: {"label": len(row["text"]) / 7},

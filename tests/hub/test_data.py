@@ -29,6 +29,16 @@ def test_a_data_set_of_a_hub_trains_the_model_of_its_files(hub, data, files, tmp
     assert hub_weights == file_weights
 
 
+def test_a_data_set_of_a_hub_can_be_streamed(hub, data, files, tmp_path):
+    stream = ["--streaming", "--eval_strategy=no"]
+    from_files = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation", "test")]
+    for name, flags in (("hub", [f"--dataset_name={data}", *stream]), ("files", [*from_files, "--eval_strategy=no"])):
+        status, _, err = hub.run(jobs.shell, "train", *SMALL, *flags, f"--output_dir={tmp_path / name}")
+        assert status == 0, err
+    hub_weights, file_weights = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("hub", "files"))
+    assert hub_weights == file_weights
+
+
 def test_a_model_is_evaluated_on_a_split_of_a_hub(hub, data, trained, files):
     for split in ("test", "validation"):
         by_id = hub.run(jobs.shell, "evaluate", str(trained[0]), "--dataset_name", data, "--test_split_name", split)

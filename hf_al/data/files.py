@@ -1,0 +1,93 @@
+"""Files of labelled text: csv, tsv, json lines and parquet, also gzipped, as a Dataset or as a stream."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DownloadManager, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from ..atomic import disk_error
+
+READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+def read_file(path: str) -> Dataset:
+    """One csv, tsv, json lines or parquet file (also .gz) as a memory-mapped Dataset.
+
+    Cells of a csv file are kept as they are: 'NA' stays a text.
+
+    Raises:
+        ValueError: a file that is missing, empty, of another kind, not UTF-8, or not in the format of its ending.
+    """
+    file, kind, options = _checked(path)
+    try:
+        if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
+            file = Path(DownloadManager().extract(str(file)))
+        with writing_cache():
+            data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
+        for column in data.data.columns:
+            column.validate(full=True)  # json lines may hold bytes that are not UTF-8
+    except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
+        cause = error.__cause__ or error
+        if "no data" in str(cause):
+            raise ValueError(f"Expected rows in {path}, got only a header. Add rows of text and label.") from None
+        reason = " ".join(str(cause).split()).rstrip(".")
+        advice = "Save it as UTF-8." if "utf" in str(cause).lower() else "Check its format and its ending."
+        raise ValueError(
+            f"Expected {path} to be a {kind} file, got {type(cause).__name__}: {reason}. {advice}"
+        ) from error
+    return data
+
+
+def stream_file(path: str) -> IterableDataset:
+    """A file as `read_file` reads it, row by row while it is used. It is not looked through first: what is wrong with a
+    row is found when the row is read.
+
+    Raises:
+        ValueError: a file that is missing, empty or of another kind.
+    """
+    file, kind, options = _checked(path)
+    return load_dataset(READERS[kind], data_files=str(file), split="train", streaming=True, **options)
+
+
+def _checked(path: str) -> tuple[Path, str, dict[str, Any]]:
+    """The file, its kind, and how to read that."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"Expected a file at {path}, found none. Check the path.")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
+    if file.stat().st_size == 0:
+        raise ValueError(f"Expected rows in {path}, got an empty file. Add rows of text and label.")
+    suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in READERS:
+        raise ValueError(
+            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or fix its "
+            "extension."
+        )
+    csv = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
+    return file, kind, csv if READERS[kind] == "csv" else {}
+
+
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """Turns a full disk into one message: `datasets` caches what it reads and computes as Arrow files.
+
+    Raises:
+        OSError: why the disk refused, and what to do.
+    """
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        reason = disk_error(error.__cause__ or error)
+        if reason is None:
+            raise
+        raise OSError(
+            f"Could not write to the cache of datasets: {reason}. Make room there, or name another place: "
+            "HF_HOME=FOLDER."
+        ) from None
