@@ -149,7 +149,8 @@ class TrainingArguments:
     overwrite_output_dir: bool = _arg(False, "Remove an earlier run from output_dir.")
     logging_steps: int = _arg(50, "Log losses every N optimizer steps.")
     report_to: str = _arg(
-        "none", "Trackers, comma-separated: tensorboard, wandb, trackio, mlflow (output_dir/logs); none, all."
+        "none",
+        "Trackers, comma-separated: tensorboard, wandb, trackio, mlflow (output_dir/logs); codecarbon; none, all.",
     )
     plots: bool = _arg(True, "Draw the report's plots; takes a second.")
     disable_tqdm: bool = _arg(False, "No progress bar.")

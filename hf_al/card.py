@@ -11,7 +11,7 @@ from .messages import some, table
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
-from .report import split_sizes
+from .report import energy, split_sizes
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
@@ -67,6 +67,7 @@ def model_card(
         fingerprints=", ".join(f"{name} `{mark[:16]}`" for name, mark in report["data"]["fingerprint"].items()),
         hardware=machine["gpu"] or f"{machine['processor']} (threads: {machine['threads']})",
         arguments_table=table(_chosen(report["arguments"]), True),
+        energy=energy(report),
         start=report["arguments"]["model_name_or_path"],
         plots=plots,
         versions=", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),

@@ -157,6 +157,8 @@ def _refusals(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise ValueError(_refused(repo_id, error)) from error
     except Exception as error:  # of the network: the client's transport has errors of its own
+        if isinstance(error.__cause__, HfHubHTTPError):  # a file that was refused
+            raise ValueError(_refused(repo_id, error.__cause__)) from error
         raise ValueError(f"Could not reach the Hub at {constants.ENDPOINT}: {error}. Push again later.") from error
 
 

@@ -172,7 +172,7 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
         "",
         f"Data: {split_sizes(report['data'])}. "
         f"Training took {speed['train_seconds']:.1f} s, {speed['examples_per_second']:.0f} examples/s (evaluation and "
-        f"checkpoints excluded). Peak memory: {_memory(speed)}.",
+        f"checkpoints excluded). Peak memory: {_memory(speed)}.{energy(report)}",
     ]
     show("Speed and memory", "speed", "memory")
     lines += ["", "```", report["placement"], "```", "", table([report["machine"]], markdown=True), ""]
@@ -184,6 +184,15 @@ def split_sizes(data: dict[str, Any]) -> str:
     stream = " (of a stream)" if data.get("streamed") else ""
     sizes = [f"{rows:,} rows for {name}{stream if name == 'train' else ''}" for name, rows in data["rows"].items()]
     return ", ".join(sizes)
+
+
+def energy(report: dict[str, Any]) -> str:
+    """A sentence on the energy of the training; empty if it was not measured."""
+    kwh = report.get("energy_kwh")
+    if not kwh:
+        return ""
+    parts = ", ".join(f"{name} {1000 * value:.2g}" for name, value in kwh.items() if name != "total")
+    return f" Energy of the machine while training (estimate of codecarbon): {1000 * kwh['total']:.2g} Wh ({parts})."
 
 
 def _memory(speed: dict[str, Any]) -> str:

@@ -341,3 +341,20 @@ def test_no_tracker_leaves_no_log_folder(few_tweets, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_al"):
         hf_al.train(arguments(tmp_path), few_tweets)
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
+def test_codecarbon_estimates_the_energy_of_the_training(few_tweets, tmp_path):
+    report = hf_al.train(arguments(tmp_path, report_to="codecarbon"), few_tweets).report
+    kwh = report["energy_kwh"]
+    assert kwh["total"] > 0
+    assert kwh["total"] == pytest.approx(kwh["cpu"] + kwh["gpu"] + kwh["memory"])
+    assert "Energy of the machine while training (estimate of codecarbon): " in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_energy_that_was_not_measured_is_not_mentioned(few_tweets, tmp_path):
+    report = hf_al.train(arguments(tmp_path), few_tweets).report
+    assert report["energy_kwh"] == {}
+    assert "Energy" not in (tmp_path / "report.md").read_text()

@@ -29,12 +29,14 @@ def finish(
     stage: Stage,
     tokenizer: PreTrainedTokenizerBase,
     at_start: dict[str, tuple[float, float]],
+    kwh: dict[str, float],
 ) -> dict[str, Any]:
     """Loads the best checkpoint and reads test once; the last stage writes model, tokenizer, arguments and report.
 
     Args:
         plan, progress, record, stage, tokenizer: of the run.
         at_start: `health.part_sums` of the stage's blocks before the first step.
+        kwh: energy of the training, empty if it was not measured.
 
     Returns:
         The content of report.json, in every process.
@@ -60,7 +62,7 @@ def finish(
                 block.to_empty(device=stage.device)
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), elsewhere, None)
         speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
-        found = {**results, "exit_speeds": speeds, "code_health": codes}
+        found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh}
         report = _report(plan, progress, model, stage.device, found, all_warnings)
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
@@ -103,7 +105,8 @@ def _report(
         plan, progress: the run, and how far it got.
         model: the chosen one, complete.
         device: of the main process.
-        results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `exit_speeds`, `code_health`.
+        results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `exit_speeds`, `code_health`,
+            and `energy_kwh` of the training.
         warnings: what the reader should know.
     """
     config, args = model.config, plan.args

@@ -29,7 +29,7 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.launch import said_once
 from ..parallel.schema import PROTOCOL
 from ..parallel.transport import Alone, connect
-from . import checkpoint, health, trackers
+from . import checkpoint, energy, health, trackers
 from .finish import finish
 from .measure import unit_seconds
 from .optim import BlockOptimizers
@@ -109,8 +109,9 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         run.resume()
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_last else None)
         check_shared(output_dir, transport)
-        run.fit()
-        report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start)
+        with energy.measured(transport.is_last and trackers.ENERGY in trackers.chosen(args.report_to)) as kwh:
+            run.fit()
+        report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start, kwh)
         if args.push_to_hub and transport.is_last:
             push_or_warn(args.output_dir, args.hub_id, args.hub_private_repo)
     except Exception as error:

@@ -159,7 +159,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             tracker that is unknown or not installed.
     """
     _check_world(args, int(os.environ.get("WORLD_SIZE", 1)))
-    log_with = trackers.chosen(args.report_to)
+    log_with = [name for name in trackers.chosen(args.report_to) if name != trackers.ENERGY]
     try:
         accelerator = Accelerator(  # places and tracks only; stage.py sets the precision, whatever an earlier one chose
             cpu=args.use_cpu,

@@ -2,6 +2,7 @@
 
 Unless configured otherwise they write on this machine: tensorboard, wandb and mlflow under output_dir/logs, trackio
 where it keeps all its projects (`TRACKIO_DIR`), because its dashboard compares the runs of one such folder.
+codecarbon is named with them, as in transformers.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from ..messages import nearest
 
 logger = logging.getLogger(__name__)
 
-KNOWN = [name for name in LoggerType.list() if name != "all"]
+ENERGY = "codecarbon"  # not a tracker of accelerate: energy.py
+KNOWN = [*(name for name in LoggerType.list() if name != "all"), ENERGY]
 PACKAGES = {"trackio": "trackio gradio_client", "comet_ml": "comet_ml", "mlflow": "mlflow"}  # others: the same name
 
 
@@ -30,7 +32,7 @@ def chosen(report_to: str) -> list[str]:
     Raises:
         ValueError: an unknown name (with the nearest one), or a tracker that is not installed (with what to install).
     """
-    installed = [str(name) for name in get_available_trackers()]
+    installed = [str(name) for name in get_available_trackers()] + [ENERGY] * bool(importlib.util.find_spec(ENERGY))
     names = [name.strip() for name in report_to.split(",") if name.strip()]
     if names in ([], ["none"]):
         return []

@@ -7,6 +7,7 @@ nothing is written and nothing private is read.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -81,6 +82,11 @@ class Store:
             self.commit(kind, repo, "main", "initial commit", "", {".gitattributes": self.put(data)}, first=True)
             return True
 
+    def forget_contents(self) -> None:
+        """Of all files: what is pushed next is new to this server. Repositories that exist cannot be read any more."""
+        for blob in (self.root / "blobs").iterdir():
+            blob.unlink()
+
     def put(self, data: bytes) -> dict:
         sha = hashlib.sha256(data).hexdigest()
         self.blob(sha).write_bytes(data)
@@ -125,6 +131,39 @@ async def _breaks_off():
     raise ConnectionResetError("on purpose")
 
 
+async def _cut_off(request: Request):
+    """Goes away in the middle of what the client sends."""
+    await anext(request.stream())
+    return StreamingResponse(_breaks_off(), headers={"Content-Length": "1000"})
+
+
+def _flip_a_byte(request: Request) -> None:
+    """The rest of the request meets other bytes than were sent."""
+    receive, flipped = request._receive, []
+
+    async def flipping():
+        message = await receive()
+        if message.get("body") and not flipped:
+            flipped.append(True)
+            message = {**message, "body": bytes([message["body"][0] ^ 1]) + message["body"][1:]}
+        return message
+
+    request._receive = flipping
+
+
+async def _slowly(response: Response) -> StreamingResponse:
+    """The same answer, late and in small pieces."""
+
+    async def pieces():
+        async for part in response.body_iterator:
+            for start in range(0, len(part), 1 + len(part) // 20):
+                await asyncio.sleep(0.01)
+                yield part[start : start + 1 + len(part) // 20]
+
+    await asyncio.sleep(0.1)
+    return StreamingResponse(pieces(), response.status_code, response.headers)
+
+
 FAULTS = {
     "500": lambda: JSONResponse({"error": "on purpose"}, 500),
     "429": lambda: JSONResponse({"error": "too many requests, on purpose"}, 429, {"Retry-After": "0"}),
@@ -146,7 +185,13 @@ def make_app(root: str | Path, token: str = TOKEN, user: str = "tester") -> Fast
     async def record(request: Request, call_next):
         fault = app.state.faults.pop(len(app.state.log), None)
         app.state.log.append((request.method, request.url.path, request.url.query))
-        if fault is not None:
+        if fault == "slow":
+            return await _slowly(await call_next(request))
+        if fault == "corrupted":
+            _flip_a_byte(request)
+        elif fault == "cut_off":
+            return await _cut_off(request)
+        elif fault is not None:
             await request.body()
             return FAULTS[fault]()
         return await call_next(request)

@@ -13,6 +13,9 @@ import yaml
 from huggingface_hub import SpaceCard
 from server import TOKEN
 
+import hf_al
+from hf_al.parsing import parse_arguments
+
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 TEXTS = ["thank you so much", "you lost my bag", "which gate"]
 
@@ -194,6 +197,7 @@ def test_a_push_that_fails_anywhere_leaves_the_old_commit_or_the_new_one(fault, 
     outcomes = set()
     for number in range(requests):
         repo_id = f"tester/broken-{fault}-{number}"
+        hub.state.store.forget_contents()  # or the weights would not be sent again
         hub.state.log.clear()
         hub.state.faults[number] = fault
         status, _, err = hub.run(jobs.shell, "push", folder, repo_id)
@@ -209,3 +213,40 @@ def test_a_push_that_fails_anywhere_leaves_the_old_commit_or_the_new_one(fault, 
         assert found.keys() == expected.keys()
         assert found["model.safetensors"] == expected["model.safetensors"]
     assert (2, 0) in outcomes or fault == "429"
+
+
+@pytest.fixture(scope="module")
+def large(tweet_files, tmp_path_factory) -> Path:
+    """A run whose weights are more than 10 MiB."""
+    folder = tmp_path_factory.mktemp("large") / "run"
+    flags = ["--num_blocks=2", "--hidden_size=720", "--max_steps=1", "--threads=1", "--use_cpu", "--plots=false"]
+    hf_al.train(parse_arguments([*tweet_files, *flags, "--max_train_samples=32", f"--output_dir={folder}"]))
+    assert (folder / "model.safetensors").stat().st_size > 10 * 2**20
+    return folder
+
+
+@pytest.mark.parametrize("fault", ["dropped", "cut_off", "corrupted", "slow"])
+def test_a_large_upload_that_breaks_leaves_the_old_commit_or_the_new_one(fault, hub, large):
+    repo_id = f"tester/large-{fault}"
+    hub.state.store.forget_contents()
+    hub.run(jobs.push, str(large), f"tester/undisturbed-large-{fault}")
+    methods = [method for method, _, _ in hub.state.log]
+    hub.state.store.forget_contents()
+    hub.state.log.clear()
+    hub.state.faults[methods.index("PUT")] = fault
+    status, _, err = hub.run(jobs.shell, "push", str(large), repo_id)
+    assert not hub.state.faults
+    assert len(hub.run(jobs.commits, repo_id)) == (2 if status == 0 else 1)
+    assert "Traceback" not in err
+    if fault == "corrupted":
+        assert (status, "The Hub refused the push" in err) == (2, True), err
+    assert hub.run(jobs.shell, "push", str(large), repo_id)[0] == 0
+    assert hub.run(jobs.files, repo_id)["model.safetensors"] == (large / "model.safetensors").read_bytes()
+
+
+def test_a_slow_download_is_whole(hub, shared, trained):
+    hub.state.log.clear()
+    hub.state.faults.update(dict.fromkeys(range(1000), "slow"))
+    found = hub.run(jobs.answers, shared, TEXTS)
+    hub.state.faults.clear()
+    assert found == hub.run(jobs.answers, str(trained[0]), TEXTS)
