@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from .card import eval_results, model_card, shared_arguments
-from .loading import load_model
+from .loading import load_model, weights_sha256
 from .modeling.objectives import OBJECTIVES
 from .report import read_report
 
@@ -191,7 +191,7 @@ def prepare(
     if plots:
         shutil.copytree(Path(folder) / "plots", into / "plots", ignore=shutil.ignore_patterns("*.tmp.png"))
     arguments = shared_arguments(report["arguments"])
-    report = {**report, "arguments": arguments}
+    report = {**report, "arguments": arguments, "weights": weights_sha256(into)}
     (into / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
     (into / "training_config.yaml").write_text(text, encoding="utf-8")

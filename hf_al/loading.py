@@ -3,6 +3,7 @@
 transformers would find the same faults, but only after allocating memory for the weights, and in many lines.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -71,12 +72,38 @@ def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceCla
                 f"Expected finite weights in {name}, got nan or inf in {key}: its answers would mean nothing. Copy it "
                 "again from the run, or train it again."
             )
+    _check_bytes(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"Expected a tokenizer of at most {config.vocab_size} tokens (vocab_size) in {name}, got {len(tokenizer)}. "
             "Model and tokenizer are from different runs: copy both from one."
         )
     return model, tokenizer
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """Hashes of the weight files of a saved model, by name, for the report."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _check_bytes(folder: Path) -> None:
+    """Refuses weights that are not those of the report beside them. A report without hashes, or none, is no mistake."""
+    try:
+        written = json.loads((folder / "report.json").read_text(encoding="utf-8"))["weights"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    now = weights_sha256(folder)
+    wrong = next((name for name, digest in written.items() if now.get(name) != digest), None)
+    if wrong:
+        raise ValueError(
+            f"Expected in {folder / wrong} the bytes that the run wrote, got others: the file is damaged, or from "
+            "another run. Copy it again. If you changed the weights yourself, delete report.json, which is not about "
+            "them."
+        )
 
 
 def best_device() -> str:

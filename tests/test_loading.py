@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,25 @@ def test_a_tokenizer_of_another_model_is_refused(few_tweets, folder):
     larger.save_pretrained(folder)
     with pytest.raises(ValueError, match=rf"Expected a tokenizer of at most 60 tokens .*, got {len(larger)}"):
         load_model(str(folder))
+
+
+def test_a_flipped_byte_in_the_weights_is_found(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    load_model(str(folder))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # the last tensor stays finite
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors the bytes that the run wrote, got others") as caught:
+        load_model(str(folder))
+    assert "delete report.json" in str(caught.value)
+    (folder / "report.json").unlink()
+    load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "nothing", '{"weights": {}}'])
+def test_a_report_without_hashes_keeps_no_model_from_loading(content, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "report.json").write_text(content)
+    load_model(str(tmp_path / "run"))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import report as reporting
 from ..atomic import export
 from ..data.batching import token_lengths
+from ..loading import weights_sha256
 from ..metrics import confusion_matrix, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from . import checkpoint, health
@@ -68,6 +69,7 @@ def finish(
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
             plan.args.save(aside / "training_config.yaml")
+            report["weights"] = weights_sha256(aside)
             reporting.write_report(aside, report, plan.args.plots)
         logger.info("Saved to %s.", plan.output_dir)
         return report

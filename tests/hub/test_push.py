@@ -202,6 +202,7 @@ def test_a_push_that_fails_anywhere_leaves_the_old_commit_or_the_new_one(fault, 
         hub.state.faults[number] = fault
         status, _, err = hub.run(jobs.shell, "push", folder, repo_id)
         hub.state.faults.clear()
+        hub.run(jobs.reconnect)
         assert status in (0, 2), err
         assert "Traceback" not in err
         exists = (Path(hub.state.store.root) / "model" / repo_id.replace("/", "--")).exists()
@@ -236,6 +237,7 @@ def test_a_large_upload_that_breaks_leaves_the_old_commit_or_the_new_one(fault, 
     hub.state.faults[methods.index("PUT")] = fault
     status, _, err = hub.run(jobs.shell, "push", str(large), repo_id)
     assert not hub.state.faults
+    hub.run(jobs.reconnect)
     assert len(hub.run(jobs.commits, repo_id)) == (2 if status == 0 else 1)
     assert "Traceback" not in err
     if fault == "corrupted":
