@@ -31,6 +31,11 @@ def encode_labels(
         ValueError: missing labels, labels that are not among the names, fewer than two classes.
     """
     first = next(iter(data.values()))
+    if isinstance(first.features["label"], dict):
+        raise ValueError(
+            f"Expected labels that are text, numbers or lists, got objects with {', '.join(first.features['label'])}. "
+            "Name another --label_column_name, or take the label out of the object."
+        )
     problem_type = problem_type or guess_problem_type(first)
     if problem_type == REGRESSION:
         return {split: _with_labels(rows, _numbers(rows, split), Value("float32")) for split, rows in data.items()}
@@ -66,9 +71,34 @@ def guess_problem_type(rows: Dataset) -> str:
     feature = rows.features["label"]
     if _is_list(feature):
         return MULTI
+    if feature in (Value("string"), Value("large_string")):
+        _refuse_almost_numbers(rows["label"])
     is_float = getattr(feature, "dtype", "").startswith("float")
     has_fraction = is_float and any(not _missing(v) and v != int(v) for v in rows["label"])
     return REGRESSION if has_fraction else SINGLE
+
+
+def _refuse_almost_numbers(labels: Any) -> None:
+    """One cell that is not a number makes text of a whole column: a regression would become a classification."""
+    numbers = {label for label in labels if _is_fraction(label)}
+    others = [row for row, label in enumerate(labels) if not _is_number(label)]
+    if len(numbers) > 10 and 0 < len(others) <= 0.1 * len(labels):
+        raise ValueError(
+            f"Expected labels that are all numbers, or names, got numbers and {labels[others[0]]!r} in row {others[0]} "
+            f"(from 0), {len(others)} such in all. Remove these rows, or, if each number is a class, pass "
+            "--problem_type single_label_classification."
+        )
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_fraction(label: Any) -> bool:
+    return _is_number(label) and float(label) != int(float(label))
 
 
 def problem_type_of(rows: Dataset) -> str:

@@ -48,6 +48,11 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
         tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_seq_length)
         return tokenizer
     backend = train_backend(args, train)
+    if backend.get_vocab_size() <= len(SPECIAL):
+        raise ValueError(
+            f"Expected words that come at least {args.min_frequency} times in train (--min_frequency), got none: every "
+            "text would look the same. Pass --min_frequency 1, more text, or --tokenizer_name."
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

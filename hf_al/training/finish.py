@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +53,10 @@ def finish(
     results = _results(plan, stage)
     codes = health.code_health(model, torch.as_tensor(plan.labels["validation"]), transport)
     warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, at_start)
-    all_warnings = transport.pass_on(warnings) or []
+    all_warnings = plan.warnings + (transport.pass_on(warnings) or [])
+    if "confusion_matrix" in results:
+        split, names = ("test" if "test" in plan.data else "validation"), model.config.label_names
+        all_warnings += health.answer_warnings(np.asarray(results["confusion_matrix"]), names, split)
     codes = transport.pass_on(codes) or []
     record.warn(all_warnings)
 

@@ -17,6 +17,7 @@ Legend: N labels that are compared, C classes, V target-code size.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,6 +151,17 @@ def update_warnings(model: ALForSequenceClassification, at_start: dict[str, tupl
     return [
         f"Nothing updated {part} of block {k}: its gradient is zero. Check learning_rate, its factors, and dropout."
         for k, part in (name.split(".") for name in never_updated(model, at_start))
+    ]
+
+
+def answer_warnings(counts: np.ndarray, label_names: list[str], split: str) -> list[str]:
+    """A model that knows one answer. `counts` (C, C): the confusion matrix, true labels in rows."""
+    answers = np.flatnonzero(counts.sum(0))
+    if len(answers) != 1 or np.count_nonzero(counts.sum(1)) < 2:
+        return []
+    return [
+        f"The last exit answers {label_names[answers[0]]!r} to every one of the {counts.sum()} {split} texts: it has "
+        "learned nothing but how frequent the labels are. Try another learning_rate, more epochs, or another objective."
     ]
 
 

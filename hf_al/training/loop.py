@@ -236,6 +236,7 @@ class Run:
         )  # fmt: skip
         with logging_redirect_tqdm(), StopSignals() as stop:
             self.record.start()
+            self.record.warn(plan.warnings)
             self.model.train()
             watched = sys.stderr.isatty() and self.transport.is_last and not self.args.disable_tqdm
             objective = self.model.config.objective

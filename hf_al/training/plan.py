@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import TrainingArguments
 from ..data import sources
 from ..data.batching import BatchOrder, Collator, micro_batches
+from ..data.oddities import data_warnings
 from ..data.streaming import StreamOrder
 from ..data.tokenization import tokenizer_digest
 from ..metrics import chosen_metric
@@ -47,6 +48,7 @@ class Plan:
         metric: the validation metric that chooses the checkpoint.
         labels: split -> labels, in the form that the metrics need.
         identity: what must be the same in a resumed run, and in every process.
+        warnings: what is odd about the data.
         conditions: what a resumed run may change; its result then differs from that of an uninterrupted run.
     """
 
@@ -61,6 +63,7 @@ class Plan:
     labels: dict[str, np.ndarray]
     identity: dict[str, dict[str, Any]]
     conditions: dict[str, Any]
+    warnings: list[str]
 
     @property
     def train(self) -> Dataset | StreamOrder:
@@ -140,6 +143,7 @@ def make_plan(
             "device": device.type,
             "torch": torch.__version__,
         },
+        warnings=data_warnings(data, config.label_names),
     )
 
 
