@@ -222,6 +222,8 @@ class TrainingArguments:
             "warmup_steps",
             "word_vectors_extra_words",
             "embedding_learning_rate_factor",
+            "seed",
+            "validation_seed",
         ]:
             if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(self, name))):
                 raise ValueError(f"Expected {name} to be 0 or more, got {getattr(self, name)}.")

@@ -12,13 +12,16 @@ import sys
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import shtab
 
+from .early import check_input_and_output, check_model_name, check_training, checked_file, input_format
 from .messages import last_line, nearest, table
 from .parallel.launch import is_for_others_to_start, is_launched, launch, said_once, speaks
 from .parsing import FlagParser, add_training_flags, reader, resolve
+from .report import read_report
 
 MODEL = "folder of a trained model, or a Hub id"
 COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
@@ -45,6 +48,7 @@ def _train(flags: Namespace) -> None:
     if flags.print_config:
         print(args.to_yaml(), end="")
         return
+    said_once(lambda: check_training(args))
     if args.stages > 1 and not is_for_others_to_start():
         launch(args.to_yaml(), args.stages, args.use_cpu)
         return
@@ -88,12 +92,13 @@ def _evaluate_flags(parser: FlagParser) -> None:
 
 
 def _evaluate(flags: Namespace) -> None:
+    check_model_name(flags.model, flags.revision)
+    if flags.test_file:
+        checked_file(flags.test_file)
     set_up_output(flags.disable_tqdm)
     from .data.sources import load_split, read_file
     from .evaluation import evaluate
-    from .loading import check_model_name
 
-    check_model_name(flags.model, flags.revision)
     if flags.dataset_name:
         data = load_split(flags.dataset_name, flags.dataset_config_name, flags.test_split_name or "test")
     elif flags.dataset_config_name or flags.test_split_name:
@@ -134,6 +139,9 @@ def _predict_flags(parser: FlagParser) -> None:
 
 
 def _predict(flags: Namespace) -> None:
+    check_model_name(flags.model, flags.revision)
+    input_format(flags.input, flags.input_format)
+    check_input_and_output(flags.input, flags.output)
     set_up_output(flags.disable_tqdm)
     from .saved.prediction import predict_file
 
@@ -150,6 +158,7 @@ def _inspect_flags(parser: FlagParser) -> None:
 
 
 def _inspect(flags: Namespace) -> None:
+    check_model_name(flags.model, flags.revision)
     set_up_output()
     from .saved.inspection import as_text, inspect
 
@@ -186,6 +195,7 @@ def _push_flags(parser: FlagParser) -> None:
 
 
 def _push(flags: Namespace) -> None:
+    read_report(flags.model)
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .hub import push
 
@@ -207,6 +217,7 @@ def _demo_flags(parser: FlagParser) -> None:
 
 
 def _demo(flags: Namespace) -> None:
+    check_model_name(flags.model, flags.revision)
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .saved.demo import demo
 
@@ -269,6 +280,7 @@ def build_parser() -> tuple[FlagParser, dict[str, FlagParser]]:
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"hf-al {version('hf_al')}")
     shtab.add_argument_to(parser, "--print_completion", help="print a shell's completion script and stop")
     group = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=FlagParser)
     commands = {}

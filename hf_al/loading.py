@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import registration
+from .early import check_model_name
 from .messages import last_line
 from .modeling.modeling_al import ALForSequenceClassification
 
@@ -116,19 +117,6 @@ def device_of(model: ALForSequenceClassification) -> torch.device:
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     device = torch.device(model.device if device in (None, "disk") else device)
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def check_model_name(name: str, revision: str | None = None) -> None:
-    """ValueError unless `name` is a model folder or has the form of a Hub id; a folder has no revisions."""
-    folder = Path(name)
-    if folder.exists() and revision is not None:
-        raise ValueError(f"Expected a Hub id with revision={revision}, got the folder {name}. Leave the revision out.")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
-        )
-    if not folder.exists() and name.count("/") != 1:
-        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
 
 
 def _folder(name: str, revision: str | None) -> Path:

@@ -17,6 +17,13 @@ def some(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def duration(seconds: float) -> str:
+    """In words, with the precision of an estimate."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def last_line(error: Exception) -> str:
     """The last line of an error's text, without the name of an error class: the original message if a library put
     lines of its own before it."""

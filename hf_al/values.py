@@ -1,11 +1,17 @@
 """Values of arguments and config fields, converted to the annotated type."""
 
+import os
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def union_members(kind: Any) -> list[Any]:

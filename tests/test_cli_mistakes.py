@@ -11,6 +11,9 @@ SCRIPT = str(Path(sys.executable).with_name("hf-al"))
 # --- a user's mistakes
 
 
+TWEETS = ["train", "--output_dir=out", "--dataset_name=tweets"]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -36,8 +39,14 @@ SCRIPT = str(Path(sys.executable).with_name("hf-al"))
         (["train", "--output_dir=out", "--train_file=no.csv"], ["Expected a file at no.csv, found none"]),
         (["train", "--output_dir=out", "--config=no.yaml"], ["Expected a YAML file at no.yaml, found none"]),
         (["train", "--output_dir=out", "--fp16"], ["fp16", "Pass bf16=True"]),
-        (["train", "--output_dir=out", "--objective=al"], ["Expected objective to be one of associated", "got 'al'"]),
-        (["train", "--output_dir=out", "--hidden_size=7"], ["Expected an even hidden_size", "hidden_size=8"]),
+        (
+            ["train", "--output_dir=out", "--dataset_name=tweets", "--objective=al"],
+            ["Expected objective to be one of associated", "got 'al'"],
+        ),
+        (
+            ["train", "--output_dir=out", "--dataset_name=tweets", "--hidden_size=7"],
+            ["Expected an even hidden_size", "hidden_size=8"],
+        ),
         (["train", "--output_dir=out", "--num_attention_heads=2"], ["'num_attention_heads' for al_lstm"]),
         (["train", "--output_dir=out", "--vocab_size=2"], ["--vocab_size"]),
         (["train", "--output_dir=out", "--dataset_name=tweets", "--train_file=a.csv"], ["train_file or dataset_name"]),
@@ -53,12 +62,12 @@ SCRIPT = str(Path(sys.executable).with_name("hf-al"))
         (["predict"], ["DIR"]),
         (["predict", "."], ["Expected a model folder with config.json"]),
         (["predict", "nowhere"], ["Expected a model folder or a Hub id", "nowhere"]),
-        (["predict", ".", "--input=no.csv"], ["Expected a file at no.csv, found none"]),
-        (["predict", ".", "--input=."], ["Expected a .txt, .csv, .tsv or .jsonl file"]),
-        (["predict", ".", "--input=.", "--input_format=csv"], ["Expected a file as --input, got the folder"]),
+        (["predict", "user/name", "--input=no.csv"], ["Expected a file at no.csv, found none"]),
+        (["predict", "user/name", "--input=."], ["Expected a .txt, .csv, .tsv or .jsonl file"]),
+        (["predict", "user/name", "--input=.", "--input_format=csv"], ["Expected a file as --input, got the folder"]),
         (["predict", ".", "--input_format=xml"], ["--input_format", "'xml'", "jsonl"]),
-        (["predict", ".", "--output=no/where.jsonl"], ["Expected a folder for --output, found none at no"]),
-        (["predict", ".", "--output=."], ["Expected a file as --output, got the folder"]),
+        (["predict", "user/name", "--output=no/where.jsonl"], ["Expected a folder for --output, found none at no"]),
+        (["predict", "user/name", "--output=."], ["Expected a file as --output, got the folder"]),
         (["inspect", "."], ["Expected a model folder with config.json"]),
         (["inspect", "nowhere"], ["Expected a model folder or a Hub id", "nowhere"]),
         (["compare", "."], ["Expected report.json in ., found none"]),

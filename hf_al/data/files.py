@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DownloadManager, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..atomic import disk_error
-
-READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+from ..early import READERS, checked_file
 
 
 def read_file(path: str) -> Dataset:
@@ -21,7 +19,7 @@ def read_file(path: str) -> Dataset:
     Raises:
         ValueError: a file that is missing, empty, of another kind, not UTF-8, or not in the format of its ending.
     """
-    file, kind, options = _checked(path)
+    file, kind, options = checked_file(path)
     try:
         if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
             file = Path(DownloadManager().extract(str(file)))
@@ -48,30 +46,8 @@ def stream_file(path: str) -> IterableDataset:
     Raises:
         ValueError: a file that is missing, empty or of another kind.
     """
-    file, kind, options = _checked(path)
+    file, kind, options = checked_file(path)
     return load_dataset(READERS[kind], data_files=str(file), split="train", streaming=True, **options)
-
-
-def _checked(path: str) -> tuple[Path, str, dict[str, Any]]:
-    """The file, its kind, and how to read that."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"Expected a file at {path}, found none. Check the path.")
-    try:
-        file.open("rb").close()
-    except OSError as error:
-        raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
-    if file.stat().st_size == 0:
-        raise ValueError(f"Expected rows in {path}, got an empty file. Add rows of text and label.")
-    suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in READERS:
-        raise ValueError(
-            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or fix its "
-            "extension."
-        )
-    csv = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
-    return file, kind, csv if READERS[kind] == "csv" else {}
 
 
 @contextmanager

@@ -151,13 +151,18 @@ def _numbers(rows: Dataset, split: str) -> list[float]:
     result = []
     for number, value in enumerate(rows["label"]):
         try:
-            result.append(math.nan if _missing(value) else float(value))
+            result.append(math.nan if _missing(value) and value not in (math.inf, -math.inf) else float(value))
         except (TypeError, ValueError):
             raise ValueError(
                 f"Expected numbers as labels for regression, got {value!r} in row {number} (from 0) of {split}. "
                 "Name another --label_column_name, or another --problem_type."
             ) from None
-        if not math.isfinite(result[-1]):
+        if math.isinf(result[-1]):
+            raise ValueError(
+                f"Expected finite numbers as labels, got {value!r} in row {number} (from 0) of {split}. Remove "
+                "the row, or correct it."
+            )
+        if math.isnan(result[-1]):
             raise ValueError(NO_LABEL.format(number, split))
     return result
 

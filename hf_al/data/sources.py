@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from ..arguments import TrainingArguments
+from ..early import check_data_arguments
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
 from .labels import SINGLE, encode_labels, label_names, problem_type_of
@@ -75,25 +76,12 @@ def load_raw(args: TrainingArguments) -> dict[str, Dataset]:
     Raises:
         ValueError: as `load_text_datasets`.
     """
-    if args.train_file and args.dataset_name:
-        raise ValueError(
-            f"Expected train_file or dataset_name, got both ({args.train_file}, {args.dataset_name}). Pass one of them."
-        )
-    for split, path in (("validation_file", args.validation_file), ("test_file", args.test_file)):
-        if path and args.dataset_name:
-            raise ValueError(f"Expected train_file beside {split}, got dataset_name. Pass one kind of data only.")
-    if not args.dataset_name or args.dataset_name == "tweets":
-        for field in ("dataset_config_name", "train_split_name", "validation_split_name", "test_split_name"):
-            if getattr(args, field) and (args.train_file or field == "dataset_config_name"):
-                raise ValueError(f"Expected a Hub id as dataset_name with {field}={getattr(args, field)}, got none.")
+    check_data_arguments(args)
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         read = {"train": stream_file if args.streaming else read_file, "validation": read_file, "test": read_file}
         return {split: read[split](file) for split, file in files.items() if file}
-    if not args.dataset_name:
-        raise ValueError(
-            "Expected data, got none. Pass --train_file FILE, or --dataset_name with a Hub id or 'tweets'."
-        )
+    assert args.dataset_name is not None
     hub = _load_hub(args.dataset_name, args.dataset_config_name, args.streaming)
     names = {"train": args.train_split_name, "validation": args.validation_split_name, "test": args.test_split_name}
     splits = {}

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arguments import TrainingArguments
+from ..values import available_cores
 from .files import writing_cache
 
 logger = logging.getLogger(__name__)
@@ -212,12 +213,17 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
 
     extra = [c for c in next(iter(data.values())).column_names if c != "label"]
     with writing_cache():
-        tokens = data.map(
-            encode, batched=True, remove_columns=extra, num_proc=args.preprocessing_num_workers, desc="Tokenizing"
-        )
+        tokens = data.map(encode, batched=True, remove_columns=extra, num_proc=_workers(args), desc="Tokenizing")
     if tokenizer.is_fast:  # `encode` sets it as well, but is not called if the cache has the result
         tokenizer.backend_tokenizer.enable_truncation(limit)
     return tokens
+
+
+def _workers(args: TrainingArguments) -> int | None:
+    wanted, cores = args.preprocessing_num_workers, available_cores()
+    if wanted is not None and wanted > cores:
+        logger.warning("--preprocessing_num_workers %d is more than this machine has: %d.", wanted, cores)
+    return min(wanted, cores) if wanted else None
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from ..loading import check_model_name
+from ..early import check_model_name
 from ..messages import some, table
 from ..metrics import BEST_METRIC
 from ..modeling.configuration_al import ALConfig

@@ -6,7 +6,6 @@ Legend: N batch, C classes.
 import gzip
 import json
 import logging
-import os
 import sys
 import zlib
 from argparse import Namespace
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..atomic import replacing
+from ..early import input_format
 from ..loading import best_device, device_of, load_model
 from ..modeling.modeling_al import ALForSequenceClassification
 from .rows import Texts, Unusable, read_rows
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BATCHES = 16  # batches that are read, sorted by length and answered together
 CHUNK_CHARACTERS = 2**22  # a chunk of long texts ends earlier
-ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}
 
 
 def predict(
@@ -160,8 +159,7 @@ def predict_file(flags: Namespace) -> None:
     Raises:
         ValueError: a file, a format, a column, an exit or a model that does not exist or cannot be read.
     """
-    kind = _input_format(flags.input, flags.input_format)
-    _check_files(flags.input, flags.output)
+    kind = input_format(flags.input, flags.input_format)
     if flags.threads:
         torch.set_num_threads(flags.threads)
     model, tokenizer = load_model(flags.model, flags.revision)
@@ -180,35 +178,6 @@ def predict_file(flags: Namespace) -> None:
                 errors += sum("error" in answer for answer in answers)
                 bar.update(len(answers))
     logger.info("%d %s, %s with an error.", total, "row" if total == 1 else "rows", errors or "none")
-
-
-def _input_format(path: str | None, said: str | None) -> str:
-    if said or path is None:
-        return said or "text"
-    ending = Path(path.removesuffix(".gz")).suffix.lower()
-    if ending not in ENDINGS:
-        raise ValueError(
-            f"Expected a .txt, .csv, .tsv or .jsonl file (also .gz), got {path}. Pass its format: --input_format."
-        )
-    return ENDINGS[ending]
-
-
-def _check_files(source: str | None, destination: str | None) -> None:
-    """Reports wrong paths before the model is loaded."""
-    if source is not None and not Path(source).exists():
-        raise ValueError(f"Expected a file at {source}, found none. Check --input.")
-    if source is not None and Path(source).is_dir():
-        raise ValueError(f"Expected a file as --input, got the folder {source}.")
-    if source is not None and Path(source).is_file() and Path(source).stat().st_size == 0:
-        raise ValueError(f"Expected rows in {source}, got an empty file.")
-    if destination == "":
-        raise ValueError("Expected a file as --output, got an empty name.")
-    if destination is not None and Path(destination).is_dir():
-        raise ValueError(f"Expected a file as --output, got the folder {destination}.")
-    if destination is not None:
-        target = Path(os.path.realpath(destination) if Path(destination).is_symlink() else destination)
-        if not target.parent.is_dir():
-            raise ValueError(f"Expected a folder for --output, found none at {target.parent}. Make it first.")
 
 
 @contextmanager

@@ -36,7 +36,16 @@ from .optim import BlockOptimizers
 from .plan import Plan, make_plan
 from .progress import Progress
 from .record import Record
-from .setup import check_arguments, check_shared, make_accelerator, place_blocks, prepare_output_dir, set_threads
+from .setup import (
+    check_arguments,
+    check_shared,
+    make_accelerator,
+    place_blocks,
+    prepare_output_dir,
+    progress_bars,
+    set_threads,
+    with_launchers_precision,
+)
 from .signals import StopSignals
 from .stage import Stage, rows_of
 from .start import keep_blocks, load, weights_digest
@@ -78,6 +87,11 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM (status 143): the step is finished and saved first. Status 2 in
             processes that end because another one raised.
     """
+    with progress_bars(shown=not args.disable_tqdm):
+        return _train(said_once(partial(with_launchers_precision, args)), datasets)
+
+
+def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult:
     accelerator = said_once(partial(make_accelerator, args))
     device = torch.device(accelerator.device)
     transport = connect(args.stages, device, args.ddp_timeout)

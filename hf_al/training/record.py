@@ -9,11 +9,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import report as reporting
+from ..messages import duration
 from ..parallel.transport import Alone
 from . import trackers
 from .plan import Plan
 from .progress import Progress
 from .window import Window
+
+WORTH_SAYING = 20  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +36,14 @@ class Record:
         self.window = Window()
         self.warned: set[str] = set()
         self.window_start = self.clock = 0.0
+        self.first_step: int | None = None  # until the first log, which tells how long the run will take
 
     def start(self) -> None:
         """Starts the trackers and the clock."""
         if self.transport.is_last:
             first = self.progress.step + 1
             trackers.start(self.accelerator, self.plan.output_dir, self.plan.args.to_dict(), first)
-        self.window_start = self.progress.seconds
+        self.window_start, self.first_step = self.progress.seconds, self.progress.step
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -83,6 +87,11 @@ class Record:
             "examples_per_second": examples / max(seconds, 1e-9),
             "peak_memory_mib": max(stage["memory"] for stage in stages),
         }
+        if self.first_step is not None:
+            to_go = seconds / (step - self.first_step) * (self.plan.total_steps - step)
+            self.first_step = None
+            if to_go > WORTH_SAYING:
+                logger.info("About %s to go, evaluations not counted.", duration(to_go))
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}

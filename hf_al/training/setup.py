@@ -1,15 +1,19 @@
 """Before the first step: the output folder, the accelerator, the threads, the model."""
 
+import dataclasses
 import logging
 import os
 import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
@@ -17,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..arguments import TrainingArguments
 from ..atomic import EXPORTS, WEIGHTS
+from ..early import check_output_dir
 from ..hub import check_can_push
 from ..messages import last_line
 from ..modeling.configuration_al import ALConfig
@@ -26,6 +31,7 @@ from ..parallel.placement import Placement, place
 from ..parallel.transport import Alone
 from ..parsing import check_model_keys
 from ..registration import MODEL_CLASSES
+from ..values import available_cores
 from . import trackers
 from .checkpoint import clear_leftovers
 from .optim import make_optimizer, make_schedule
@@ -81,36 +87,6 @@ def make_config(model_type: str, values: dict[str, Any]) -> ALConfig:
     except StrictDataclassError as error:  # it is neither a ValueError nor one line
         raise ValueError(last_line(error)) from None
     return config
-
-
-def check_output_dir(args: TrainingArguments) -> Path:
-    """The output folder: new or empty, to be emptied, or holding the run to resume. Changes nothing.
-
-    Raises:
-        ValueError: no folder named, a file at that path, files in it without a flag that says what to do, or no
-            permission to write.
-    """
-    if not args.output_dir:
-        raise ValueError("Expected output_dir, got none. Pass output_dir='out/my_run', for example.")
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected a folder as output_dir, got the file {folder}. Pass another name.")
-    try:
-        used = folder.exists() and any(folder.iterdir())
-        if used and args.resume_from_checkpoint is None and not args.overwrite_output_dir:
-            raise ValueError(
-                f"Expected an empty output_dir, got files in {folder}. Pass --overwrite_output_dir to start anew, "
-                "--resume_from_checkpoint last to go on, or another folder."
-            )
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        with tempfile.NamedTemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"Expected a writable output_dir, got {folder}: {error.strerror}. Pass another folder, or fix its "
-            "permissions."
-        ) from None
-    return folder
 
 
 def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
@@ -220,11 +196,43 @@ def _program(module_flag: str) -> str:
     return f"{program} {shlex.join(sys.argv[1:])}"
 
 
+def with_launchers_precision(args: TrainingArguments) -> TrainingArguments:
+    """The arguments with what `accelerate launch --mixed_precision` asks for.
+
+    Raises:
+        ValueError: a precision in which blocks cannot be trained.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked == "no" or (asked == "bf16" and args.bf16):
+        return args
+    if asked != "bf16":
+        raise ValueError(
+            f"Expected --mixed_precision no or bf16, got {asked} from the launcher. fp16 and fp8 need a loss scaler, "
+            "and one scaler cannot serve blocks that are updated one after the other. Pass bf16."
+        )
+    return dataclasses.replace(args, bf16=True)
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Without `shown`, `datasets` shows no bars inside."""
+    if shown or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def set_threads(args: TrainingArguments) -> None:
     """Sets the number of threads. It affects rounding, so it follows from the arguments, never from the launcher."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = args.threads or max(1, cores // local)
+    cores = available_cores()
+    threads = min(args.threads or max(1, cores // local), cores)
+    if args.threads and args.threads > cores:
+        logger.warning("--threads %d is more than this machine has: %d.", args.threads, cores)
     torch.set_num_threads(threads)
     each = f", in each of {local} processes here" if local > 1 else ""
     logger.info("Threads: %d of %d cores%s.", threads, cores, each)

@@ -1,0 +1,140 @@
+"""Mistakes that can be found before torch, transformers and datasets are imported, which takes seconds."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .arguments import TrainingArguments
+
+ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
+READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+def check_training(args: TrainingArguments) -> None:
+    """What `hf-al train` can refuse at once.
+
+    Raises:
+        ValueError: an output folder that cannot be used, a model or files that are not there, data named twice or not
+            at all.
+    """
+    check_output_dir(args)
+    if args.model_name_or_path:
+        check_model_name(args.model_name_or_path, args.model_revision)
+    check_data_arguments(args)
+    for path in (args.train_file, args.validation_file, args.test_file):
+        if path:
+            checked_file(path)
+
+
+def check_model_name(name: str, revision: str | None = None) -> None:
+    """ValueError unless `name` is a model folder or has the form of a Hub id; a folder has no revisions."""
+    folder = Path(name)
+    if folder.exists() and revision is not None:
+        raise ValueError(f"Expected a Hub id with revision={revision}, got the folder {name}. Leave the revision out.")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
+        )
+    if not folder.exists() and name.count("/") != 1:
+        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
+
+
+def check_output_dir(args: TrainingArguments) -> Path:
+    """The output folder: new or empty, to be emptied, or holding the run to resume. Changes nothing.
+
+    Raises:
+        ValueError: no folder named, a file at that path, files in it without a flag that says what to do, or no
+            permission to write.
+    """
+    if not args.output_dir:
+        raise ValueError("Expected output_dir, got none. Pass output_dir='out/my_run', for example.")
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder as output_dir, got the file {folder}. Pass another name.")
+    try:
+        used = folder.exists() and any(folder.iterdir())
+        if used and args.resume_from_checkpoint is None and not args.overwrite_output_dir:
+            raise ValueError(
+                f"Expected an empty output_dir, got files in {folder}. Pass --overwrite_output_dir to start anew, "
+                "--resume_from_checkpoint last to go on, or another folder."
+            )
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Expected a writable output_dir, got {folder}: {error.strerror}. Pass another folder, or fix its "
+            "permissions."
+        ) from None
+    return folder
+
+
+def check_data_arguments(args: TrainingArguments) -> None:
+    """Refuses data that is named twice, in two ways, or not at all."""
+    if args.train_file and args.dataset_name:
+        raise ValueError(
+            f"Expected train_file or dataset_name, got both ({args.train_file}, {args.dataset_name}). Pass one of them."
+        )
+    for split, path in (("validation_file", args.validation_file), ("test_file", args.test_file)):
+        if path and args.dataset_name:
+            raise ValueError(f"Expected train_file beside {split}, got dataset_name. Pass one kind of data only.")
+    if not args.dataset_name or args.dataset_name == "tweets":
+        for field in ("dataset_config_name", "train_split_name", "validation_split_name", "test_split_name"):
+            if getattr(args, field) and (args.train_file or field == "dataset_config_name"):
+                raise ValueError(f"Expected a Hub id as dataset_name with {field}={getattr(args, field)}, got none.")
+    if not args.dataset_name and not args.train_file:
+        raise ValueError(
+            "Expected data, got none. Pass --train_file FILE, or --dataset_name with a Hub id or 'tweets'."
+        )
+
+
+def checked_file(path: str) -> tuple[Path, str, dict[str, Any]]:
+    """The file, its kind, and how to read that."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"Expected a file at {path}, found none. Check the path.")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
+    if file.stat().st_size == 0:
+        raise ValueError(f"Expected rows in {path}, got an empty file. Add rows of text and label.")
+    suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in READERS:
+        raise ValueError(
+            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or fix its "
+            "extension."
+        )
+    csv = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
+    return file, kind, csv if READERS[kind] == "csv" else {}
+
+
+def input_format(path: str | None, said: str | None) -> str:
+    if said or path is None:
+        return said or "text"
+    ending = Path(path.removesuffix(".gz")).suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(
+            f"Expected a .txt, .csv, .tsv or .jsonl file (also .gz), got {path}. Pass its format: --input_format."
+        )
+    return ENDINGS[ending]
+
+
+def check_input_and_output(source: str | None, destination: str | None) -> None:
+    """Reports wrong paths before the model is loaded."""
+    if source is not None and not Path(source).exists():
+        raise ValueError(f"Expected a file at {source}, found none. Check --input.")
+    if source is not None and Path(source).is_dir():
+        raise ValueError(f"Expected a file as --input, got the folder {source}.")
+    if source is not None and Path(source).is_file() and Path(source).stat().st_size == 0:
+        raise ValueError(f"Expected rows in {source}, got an empty file.")
+    if destination == "":
+        raise ValueError("Expected a file as --output, got an empty name.")
+    if destination is not None and Path(destination).is_dir():
+        raise ValueError(f"Expected a file as --output, got the folder {destination}.")
+    if destination is not None:
+        target = Path(os.path.realpath(destination) if Path(destination).is_symlink() else destination)
+        if not target.parent.is_dir():
+            raise ValueError(f"Expected a folder for --output, found none at {target.parent}. Make it first.")

@@ -1,0 +1,53 @@
+"""Mistakes that need no torch are answered before it is imported, with the flag and its value."""
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import sys
+sys.argv[0] = "hf-al"
+import hf_al_program
+try:
+    hf_al_program.main()
+finally:
+    slow = {"torch", "transformers", "datasets", "accelerate"} & sys.modules.keys()
+    print(f"imported: {sorted(slow)}")
+"""
+TWEETS = ["train", "--dataset_name=tweets", "--output_dir=new"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["predict", "nowhere"], "found nothing at nowhere"),
+        (["predict", "."], "Expected a model folder with config.json, got ."),
+        (["predict", "user/name", "--input=none.csv"], "Expected a file at none.csv, found none. Check --input."),
+        (["predict", "user/name", "--input=a.pdf"], "got a.pdf. Pass its format: --input_format."),
+        (["predict", "user/name", "--output=none/a.jsonl"], "Expected a folder for --output"),
+        (["evaluate", "nowhere", "--test_file=a.csv"], "found nothing at nowhere"),
+        (["evaluate", "user/name", "--test_file=none.csv"], "Expected a file at none.csv, found none"),
+        (["inspect", "nowhere"], "found nothing at nowhere"),
+        (["demo", "nowhere"], "found nothing at nowhere"),
+        (["push", "nowhere", "user/name"], "Expected report.json in nowhere, found none"),
+        (["compare", "nowhere"], "Expected report.json in nowhere, found none"),
+        (["train", "--output_dir=new"], "Expected data, got none"),
+        (["train", "--output_dir=new", "--train_file=none.csv"], "Expected a file at none.csv, found none"),
+        ([*TWEETS, "--train_file=none.csv"], "Expected train_file or dataset_name, got both"),
+        ([*TWEETS, "--output_dir=."], "Expected an empty output_dir, got files in ."),
+        ([*TWEETS, "--model_name_or_path=nowhere"], "found nothing at nowhere"),
+        ([*TWEETS, "--seed=-1"], "Expected seed to be 0 or more, got -1."),
+        ([*TWEETS, "--validation_seed=-3"], "Expected validation_seed to be 0 or more, got -3."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_answered_without_torch(argv, said, tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-c", CODE, *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == "imported: []\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
