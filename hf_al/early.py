@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,22 @@ def input_format(path: str | None, said: str | None) -> str:
     return ENDINGS[ending]
 
 
-def check_input_and_output(source: str | None, destination: str | None) -> None:
-    """Reports wrong paths before the model is loaded."""
+def check_input_and_output(flags: Namespace) -> None:
+    """Reports wrong texts and paths of `hf-al predict` before the model is loaded."""
+    source, destination, texts = flags.input, flags.output, flags.texts
+    of_files = [name for name in ("input_format", "text_column_names", "id_column") if getattr(flags, name)]
+    if texts and of_files:
+        raise ValueError(f"Expected a file with --{of_files[0]}, got the text {texts[0]!r}. Leave one of them out.")
+    if any(not text.strip() for text in texts):
+        raise ValueError("Expected a text in every argument, got an empty one.")
     if source is not None and not Path(source).exists():
         raise ValueError(f"Expected a file at {source}, found none. Check --input.")
     if source is not None and Path(source).is_dir():
         raise ValueError(f"Expected a file as --input, got the folder {source}.")
     if source is not None and Path(source).is_file() and Path(source).stat().st_size == 0:
         raise ValueError(f"Expected rows in {source}, got an empty file.")
+    if source is not None and texts:
+        raise ValueError(f"Expected texts or --input, got both ({texts[0]!r} and {source}). Pass one of them.")
     if destination == "":
         raise ValueError("Expected a file as --output, got an empty name.")
     if destination is not None and Path(destination).is_dir():

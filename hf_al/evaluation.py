@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +13,11 @@ from .data.batching import Collator
 from .data.labels import encode_labels
 from .loading import best_device, device_of, load_model
 from .metrics import exit_metrics
+from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
+from .saved.answers import columns, writer
+from .saved.prediction import destination, readings_of, written
 from .training.stage import Stage
 
 
@@ -27,6 +31,7 @@ def evaluate(
     show_progress: bool = False,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    predictions: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of every exit of `model` on labelled text, in the model's own type.
 
@@ -39,6 +44,7 @@ def evaluate(
         show_progress: show a progress bar on standard error.
         device: where to compute; default: where the model is; for a model that is loaded here, a GPU if there is one.
         revision: branch, tag or commit of a Hub id (default: main).
+        predictions: file for the answers of all exits to each row, with its true label: .jsonl, .csv, .tsv or .parquet.
 
     Returns:
         The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
@@ -67,6 +73,30 @@ def evaluate(
         model.to(device)  # type: ignore[arg-type]
     stage = Stage(model, place(model.config.units), 0, device_of(model), collator)
     labels = collator.labels(data.features["label"], data["label"]).numpy()
-    exits = exit_metrics(stage.evaluate(data, batch_size, show_progress), labels, args.problem_type or "")
+    logits = stage.evaluate(data, batch_size, show_progress)
+    if predictions is not None:
+        _write_predictions(predictions, logits, encoded["test"], model.config)
+    exits = exit_metrics(logits, labels, args.problem_type or "")
     last = {name: value for name, value in exits[-1].items() if name != "block"}
     return {**last, "examples": len(data), "exits": exits}
+
+
+def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, config: ALConfig) -> None:
+    """A row for each text: its true label, and the answer of every exit."""
+    names = config.label_names
+
+    def true(label: Any) -> str:
+        return ",".join(names[i] for i in label) if isinstance(label, list) else str(label)
+
+    single = config.resolved_problem_type == "single_label_classification"
+    labels = [names[label] if single else true(label) for label in rows["label"]]
+    by_exit = {k: readings_of(torch.from_numpy(values), config, all_scores=False) for k, values in logits.items()}
+    last = by_exit[max(by_exit)]
+    answers = [
+        {"true": label, "text": rows[i]["text"], **last[i], "exits": [{"block": k, **r[i]} for k, r in by_exit.items()]}
+        for i, label in enumerate(labels)
+    ]
+    with destination(path) as out:
+        write, close = writer(out, path, columns(config, None, False, ["true", "text"]))
+        written(write, answers, path)
+        close()

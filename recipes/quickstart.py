@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import pipeline
 
 import hf_al
-from hf_al.cli import set_up_output
+from hf_al.commands import set_up_output
 from hf_al.data.sources import load_text_datasets
 from hf_al.parsing import parse_arguments
 

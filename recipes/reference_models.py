@@ -19,7 +19,7 @@ import yaml
 
 import hf_al
 from hf_al.card import model_card, shared_arguments
-from hf_al.cli import set_up_output
+from hf_al.commands import set_up_output
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 

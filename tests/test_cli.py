@@ -12,7 +12,7 @@ import yaml
 from conftest import assert_mistake, run_program
 
 import hf_al
-from hf_al.cli import COMMANDS
+from hf_al.commands import COMMANDS
 
 SCRIPT = str(Path(sys.executable).with_name("hf-al"))
 

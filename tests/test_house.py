@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_al"
 ROOMS = [
     ("values", "atomic", "messages"), ("modeling",), ("registration",), ("config_fields", "metrics"), ("arguments",),
     ("parsing", "early"), ("loading",), ("data",), ("parallel",), ("report", "plots", "card"), ("hub",), ("training",),
-    ("evaluation",), ("saved",), ("cli", "__init__"),
+    ("saved",), ("evaluation",), ("commands",), ("cli", "__init__"),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 

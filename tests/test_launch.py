@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_mistake, run_program, wait_for_a_checkpoint
 
-from hf_al import cli
+from hf_al import cli, commands
 from hf_al.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,7 @@ def test_two_launchers_meet_and_train_one_model(data, shell, tmp_path):
 
 @pytest.mark.parametrize("more", [["--stages=3"], ["--stages=5", "--num_blocks=4"]])
 def test_more_stages_than_blocks_are_refused_before_any_process_starts(more, data, shell, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "launch", lambda *args: pytest.fail("started"))
+    monkeypatch.setattr(commands, "launch", lambda *args: pytest.fail("started"))
     result = shell("train", *data, *SMALL, f"--output_dir={tmp_path / 'run'}", *more)
     blocks, stages = (2, 3) if len(more) == 1 else (4, 5)
     assert_mistake(

@@ -4,11 +4,12 @@ Legend: N batch, C classes.
 """
 
 import gzip
-import json
+import io
 import logging
 import sys
 import zlib
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..atomic import replacing
 from ..early import input_format
 from ..loading import best_device, device_of, load_model
 from ..modeling.modeling_al import ALForSequenceClassification
+from .answers import Write, columns, writer
 from .rows import Texts, Unusable, read_rows
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ def _predict_chunks(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             logits = _exit_logits(model, [ids[i] for i in batch], exit_block)
-            readings = [_readings(logits_NC, model.config, all_scores) for logits_NC in logits]
+            readings = [readings_of(logits_NC, model.config, all_scores) for logits_NC in logits]
             for n, i in enumerate(batch):
                 by_exit = [{"block": k, **reading[n]} for k, reading in zip(exits, readings, strict=True)]
                 answers[usable[i]] = {**readings[-1][n], "exits": by_exit}
@@ -128,7 +130,7 @@ def _exit_logits(
     ).exit_logits
 
 
-def _readings(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[str, Any]]:
+def readings_of(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[str, Any]]:
     """The answer of one exit for each text, with the scores of transformers' text-classification pipeline."""
     kind, names = config.resolved_problem_type, config.label_names
     logits_NC = logits_NC.float().cpu()
@@ -164,24 +166,53 @@ def predict_file(flags: Namespace) -> None:
         torch.set_num_threads(flags.threads)
     model, tokenizer = load_model(flags.model, flags.revision)
     model.to(best_device())  # type: ignore[arg-type]
-    if flags.input is None and sys.stdin.isatty():
+    if flags.input is None and not flags.texts and sys.stdin.isatty():
         logger.info("Reading %s from the terminal; Ctrl-D ends it.", "lines" if kind == "text" else kind)
     total, errors = 0, 0
+    given: deque[Texts | Unusable] = deque()  # rows that have no answer yet
     bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())
-    with bar, _source(flags.input) as stream:
-        rows = read_rows(stream, kind, flags.text_column_names)
-        chunks = predict(model, tokenizer, rows, flags.batch_size, flags.exit_block, flags.all_scores)
-        with _destination(flags.output) as out:
+    with bar, _source(flags) as stream:
+        rows = read_rows(stream, kind, flags.text_column_names, flags.id_column)
+        chunks = predict(
+            model, tokenizer, _remembered(rows, given), flags.batch_size, flags.exit_block, flags.all_scores
+        )
+        with destination(flags.output) as out:
+            extra = ["id"] * (flags.id_column is not None) + ["text", "text_pair"] * flags.with_text
+            known = columns(model.config, flags.exit_block, flags.all_scores, extra)
+            write, close = writer(out, flags.output, known)
             for answers in chunks:
-                _write(answers, out, flags.output)
+                answers = [{**_asked(given.popleft(), flags), **answer} for answer in answers]
+                written(write, answers, flags.output)
                 total += len(answers)
                 errors += sum("error" in answer for answer in answers)
                 bar.update(len(answers))
+            close()
     logger.info("%d %s, %s with an error.", total, "row" if total == 1 else "rows", errors or "none")
 
 
+def _remembered(rows: Iterable[Texts | Unusable], given: deque[Texts | Unusable]) -> Iterator[Texts | Unusable]:
+    for row in rows:
+        given.append(row)
+        yield row
+
+
+def _asked(row: Texts | Unusable, flags: Namespace) -> dict[str, Any]:
+    """What of a row goes into its answer: the id, the text."""
+    found: dict[str, Any] = {}
+    if flags.id_column is not None:
+        found["id"] = getattr(row, "id", None)
+    if flags.with_text and not isinstance(row, Unusable):
+        found |= dict(zip(("text", "text_pair"), row, strict=False))
+    return found
+
+
 @contextmanager
-def _source(path: str | None) -> Iterator[BinaryIO]:
+def _source(flags: Namespace) -> Iterator[BinaryIO]:
+    """What to classify: the texts on the command line, a file, or standard input."""
+    path = flags.input
+    if flags.texts:
+        yield io.BytesIO("\n".join(" ".join(text.split()) for text in flags.texts).encode(errors="surrogateescape"))
+        return
     if path is None:
         yield sys.stdin.buffer
         return
@@ -196,7 +227,7 @@ def _source(path: str | None) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _destination(path: str | None) -> Iterator[TextIO]:
+def destination(path: str | None) -> Iterator[TextIO]:
     """Standard output, or a file that gets its name when it is complete."""
     if path is None:
         yield sys.stdout
@@ -209,10 +240,14 @@ def _destination(path: str | None) -> Iterator[TextIO]:
         yield out
 
 
-def _write(answers: list[dict[str, Any]], out: TextIO, path: str | None) -> None:
+def written(write: Write, answers: list[dict[str, Any]], path: str | None) -> None:
+    """Writes answers.
+
+    Raises:
+        ValueError: a file that cannot take them.
+    """
     try:
-        out.writelines(json.dumps(answer) + "\n" for answer in answers)
-        out.flush()
+        write(answers)
     except OSError as error:
         if path is None:  # a closed standard output is no mistake
             raise

@@ -19,24 +19,36 @@ T = TypeVar("T")
 Texts = tuple[str, ...]  # a text, or the two of a pair
 
 
+class Identified(tuple[str, ...]):
+    """The texts of a row, with its id."""
+
+    id: str | None = None
+
+
 @dataclass(frozen=True)
 class Unusable:
-    """A row that cannot be classified, and why."""
+    """A row that cannot be classified, why, and its id if that is known."""
 
     reason: str
+    id: str | None = None
 
 
 class RowError(Exception):
     """Why a row is unusable."""
 
+    id: str | None = None
 
-def read_rows(stream: BinaryIO, kind: str, named: str | None = None) -> Iterator[Texts | Unusable]:
+
+def read_rows(
+    stream: BinaryIO, kind: str, named: str | None = None, id_column: str | None = None
+) -> Iterator[Texts | Unusable]:
     """The texts of `stream`.
 
     Args:
         stream: UTF-8 bytes.
         kind: `text` (one text per line), `csv` or `tsv` (with a header; blank lines are skipped), or `jsonl` (objects).
         named: column of the text, or two, comma-separated, for pairs; guessed if None.
+        id_column: column whose value becomes the `id` of each row; then texts are `Identified`.
 
     Raises:
         ValueError: a column that does not exist, or columns that are ambiguous.
@@ -46,13 +58,13 @@ def read_rows(stream: BinaryIO, kind: str, named: str | None = None) -> Iterator
     if len(names) > 2:
         raise ValueError(f"Expected one or two text columns, got {names}. Name at most two.")
     if kind == "text":
-        if names:
-            raise ValueError(
-                "Expected no text_column_names for text lines, got some. Pass --input_format csv or jsonl."
-            )
+        if names or id_column:
+            raise ValueError("Expected no columns for text lines, got some. Pass --input_format csv or jsonl.")
         return _each(lines, lambda line: _usable((line.rstrip("\r\n"),)))
     return (
-        _csv_rows(lines, "," if kind == "csv" else "\t", names) if kind in ("csv", "tsv") else _json_rows(lines, names)
+        _csv_rows(lines, "," if kind == "csv" else "\t", names, id_column)
+        if kind in ("csv", "tsv")
+        else _json_rows(lines, names, id_column)
     )
 
 
@@ -103,7 +115,7 @@ def _each(items: Iterator[T], parse: Callable[[T], Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except (RowError, csv.Error) as error:
-            yield Unusable(str(error))
+            yield Unusable(str(error), getattr(error, "id", None))
         else:
             if parsed is not None:
                 yield parsed
@@ -125,7 +137,18 @@ def _usable(texts: Iterable[Any]) -> Texts:
     return texts
 
 
-def _csv_rows(lines: _Lines, delimiter: str, names: list[str]) -> Iterator[Texts | Unusable]:
+def _identified(texts: Iterable[Any], id: Any) -> Texts:
+    """Usable texts with the id of their row; it also goes into the error if they are not usable."""
+    try:
+        found = Identified(_usable(texts))
+    except RowError as error:
+        error.id = None if id is None else str(id)
+        raise
+    found.id = None if id is None else str(id)
+    return found
+
+
+def _csv_rows(lines: _Lines, delimiter: str, names: list[str], id_column: str | None) -> Iterator[Texts | Unusable]:
     csv.field_size_limit(LONGEST_ROW)
     cells = csv.reader(lines, delimiter=delimiter)
     try:
@@ -135,26 +158,30 @@ def _csv_rows(lines: _Lines, delimiter: str, names: list[str]) -> Iterator[Texts
         raise ValueError(f"Expected a header in UTF-8 in the first line, got something else: {error}.") from None
     if not header:
         raise ValueError("Expected a header line with the names of the columns, got an empty input.")
-    where = [header.index(name) for name in choose_text_columns(header, names)]
+    if id_column is not None and id_column not in header:
+        raise ValueError(f"Expected column {id_column!r}, got the columns {header}. Check --id_column.")
+    where = [header.index(name) for name in choose_text_columns([c for c in header if c != id_column], names)]
 
     def parse(row: list[str]) -> Texts | None:
         if not row:
             return None
         if len(row) != len(header):
             raise RowError(f"Expected {len(header)} cells, as the header has, got {len(row)}.")
-        return _usable(row[i] for i in where)
+        texts = (row[i] for i in where)
+        return _usable(texts) if id_column is None else _identified(texts, row[header.index(id_column)])
 
     return _each(cells, parse)
 
 
-def _json_rows(lines: _Lines, names: list[str]) -> Iterator[Texts | Unusable]:
+def _json_rows(lines: _Lines, names: list[str], id_column: str | None) -> Iterator[Texts | Unusable]:
     objects = _each(lines, _json_object)
-    first, columns = _first_with_text(objects, names)
+    first, columns = _first_with_text(objects, names, id_column)
 
     def parse(row: dict | Unusable) -> Texts:
         if isinstance(row, Unusable):
             raise RowError(row.reason)
-        return _usable(row.get(name) for name in columns)
+        texts = (row.get(name) for name in columns)
+        return _usable(texts) if id_column is None else _identified(texts, row.get(id_column))
 
     return _each(chain(first, objects), parse)
 
@@ -171,7 +198,9 @@ def _json_object(line: str) -> dict | None:
     return row
 
 
-def _first_with_text(objects: Iterator[dict | Unusable], names: list[str]) -> tuple[list, list[str]]:
+def _first_with_text(
+    objects: Iterator[dict | Unusable], names: list[str], id_column: str | None
+) -> tuple[list, list[str]]:
     """The rows up to the first one that has the text column, and the column(s)."""
     rows: list[dict | Unusable] = []
     keys: dict[str, None] = {}
@@ -180,7 +209,7 @@ def _first_with_text(objects: Iterator[dict | Unusable], names: list[str]) -> tu
         if isinstance(row, dict):
             keys |= dict.fromkeys(row)
             try:
-                return rows, choose_text_columns(list(row), names)
+                return rows, choose_text_columns([name for name in row if name != id_column], names)
             except ValueError:
                 continue
     return rows, choose_text_columns(list(keys), names) if keys else names or ["text"]

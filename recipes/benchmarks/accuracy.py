@@ -16,7 +16,7 @@ from typing import Any
 from common import write_results
 
 import hf_al
-from hf_al.cli import set_up_output
+from hf_al.commands import set_up_output
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hf_al
 from hf_al.arguments import TrainingArguments
-from hf_al.cli import set_up_output
+from hf_al.commands import set_up_output
 from hf_al.data import tokenization
 from hf_al.data.batching import BatchOrder, Collator, token_lengths
 from hf_al.messages import table
