@@ -279,8 +279,8 @@ MISTAKES = {
     ),
     "unknown_command": (
         nothing, "trian",
-        "hf-al: error: Expected one of train, evaluate, predict, inspect, compare, push, export, demo, got 'trian'. Did "
-        "you mean train? See hf-al --help.",
+        "hf-al: error: Expected one of train, evaluate, predict, inspect, compare, push, export, demo, got 'trian'. "
+        "Did you mean train? See hf-al --help.",
     ),
     # --- folders
     "output_dir_not_empty": (
