@@ -53,10 +53,9 @@ def test_a_committed_card_has_the_numbers_of_its_run(name):
     (command,) = [line for line in card.text.splitlines() if line.startswith("hf-al train")]
     args = parse_arguments(command.split()[2:])
     of_the_data = {f.name for f in dataclasses.fields(args) if f.metadata.get("section") == "data"}
-    said, ran = (
-        {n: v for n, v in a.items() if n not in {*of_the_data, "output_dir"}}
-        for a in (args.to_dict(), report["arguments"])
-    )
+    skipped = {*of_the_data, "output_dir"}
+    ran = {name: value for name, value in report["arguments"].items() if name not in skipped}
+    said = {name: value for name, value in args.to_dict().items() if name in ran}  # arguments may have been added since
     assert said == ran
     shared = card.data.datasets or ["tweets"]
     assert args.dataset_name in shared

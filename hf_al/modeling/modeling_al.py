@@ -125,6 +125,10 @@ class ALPreTrainedModel(PreTrainedModel):
         """As in transformers. `inference_only=True` leaves out what only training needs: every `encode_target` and all
         bridges but the last. The result loads without a warning and gives the same logits; it cannot be trained and
         has one exit."""
+        base = getattr(self, "base_class", None)
+        if base is not None and base._auto_class is not None:  # so that AutoModel finds its class without hf_al
+            name = f"{base.__module__.split('.')[-1]}.{base.__name__}"
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), base._auto_class: name}
         if not inference_only:
             super().save_pretrained(save_directory, **kwargs)
             return

@@ -234,8 +234,8 @@ def main() -> None:
     here = Path(__file__).parent
     settings = json.loads((here / "demo.json").read_text(encoding="utf-8"))
     source = str(here / "model") if (here / "model").is_dir() else settings["model"]
-    where = {"revision": settings["revision"]} if settings["revision"] else {}
-    model = AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True, **where)
+    where = {"trust_remote_code": True} | ({"revision": settings["revision"]} if settings["revision"] else {})
+    model = AutoModelForSequenceClassification.from_pretrained(source, **where)
     tokenizer = AutoTokenizer.from_pretrained(source, **where)
     build(model, tokenizer, settings["name"], settings["examples"]).launch(css=CSS)
 
