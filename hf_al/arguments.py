@@ -71,6 +71,7 @@ class TrainingArguments:
     train_file: str | None = _arg(None, "csv, tsv, json lines or parquet, also .gz.", **DATA)
     validation_file: str | None = _arg(None, "As train_file; without it, a part of train is cut off.", **DATA)
     test_file: str | None = _arg(None, "As train_file; read once, after training.", **DATA)
+    csv_delimiter: str | None = _arg(None, "What separates the cells of csv files (default: guessed).", **DATA)
     train_split_name: str | None = _arg(None, "Split of the Hub data set to train on (default: train).", **DATA)
     validation_split_name: str | None = _arg(None, "Split of the Hub data set to choose on.", **DATA)
     test_split_name: str | None = _arg(None, "Split of the Hub data set to test on.", **DATA)
@@ -265,6 +266,8 @@ class TrainingArguments:
             raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {self.max_steps}.")
+        if self.csv_delimiter is not None and len(self.csv_delimiter) != 1:
+            raise ValueError(f"Expected csv_delimiter to be one character, got {self.csv_delimiter!r}.")
         if self.streaming and (self.max_steps < 1 or self.eval_strategy == "epoch"):
             raise ValueError(
                 "Expected max_steps, and an eval_strategy of steps or no, with streaming: nobody knows where an epoch "

@@ -29,6 +29,13 @@ def positive(text: str) -> int:
     return number
 
 
+def character(text: str) -> str:
+    """For argparse's `type`: what separates cells."""
+    if len(text) != 1:
+        raise ArgumentTypeError(f"expected one character, got {text!r}")
+    return text
+
+
 # --- train
 
 
@@ -71,6 +78,7 @@ def _evaluate_flags(parser: FlagParser) -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     _add_file(data, "--test_file", "csv, tsv, json lines or parquet, also .gz")
     data.add_argument("--dataset_name", metavar="NAME", help="in place of a file: a Hub id, or tweets")
+    _add_delimiter(parser)
     _add_file(parser, "--predictions", "also write the answers to each row: .jsonl, .csv, .tsv or .parquet")
     parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of the Hub data set")
     parser.add_argument("--test_split_name", metavar="NAME", help="its split (default: test)")
@@ -89,7 +97,7 @@ def _evaluate_flags(parser: FlagParser) -> None:
 def _evaluate(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     if flags.test_file:
-        checked_file(flags.test_file)
+        checked_file(flags.test_file, flags.csv_delimiter)
     set_up_output(flags.disable_tqdm)
     from .data.sources import load_split, read_file
     from .evaluation import evaluate
@@ -99,7 +107,7 @@ def _evaluate(flags: Namespace) -> None:
     elif flags.dataset_config_name or flags.test_split_name:
         raise ValueError("Expected --dataset_name with --dataset_config_name or --test_split_name, got --test_file.")
     else:
-        data = read_file(flags.test_file)
+        data = read_file(flags.test_file, flags.csv_delimiter)
     if flags.threads:
         import torch
 
@@ -131,6 +139,7 @@ def _predict_flags(parser: FlagParser) -> None:
         help="text: one text per line (default: from the ending of --input; text for standard input)",
     )
     parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
+    _add_delimiter(parser)
     parser.add_argument("--id_column", metavar="NAME", help="column whose value is put into each answer as its id")
     parser.add_argument("--with_text", action="store_true", help="put the text into each answer")
     parser.add_argument("--all_scores", action="store_true", help="give scores of all classes, not just the answer's")
@@ -279,6 +288,10 @@ def _add_model(parser: FlagParser, help: str, name: str = "model", **options: st
 
 def _add_revision(parser: FlagParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+
+
+def _add_delimiter(parser: FlagParser) -> None:
+    parser.add_argument("--csv_delimiter", type=character, metavar="C", help="of csv cells (default: guessed)")
 
 
 def _add_file(parser: Any, flag: str, help: str) -> None:

@@ -1,7 +1,10 @@
 """Mistakes that can be found before torch, transformers and datasets are imported, which takes seconds."""
 
+import csv
+import gzip
 import os
 import tempfile
+import zlib
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ def check_training(args: TrainingArguments) -> None:
     check_data_arguments(args)
     for path in (args.train_file, args.validation_file, args.test_file):
         if path:
-            checked_file(path)
+            checked_file(path, args.csv_delimiter)
 
 
 def check_model_name(name: str, revision: str | None = None) -> None:
@@ -90,7 +93,7 @@ def check_data_arguments(args: TrainingArguments) -> None:
         )
 
 
-def checked_file(path: str) -> tuple[Path, str, dict[str, Any]]:
+def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, dict[str, Any]]:
     """The file, its kind, and how to read that."""
     file = Path(path)
     if not file.is_file():
@@ -108,8 +111,32 @@ def checked_file(path: str) -> tuple[Path, str, dict[str, Any]]:
             f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or fix its "
             "extension."
         )
-    csv = {"delimiter": "," if kind == "csv" else "\t", "keep_default_na": False}
-    return file, kind, csv if READERS[kind] == "csv" else {}
+    if READERS[kind] != "csv":
+        return file, kind, {}
+    header = _first_line(file)
+    delimiter = delimiter or (guess_delimiter(header) if kind == "csv" else "\t")
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"Expected columns with names of their own in {path}, got {twice[0]!r} {names.count(twice[0])} times. "
+            "Rename one of them."
+        )
+    return file, kind, {"delimiter": delimiter, "keep_default_na": False}
+
+
+def guess_delimiter(header: str) -> str:
+    """What separates the cells of a csv file: the comma, or the semicolon or tab if its header has more of those."""
+    return max(",;\t", key=header.count)  # the first one if they are equal
+
+
+def _first_line(file: Path) -> str:
+    """The header of a csv file; empty if it cannot be read, which is for its reader to say."""
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            return stream.readline(2**20).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
+        return ""
 
 
 def input_format(path: str | None, said: str | None) -> str:

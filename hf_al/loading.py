@@ -64,9 +64,13 @@ def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceCla
     _check_shapes(empty, saved, folder)
     try:
         model = type(empty).from_pretrained(folder, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"Could not load {name}: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        file = folder / "tokenizer.json"
+        raise ValueError(f"Could not load the tokenizer of {name}, from {file}: {error}. Copy it again.") from error
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(
@@ -127,7 +131,9 @@ def _folder(name: str, revision: str | None) -> Path:
     try:
         copy = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
     except Exception as error:  # no network, no such repository, no permission to read it
-        raise ValueError(f"Could not load {name}: {error}") from error
+        raise ValueError(
+            f"Found no folder {name} here, and could not load a model of that name from the Hub: {last_line(error)}"
+        ) from error
     if not (copy / "config.json").is_file():
         raise ValueError(f"Expected a model with config.json on the Hub, got {name}.")
     if not any(copy.glob("*.safetensors")):

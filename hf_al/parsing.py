@@ -1,6 +1,7 @@
 """From YAML and flags to TrainingArguments. Nothing here imports torch or transformers: `--help` answers at once."""
 
 import dataclasses
+import re
 import typing
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable
@@ -132,13 +133,36 @@ def resolve(flags: dict[str, Any]) -> TrainingArguments:
 # --- YAML
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, and reads numbers as YAML 1.2 does: 010 and 1:30 are no numbers, but text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} comes {keys.count(twice[0])} times")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for start, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The values of a YAML file, with keys checked against TrainingArguments."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"Expected a YAML file at {path}, found none. Check --config.")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected YAML in {path}, got something else: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -1,5 +1,6 @@
 """Files of labelled text: csv, tsv, json lines and parquet, also gzipped, as a Dataset or as a stream."""
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,20 +12,21 @@ from ..atomic import disk_error
 from ..early import READERS, checked_file
 
 
-def read_file(path: str) -> Dataset:
+def read_file(path: str, delimiter: str | None = None) -> Dataset:
     """One csv, tsv, json lines or parquet file (also .gz) as a memory-mapped Dataset.
 
-    Cells of a csv file are kept as they are: 'NA' stays a text.
+    Cells of a csv file are kept as they are: 'NA' stays a text. `delimiter` separates them; guessed from the header if
+    None.
 
     Raises:
         ValueError: a file that is missing, empty, of another kind, not UTF-8, or not in the format of its ending.
     """
-    file, kind, options = checked_file(path)
+    file, kind, options = checked_file(path, delimiter)
     try:
         if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
             file = Path(DownloadManager().extract(str(file)))
         with writing_cache():
-            data = load_dataset(READERS[kind], data_files=str(file), split="train", **options)
+            data = load_dataset(READERS[kind], data_files=glob.escape(str(file)), split="train", **options)
         for column in data.data.columns:
             column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
@@ -39,15 +41,15 @@ def read_file(path: str) -> Dataset:
     return data
 
 
-def stream_file(path: str) -> IterableDataset:
+def stream_file(path: str, delimiter: str | None = None) -> IterableDataset:
     """A file as `read_file` reads it, row by row while it is used. It is not looked through first: what is wrong with a
     row is found when the row is read.
 
     Raises:
         ValueError: a file that is missing, empty or of another kind.
     """
-    file, kind, options = checked_file(path)
-    return load_dataset(READERS[kind], data_files=str(file), split="train", streaming=True, **options)
+    file, kind, options = checked_file(path, delimiter)
+    return load_dataset(READERS[kind], data_files=glob.escape(str(file)), split="train", streaming=True, **options)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def load_raw(args: TrainingArguments) -> dict[str, Dataset]:
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         read = {"train": stream_file if args.streaming else read_file, "validation": read_file, "test": read_file}
-        return {split: read[split](file) for split, file in files.items() if file}
+        return {split: read[split](file, args.csv_delimiter) for split, file in files.items() if file}
     assert args.dataset_name is not None
     hub = _load_hub(args.dataset_name, args.dataset_config_name, args.streaming)
     names = {"train": args.train_split_name, "validation": args.validation_split_name, "test": args.test_split_name}

@@ -172,7 +172,7 @@ def predict_file(flags: Namespace) -> None:
     given: deque[Texts | Unusable] = deque()  # rows that have no answer yet
     bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())
     with bar, _source(flags) as stream:
-        rows = read_rows(stream, kind, flags.text_column_names, flags.id_column)
+        rows = read_rows(stream, kind, flags.text_column_names, flags.id_column, flags.csv_delimiter)
         chunks = predict(
             model, tokenizer, _remembered(rows, given), flags.batch_size, flags.exit_block, flags.all_scores
         )

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
 from ..data.columns import LABEL_NAMES, guess_text
+from ..early import guess_delimiter
 
 LONGEST_ROW = 2**20  # bytes per line, characters per csv cell
 LOOK_AHEAD = 100  # json lines that may lack the text before the column counts as wrong
@@ -40,7 +41,11 @@ class RowError(Exception):
 
 
 def read_rows(
-    stream: BinaryIO, kind: str, named: str | None = None, id_column: str | None = None
+    stream: BinaryIO,
+    kind: str,
+    named: str | None = None,
+    id_column: str | None = None,
+    delimiter: str | None = None,
 ) -> Iterator[Texts | Unusable]:
     """The texts of `stream`.
 
@@ -48,6 +53,7 @@ def read_rows(
         stream: UTF-8 bytes.
         kind: `text` (one text per line), `csv` or `tsv` (with a header; blank lines are skipped), or `jsonl` (objects).
         named: column of the text, or two, comma-separated, for pairs; guessed if None.
+        delimiter: of csv; guessed from the header if None.
         id_column: column whose value becomes the `id` of each row; then texts are `Identified`.
 
     Raises:
@@ -62,7 +68,7 @@ def read_rows(
             raise ValueError("Expected no columns for text lines, got some. Pass --input_format csv or jsonl.")
         return _each(lines, lambda line: _usable((line.rstrip("\r\n"),)))
     return (
-        _csv_rows(lines, "," if kind == "csv" else "\t", names, id_column)
+        _csv_rows(lines, delimiter or (None if kind == "csv" else "\t"), names, id_column)
         if kind in ("csv", "tsv")
         else _json_rows(lines, names, id_column)
     )
@@ -148,11 +154,14 @@ def _identified(texts: Iterable[Any], id: Any) -> Texts:
     return found
 
 
-def _csv_rows(lines: _Lines, delimiter: str, names: list[str], id_column: str | None) -> Iterator[Texts | Unusable]:
+def _csv_rows(
+    lines: Iterator[str], delimiter: str | None, names: list[str], id_column: str | None
+) -> Iterator[Texts | Unusable]:
     csv.field_size_limit(LONGEST_ROW)
-    cells = csv.reader(lines, delimiter=delimiter)
     try:
-        header = next((row for row in cells if row), [])
+        start = next((line for line in lines if line.strip("\r\n")), "")
+        cells = csv.reader(chain([start], lines), delimiter=delimiter or guess_delimiter(start))
+        header = next(cells, [])
         "".join(header).encode()
     except (RowError, csv.Error, UnicodeEncodeError) as error:
         raise ValueError(f"Expected a header in UTF-8 in the first line, got something else: {error}.") from None
