@@ -15,13 +15,17 @@ import yaml
 
 from .config_fields import built_in
 from .messages import nearest
+from .own import import_own
 from .values import convert, numbers, type_name
 
 DATA = {"section": "data"}  # one data flag on the command line replaces all of a recipe's values in this section
 
 
 # Arguments that may name a file or folder on this machine
-FILES = ("train_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_name", "word_vectors")
+FILES = (
+    "train_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_name", "word_vectors",
+    "import_module",
+)  # fmt: skip
 # Those that decide where results go and how a run is shown; none of them changes a result
 SHOWING = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "plots", "disable_tqdm", "push_to_hub",
@@ -63,6 +67,9 @@ class TrainingArguments:
     model_revision: str | None = _arg(None, "Branch, tag or commit of that Hub id (default: main).")
     model_type: str = _arg(
         "", "Architecture: al_lstm (the default), al_transformer or your own; that of model_name_or_path."
+    )
+    import_module: str | None = _arg(
+        None, "Module or file to import first, for its objectives and architectures; several: comma-separated."
     )
     model: dict = _arg({}, "Config values of the model (YAML only; on the command line each is a flag).")
     # --- data
@@ -181,6 +188,7 @@ class TrainingArguments:
                 setattr(self, f.name, convert(value, typing.get_type_hints(type(self))[f.name]))
             except (TypeError, ValueError):
                 raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
+        import_own(self.import_module)
         if not self.model_type and not self.model_name_or_path:
             self.model_type = "al_lstm"
         self._check_ranges()

@@ -15,6 +15,7 @@ import shtab
 
 from .commands import COMMANDS
 from .messages import last_line, nearest
+from .own import import_own, named_in
 from .parallel.launch import is_launched
 from .parsing import FlagParser
 
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    for modules in named_in(argv):  # before the parser is built: own config values are flags, too
+        import_own(modules)
     parser, commands = build_parser()
     if not argv or argv[0] == "help":
         parser.print_help()

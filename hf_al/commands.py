@@ -287,6 +287,7 @@ def _add_model(parser: FlagParser, help: str, name: str = "model", **options: st
 
 
 def _add_revision(parser: FlagParser) -> None:
+    parser.add_argument("--import", dest="import_module", metavar="MODULE", help="imported first: see hf-al train")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 
 

@@ -6,6 +6,7 @@ They are in config_fields.json, which `python -m hf_al.config_fields` generates 
 import dataclasses
 import json
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from inspect import cleandoc
@@ -43,6 +44,13 @@ def built_in() -> dict[str, dict[str, ConfigField]]:
         }
         for model_type, fields in table.items()
     }
+
+
+def known_fields() -> dict[str, dict[str, ConfigField]]:
+    """Those of every architecture that is known now: your own ones after the module that registers them is imported."""
+    registration = sys.modules.get(f"{__package__}.registration")
+    own = [name for name in getattr(registration, "MODEL_CLASSES", ()) if name not in built_in()]
+    return {**built_in(), **{name: config_fields(name) for name in own}}
 
 
 def config_fields(model_type: str) -> dict[str, ConfigField]:

@@ -18,9 +18,11 @@ from . import registration
 from .early import check_model_name
 from .messages import last_line
 from .modeling.modeling_al import ALForSequenceClassification
+from .own import hint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a Hub repository: config, weights, tokenizer; no pickles
+# Of a Hub repository: config, weights, tokenizer, arguments of the run; no pickles
+WANTED = ["*.json", "training_config.yaml", "*.safetensors", "*.txt", "*.model"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MIXED = "Config and weights are from different models: copy both from one run."
 Shapes = dict[str, tuple[int, ...]]
@@ -47,15 +49,15 @@ def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceCla
         ) from None
     if values.get("model_type") not in registration.MODEL_CLASSES:
         raise ValueError(
-            f"Expected an AL model in {name}, got one of type {values.get('model_type')!r}. Pass the output_dir of a "
-            "finished run."
+            f"Expected an AL model in {name}, got one of type {values.get('model_type')!r}."
+            f"{hint(folder) or ' Pass the output_dir of a finished run.'}"
         )
     saved = _saved_shapes(folder)
     _check_counts(values, {n: shape for shapes in saved.values() for n, shape in shapes.items()}, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each library raises its own
-        raise ValueError(f"Could not load {name}: {last_line(error)}") from error
+        raise ValueError(f"Could not load {name}: {last_line(error)}{hint(folder)}") from error
     try:
         with torch.device("meta"):
             empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)

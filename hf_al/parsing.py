@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .arguments import TrainingArguments
-from .config_fields import built_in, config_fields
+from .config_fields import built_in, config_fields, known_fields
 from .messages import nearest
 from .values import convert, type_name, union_members
 
@@ -69,8 +69,10 @@ def add_training_flags(parser: ArgumentParser) -> None:
         members = union_members(kind)
         switch: dict[str, Any] = {"nargs": "?", "const": True} if bool in members else {}
         metavar = "FILE" if name in FILE_FLAGS else "DIR" if name in FOLDER_FLAGS else METAVARS.get(members[0], "LIST")
+        short = ["--import"] if name == "import_module" else []
         group.add_argument(
             f"--{name}",
+            *short,
             type=reader(kind),
             default=SUPPRESS,
             help=(help + shown).replace("%", "%%"),
@@ -84,7 +86,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
         if f.name != "model":
             default = None if f.default is dataclasses.MISSING else f.default
             add(run, f.name, hints[f.name], default, f.metadata["help"])
-    fields = built_in()
+    fields = known_fields()
     group = parser.add_argument_group("model config (see ALLstmConfig and ALTransformerConfig)")
     for name in {name: None for known in fields.values() for name in known}:
         owners = {model_type: known[name] for model_type, known in fields.items() if name in known}

@@ -112,7 +112,8 @@ def _series(report: dict[str, Any], kind: str) -> dict[tuple[int, str], tuple[li
 def losses(report: dict[str, Any]) -> "Figure | None":
     """Loss of each block; associated and exit train the hidden side, reconstruction the label side."""
     series = _series(report, "loss")
-    names = [name for name in SIDES if any(key[1] == name for key in series)]
+    found = {name for _, name in series}
+    names = [*(name for name in SIDES if name in found), *sorted(found - SIDES.keys())]  # those of own objectives last
     if not names:
         return None
     blocks = sorted({block for block, _ in series})
@@ -123,7 +124,7 @@ def losses(report: dict[str, Any]) -> "Figure | None":
         for (block, which), (steps, values) in series.items():
             if which == name:
                 _line(ax, steps, values, colours[block], f"block {block}")
-        ax.set_title("" if whole else SIDES[name], fontsize=10)
+        ax.set_title("" if whole else SIDES.get(name, name), fontsize=10)
         ax.set_ylabel("loss" if ax is axes[0] else "")
         _finish(ax, log=True, legend=ax is axes[-1])
     return figure

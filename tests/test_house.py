@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_al"
 ROOMS = [
-    ("values", "atomic", "messages"), ("modeling",), ("registration",), ("config_fields", "metrics"), ("arguments",),
+    ("values", "atomic", "messages", "own"), ("modeling",), ("registration",), ("config_fields", "metrics"),
+    ("arguments",),
     ("parsing", "early"), ("loading",), ("data",), ("parallel",), ("report", "plots", "card"), ("hub",), ("training",),
     ("saved",), ("evaluation",), ("commands",), ("cli", "__init__"),
 ]  # fmt: skip

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ..early import check_model_name
-from ..messages import some, table
+from ..messages import last_line, some, table
 from ..metrics import BEST_METRIC
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
+from ..own import hint
 from ..report import read_report
 
 PARTS = ("encode", "bridge", "encode_target", "decode_target")
@@ -58,9 +59,9 @@ def load_config(name: str, revision: str | None = None) -> ALConfig:
     """The config of a model folder or a Hub id."""
     check_model_name(name, revision)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # broken json, wrong values, no network: each raises a different exception
-        raise ValueError(f"Could not load {name}: {error}") from error
+        raise ValueError(f"Could not load {name}: {last_line(error)}{hint(Path(name))}") from error
     if not isinstance(config, ALConfig):
         raise ValueError(f"Expected an AL model, got one of type {config.model_type!r} in {name}.")
     return config
