@@ -99,6 +99,13 @@ def test_new_labels_of_another_kind_are_learned(saved, tmp_path):
 
 
 @pytest.mark.medium
+def test_the_arguments_of_the_caller_stay_as_they_are(saved, tmp_path):
+    args = arguments(tmp_path / "run", model_name_or_path=str(saved), max_steps=1, model={})
+    before = args.to_dict()
+    hf_al.train(args, topics(*TOPICS))
+    assert args.to_dict() == before
+
+
 def test_a_continued_run_resumes_to_the_same_bits(saved, tmp_path):
     new = topics("bread", "ball").map(lambda row: {"label": row["label"].upper()})
     values = {"model_name_or_path": str(saved), "save_steps": 10}

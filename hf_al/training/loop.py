@@ -39,12 +39,12 @@ from .record import Record
 from .setup import (
     check_arguments,
     check_shared,
+    for_this_run,
     make_accelerator,
     place_blocks,
     prepare_output_dir,
     progress_bars,
     set_threads,
-    with_launchers_precision,
 )
 from .signals import StopSignals
 from .stage import Stage, rows_of
@@ -88,7 +88,7 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
             processes that end because another one raised.
     """
     with progress_bars(shown=not args.disable_tqdm):
-        return _train(said_once(partial(with_launchers_precision, args)), datasets)
+        return _train(said_once(partial(for_this_run, args)), datasets)
 
 
 def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult:

@@ -196,21 +196,20 @@ def _program(module_flag: str) -> str:
     return f"{program} {shlex.join(sys.argv[1:])}"
 
 
-def with_launchers_precision(args: TrainingArguments) -> TrainingArguments:
-    """The arguments with what `accelerate launch --mixed_precision` asks for.
+def for_this_run(args: TrainingArguments) -> TrainingArguments:
+    """A copy of the arguments, so that those of the caller stay as they are, with the precision that `accelerate launch
+    --mixed_precision` asks for.
 
     Raises:
         ValueError: a precision in which blocks cannot be trained.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked == "no" or (asked == "bf16" and args.bf16):
-        return args
-    if asked != "bf16":
+    if asked not in ("no", "bf16"):
         raise ValueError(
             f"Expected --mixed_precision no or bf16, got {asked} from the launcher. fp16 and fp8 need a loss scaler, "
             "and one scaler cannot serve blocks that are updated one after the other. Pass bf16."
         )
-    return dataclasses.replace(args, bf16=True)
+    return dataclasses.replace(args, bf16=args.bf16 or asked == "bf16", model=dict(args.model))
 
 
 @contextmanager
