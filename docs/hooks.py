@@ -32,7 +32,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """[`ALModel`] becomes a link; (`int`, *optional*) a type; a default that the docstring says is not said twice."""
+    """[`ALModel`] becomes a link; (`int`, *optional*) a type; names in tables are not broken; a default that the
+    docstring says is not said twice."""
     paths = _paths()
 
     def link(match: re.Match[str]) -> str:
@@ -42,6 +43,10 @@ def on_page_content(html: str, **_: Any) -> str:
     def annotation(match: re.Match[str]) -> str:
         return match[0].replace("`", "").replace("*optional*", "optional")
 
+    def cell(match: re.Match[str]) -> str:  # the tables extension keeps the backslash that it asks for inside code
+        return f'<td><code style="white-space: nowrap">{match[1]}</code>'.replace("\\|", "|")
+
+    html = re.sub(r"<td><code>([^<]*)</code>", cell, html)
     html = re.sub(r"\[<code>(\w+)</code>\](?!\()", link, html)
     html = re.sub(r"\(<code>[^<]*`.*?</code>", annotation, html, flags=re.DOTALL)
     return re.sub(r"((?:defaults to|optional)[^<]*</code>), default:\s*<code>[^<]*</code>", r"\1", html)

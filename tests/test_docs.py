@@ -327,6 +327,8 @@ def test_the_site_builds_strictly_and_asks_no_other_server(tmp_path):
     assert {"index.html", "csv.html", "five_minutes.html", "own.html", "reliability.html"} <= set(pages)
     assert "class ConvEncoder(" in re.sub(r"<[^>]+>", "", pages["own.html"])
     assert "learning_rate" in pages["reference/training.html"]
+    assert "str | None" in pages["reference/training.html"]
+    assert not [name for name, page in pages.items() if "\\|" in page]
     for name, page in pages.items():
         assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//', page), name
         assert not re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(?:https?:)?//', page), name
