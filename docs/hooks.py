@@ -43,10 +43,8 @@ def on_page_content(html: str, **_: Any) -> str:
     def annotation(match: re.Match[str]) -> str:
         return match[0].replace("`", "").replace("*optional*", "optional")
 
-    def cell(match: re.Match[str]) -> str:  # the tables extension keeps the backslash that it asks for inside code
-        return f'<td><code style="white-space: nowrap">{match[1]}</code>'.replace("\\|", "|")
-
-    html = re.sub(r"<td><code>([^<]*)</code>", cell, html)
+    html = html.replace("\\|", "|")  # the tables extension keeps the backslash that it asks for inside code
+    html = re.sub(r"(<tr>\s*<td><code)>", r'\1 style="white-space: nowrap">', html)
     html = re.sub(r"\[<code>(\w+)</code>\](?!\()", link, html)
     html = re.sub(r"\(<code>[^<]*`.*?</code>", annotation, html, flags=re.DOTALL)
     return re.sub(r"((?:defaults to|optional)[^<]*</code>), default:\s*<code>[^<]*</code>", r"\1", html)
