@@ -61,12 +61,36 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
+def even_windows(steps: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Joins windows that are shorter than half the usual one with the next: at the ends of epochs and at checkpoints
+    there are means over few steps, which jump.
+
+    Args:
+        steps: the last step of each window, ascending.
+        means: over each window.
+    """
+    widths = np.maximum(np.diff(steps, prepend=0), 1)
+    joined: list[list[float]] = []  # step, width, sum
+    for step, width, mean in zip(steps, widths, means, strict=True):
+        if joined and joined[-1][1] < np.median(widths) / 2:
+            joined[-1] = [step, joined[-1][1] + width, joined[-1][2] + width * mean]
+        else:
+            joined.append([step, width, width * mean])
+    if len(joined) > 1 and joined[-1][1] < np.median(widths) / 2:
+        step, width, total = joined.pop()
+        joined[-1] = [step, joined[-1][1] + width, joined[-1][2] + total]
+    rows = np.asarray(joined, float)
+    return rows[:, 0], rows[:, 2] / rows[:, 1]
+
+
 def _line(ax: "Axes", steps: list[int], values: list[float], colour: Any, label: str, smooth: bool = True) -> None:
     """One line: with points if there are few, a faint line under its running mean if there are many."""
     x, y = np.asarray(steps), np.asarray(values, float)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not len(x):
         return
+    if smooth:
+        x, y = even_windows(x, y)
     thin = slice(None, None, max(1, math.ceil(len(x) / MOST_POINTS)))
     marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(x) <= 12 else {}
     if smooth and len(x) >= SMOOTHED_FROM:
@@ -208,11 +232,12 @@ def _over_time(report: dict[str, Any], key: str, title: str, label: str) -> "Fig
     if not rows:
         return None
     figure, (ax,) = _figure(title)
-    _line(
-        ax, [row["step"] for row in rows], [row[key] for row in rows], PALETTE[0], key, smooth=key != "peak_memory_mib"
-    )
+    values = [row[key] for row in rows]
+    if key == "peak_memory_mib":  # a resumed run starts to measure anew
+        values = np.maximum.accumulate(values).tolist()
+    _line(ax, [row["step"] for row in rows], values, PALETTE[0], key, smooth=key != "peak_memory_mib")
     ax.set_ylabel(label)
-    ax.set_ylim(0, 1.08 * max(row[key] for row in rows))
+    ax.set_ylim(0, 1.08 * max(values))
     _finish(ax)
     return figure
 

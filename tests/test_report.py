@@ -298,3 +298,22 @@ def test_matplotlib_is_imported_for_plots_alone_and_pyplot_never(run, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plots" / "losses.png").exists()
+
+
+def test_short_windows_are_joined_with_their_neighbours():
+    steps = np.array([50, 100, 107, 150, 200, 204])
+    means = np.array([1.0, 1.0, 9.0, 1.0, 1.0, 5.0])
+    x, y = plots.even_windows(steps, means)
+    assert x.tolist() == [50, 100, 150, 204]
+    assert y == pytest.approx([1, 1, (7 * 9 + 43) / 50, (50 + 4 * 5) / 54])
+    assert sum(y * np.diff(x, prepend=0)) == pytest.approx(sum(means * np.diff(steps, prepend=0)))
+    for same in ([3], [1, 2, 3], [10, 20, 30]):
+        x, y = plots.even_windows(np.array(same), np.ones(len(same)))
+        assert x.tolist() == same
+
+
+def test_the_highest_memory_so_far_never_falls(content):
+    rows = [{"step": 1, "peak_memory_mib": 700.0}, {"step": 2, "peak_memory_mib": 500.0}]
+    figure = plots.memory({**content, "history": rows})
+    (line,) = figure.axes[0].get_lines()
+    assert line.get_ydata().tolist() == [700.0, 700.0]
