@@ -30,6 +30,7 @@ def model_card(
     language: str | None = None,
     license: str | None = None,
     baseline: dict[str, Any] | None = None,
+    complete: bool = True,
 ) -> ModelCard:
     """The card.
 
@@ -39,6 +40,7 @@ def model_card(
         repo_id: `user/name`.
         plots: names of the plots in plots/.
         language, license: of the model, as the Hub names them (`en`, `apache-2.0`); left out if None.
+        complete: whether the other files of a push are beside the card.
         baseline: the report of a run by backpropagation on the same data, to compare with.
     """
     split = "test" if "test" in report else "validation"
@@ -51,9 +53,10 @@ def model_card(
         repo_id=repo_id,
         report=report,
         end_to_end=OBJECTIVES[report["objective"]].end_to_end,
-        architecture=f"{model.model.blocks[-1].encode.in_words()} in the last one",
+        architecture=_architecture(model),
         picture=picture(model.config),
         own_decoders=not OBJECTIVES[report["objective"]].target_codes,
+        complete=complete,
         split=split,
         rows=report["data"]["rows"],
         exits=exits,
@@ -68,6 +71,9 @@ def model_card(
         hardware=machine["gpu"] or f"{machine['processor']} (threads: {machine['threads']})",
         arguments_table=table(_chosen(report["arguments"]), True),
         energy=energy(report),
+        vectors=report["arguments"]["word_vectors"],
+        stages=report["arguments"].get("stages", 1),
+        top=", top_k=None" if report["problem_type"] == "multi_label_classification" else "",
         start=report["arguments"]["model_name_or_path"],
         plots=plots,
         versions=", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),
@@ -80,12 +86,13 @@ def card_data(
     """The metadata, with the metrics of the last exit as `model-index`."""
     args = report["arguments"]
     dataset = _hub_id(args["dataset_name"])
+    local = [] if OBJECTIVES[report["objective"]].end_to_end else ["associated-learning", "local-learning"]
     metrics = {hub: last[ours] for ours, hub in HUB_METRICS.items() if ours in last}
     return ModelCardData(
         model_name=repo_id.split("/")[-1],
         library_name="transformers",
         pipeline_tag="text-classification",
-        tags=["associated-learning", "local-learning", "hf_al", report["model_type"]],
+        tags=[*local, "hf_al", report["model_type"]],
         base_model=_hub_id(args["model_name_or_path"]),
         datasets=[dataset] if dataset else None,
         language=language,
@@ -136,6 +143,14 @@ def picture(config: ALConfig) -> str:
     left, gap = " " * len(start), " " * len(between)
     bar = line("|", left, gap, numbered=False)
     return "\n".join([line("encode", start, between), bar, line("bridge", left, gap), bar, line("exit", left, gap)])
+
+
+def _architecture(model: ALForSequenceClassification) -> str:
+    """How many blocks, and what they are made of."""
+    words = model.model.blocks[-1].encode.in_words()
+    if model.config.num_blocks == 1:
+        return f"one block ({words})" if words else "one block"
+    return f"{model.config.num_blocks} blocks" + (f" ({words} in the last one)" if words else "")
 
 
 def _hub_id(name: str | None) -> str | None:

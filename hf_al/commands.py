@@ -11,7 +11,14 @@ from typing import Any
 
 import shtab
 
-from .early import check_input_and_output, check_model_name, check_training, checked_file, input_format
+from .early import (
+    check_destination,
+    check_input_and_output,
+    check_model_name,
+    check_training,
+    checked_file,
+    input_format,
+)
 from .messages import table
 from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
 from .parsing import FlagParser, add_training_flags, reader, resolve
@@ -26,6 +33,14 @@ def positive(text: str) -> int:
     number: int = reader(int)(text)
     if number < 1:
         raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return number
+
+
+def port(text: str) -> int:
+    """For argparse's `type`: a port of this machine."""
+    number: int = reader(int)(text)
+    if not 0 < number < 2**16:
+        raise ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
     return number
 
 
@@ -98,6 +113,8 @@ def _evaluate(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     if flags.test_file:
         checked_file(flags.test_file, flags.csv_delimiter)
+    if flags.predictions:
+        check_destination("--predictions", flags.predictions, flags.test_file, flags.model)
     set_up_output(flags.disable_tqdm)
     from .data.sources import load_split, read_file
     from .evaluation import evaluate
@@ -221,7 +238,7 @@ def _demo_flags(parser: FlagParser) -> None:
     _add_revision(parser)
     _add_file(parser, "--examples", "texts to try, one per line (default: three sentences)")
     parser.add_argument("--server_name", metavar="HOST", help="address to serve (default: this machine only)")
-    parser.add_argument("--server_port", type=positive, metavar="N", help="(default: the first free one from 7860)")
+    parser.add_argument("--server_port", type=port, metavar="N", help="(default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also a public address, through gradio's servers")
     parser.add_argument("--space", metavar="DIR", help="write the files of a Hub Space there instead")
 

@@ -171,6 +171,15 @@ def check_input_and_output(flags: Namespace) -> None:
     if destination is not None and Path(destination).is_dir():
         raise ValueError(f"Expected a file as --output, got the folder {destination}.")
     if destination is not None:
-        target = Path(os.path.realpath(destination) if Path(destination).is_symlink() else destination)
-        if not target.parent.is_dir():
-            raise ValueError(f"Expected a folder for --output, found none at {target.parent}. Make it first.")
+        check_destination("--output", destination, source, flags.model)
+
+
+def check_destination(flag: str, path: str, source: str | None, model: str) -> None:
+    """Refuses to write where there is no folder, over what is read, or into the model."""
+    target = Path(os.path.realpath(path) if Path(path).is_symlink() else path)
+    if not target.parent.is_dir():
+        raise ValueError(f"Expected a folder for {flag}, found none at {target.parent}. Make it first.")
+    if source is not None and target.is_file() and target.samefile(source):
+        raise ValueError(f"Expected another file as {flag} than the one that is read, got {path}. Pass another name.")
+    if Path(model).is_dir() and target.resolve().is_relative_to(Path(model).resolve()) and target.exists():
+        raise ValueError(f"Expected a new file as {flag}, got {path}, which belongs to the model. Pass another name.")

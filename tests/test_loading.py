@@ -96,7 +96,7 @@ def test_a_folder_with_a_pickle_only_is_refused(folder):
 
 
 def test_pickles_cannot_be_asked_for(folder):
-    with pytest.raises(ValueError, match=r"Expected use_safetensors=True, got False: .* Save the model as safetensors"):
+    with pytest.raises(ValueError, match="Expected use_safetensors=True, got False: pickled weights"):
         AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=False)
 
 
@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_named(folder):
 
     change_weights(folder, spoil)
     with pytest.raises(
-        ValueError, match=r"Expected finite weights in .*, got nan or inf in model.blocks.0.bridge.layers"
+        ValueError, match=r"Expected finite weights, got nan or inf in model.blocks.0.bridge.layers"
     ):
         load_model(str(folder))
 

@@ -5,6 +5,7 @@ from (rows, window size, seed): a resumed run finds its place by reading from th
 itself.
 """
 
+import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ class Windows:
 
     def __init__(self, rows: IterableDataset, size: int):
         self.rows, self.size = rows, size
+        self.total: int | None = None  # rows of a pass, once its end was seen
 
     def __iter__(self) -> Iterator[Dataset]:
         """Without an end.
@@ -41,12 +43,14 @@ class Windows:
             ValueError: the stream has no rows.
         """
         while True:
-            window = None
+            window, total = None, 0
             for columns in self.rows.iter(self.size):
                 window = Dataset.from_dict(dict(columns), features=self.rows.features)
+                total += len(window)
                 yield window
             if window is None:
                 raise ValueError("Expected rows in the train split, got an empty stream.")
+            self.total = total
 
 
 def open_windows(args: TrainingArguments, splits: IterableDatasetDict | DatasetDict) -> tuple[Windows, DatasetDict]:
@@ -105,6 +109,7 @@ class StreamOrder:
     seed: int
     first_rows: list[int] = field(default_factory=lambda: [0])  # of each window that was read, and of the next one
     first_steps: list[int] = field(default_factory=lambda: [0])
+    digests: list[str] = field(default_factory=list)  # of all rows up to the end of each window
     _raw: dict[int, Dataset] = field(default_factory=dict)
     _encoded: dict[int, tuple[Dataset, np.ndarray]] = field(default_factory=dict)
 
@@ -135,6 +140,8 @@ class StreamOrder:
 
     def _read(self) -> None:
         number, rows = len(self.first_rows) - 1, next(self._reader)
+        before = self.digests[-1] if self.digests else ""
+        self.digests.append(hashlib.sha256(f"{before} {rows.to_dict()}".encode(errors="replace")).hexdigest()[:16])
         self.first_rows.append(self.first_rows[-1] + len(rows))
         self.first_steps.append(self.first_steps[-1] - (-len(rows) // self.batch_size))
         self._raw[number] = rows
@@ -154,8 +161,21 @@ class StreamOrder:
         return self._encoded[number]
 
     def examples(self, steps: int) -> int:
-        """How many examples so many steps train on; the last batches of windows may be smaller."""
-        return steps * self.batch_size
+        """How many examples so many steps, which have been read, train on."""
+        number = bisect_right(self.first_steps, max(0, steps - 1)) - 1
+        _, lengths = self._window(number)
+        batches = BatchOrder(lengths, self.batch_size, self.seed).epoch(number)
+        return self.first_rows[number] + sum(map(len, batches[: steps - self.first_steps[number]]))
+
+    def rows(self, steps: int) -> int:
+        """How many different rows these are."""
+        return min(self.examples(steps), self.windows.total or self.first_rows[-1])
+
+    def read_up_to(self, steps: int) -> list[str]:
+        """What the rows are known by that so many steps need, to compare with a stream that is read again."""
+        for _ in self.steps(max(0, steps - 1), steps):
+            pass
+        return self.digests[: bisect_right(self.first_steps, max(0, steps - 1))]
 
     def size(self) -> str:
         return f"a stream, in windows of {self.windows.size} rows"

@@ -102,19 +102,18 @@ class ALPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, but from safetensors only: pickled weights can run any code when they are read.
 
-        Weights on a CPU are moved to 64-byte boundaries: in a mapped file they can start anywhere, the same matmul then
-        rounds differently, and a reloaded model would not equal the trained one.
+        Weights on a CPU are moved to 64-byte boundaries: in a mapped file they can start anywhere, and the same matmul
+        would then round differently from that of the trained model.
 
         Raises:
-            ValueError: `use_safetensors=False`.
+            ValueError: `use_safetensors=False`, or weights that are not finite.
         """
         if not kwargs.setdefault("use_safetensors", True):
-            raise ValueError(
-                "Expected use_safetensors=True, got False: pickled weights can run any code when they are read. "
-                "Save the model as safetensors."
-            )
+            raise ValueError("Expected use_safetensors=True, got False: pickled weights can run any code when read.")
         loaded = super().from_pretrained(*args, **kwargs)
-        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+        for name, parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters():
+            if not (parameter.is_meta or parameter.isfinite().all()):
+                raise ValueError(f"Expected finite weights, got nan or inf in {name}. Copy them again, or train again.")
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
         return loaded
@@ -126,7 +125,7 @@ class ALPreTrainedModel(PreTrainedModel):
         bridges but the last. The result loads without a warning and gives the same logits; it cannot be trained and
         has one exit."""
         base = getattr(self, "base_class", None)
-        if base is not None and base._auto_class is not None:  # so that AutoModel finds its class without hf_al
+        if base and base._auto_class:  # so that AutoModel finds its class without hf_al
             name = f"{base.__module__.split('.')[-1]}.{base.__name__}"
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), base._auto_class: name}
         if not inference_only:

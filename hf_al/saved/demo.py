@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import socket
 from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
@@ -47,9 +48,14 @@ def demo(flags: Namespace) -> None:
         write_space(flags.model, flags.revision, Path(flags.space), examples, gradio.__version__)
         logger.info("Written to %s. To publish it: hf upload user/name %s --repo-type space", flags.space, flags.space)
         return
+    if flags.server_name is not None:
+        try:
+            socket.getaddrinfo(flags.server_name, None)
+        except OSError as error:
+            raise ValueError(f"Expected an address of this machine, got {flags.server_name}: {error}.") from None
     model, tokenizer = load_model(flags.model, flags.revision)
     model.to(best_device())  # type: ignore[arg-type]
-    page = build(model, tokenizer, Path(flags.model).name, examples)
+    page = build(model, tokenizer, Path(flags.model).resolve().name, examples)
     try:
         _, address, public = page.launch(
             server_name=flags.server_name, server_port=flags.server_port, share=flags.share, css=CSS,
@@ -77,7 +83,7 @@ def write_space(name: str, revision: str | None, folder: Path, examples: list[st
         raise ValueError(f"Expected a new or an empty folder as --space, got {folder}. Pass another name.")
     model, tokenizer = load_model(name, revision)
     folder.mkdir(parents=True, exist_ok=True)
-    local, short = Path(name).is_dir(), Path(name).name
+    local, short = Path(name).is_dir(), Path(name).resolve().name
     if local:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ..early import check_model_name
@@ -36,7 +38,7 @@ def inspect(name: str, revision: str | None = None) -> dict[str, Any]:
     config = load_config(name, revision)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    report = read_report(name) if (Path(name) / "report.json").is_file() else {}
+    report = _report(name, revision)
     exits = {row["block"]: row for row in report.get("validation", [])}
     blocks = [_block(model, k, exits.get(k)) for k in range(config.num_blocks)]
     kinds = ("inference", "training_only")
@@ -53,6 +55,17 @@ def inspect(name: str, revision: str | None = None) -> dict[str, Any]:
         "metric": BEST_METRIC[config.resolved_problem_type],
         "blocks": blocks,
     }
+
+
+def _report(name: str, revision: str | None) -> dict[str, Any]:
+    """The report beside a model, in its folder or its repository; empty if there is none."""
+    path = Path(name) / "report.json"
+    if not Path(name).is_dir():
+        try:
+            path = Path(hf_hub_download(name, "report.json", revision=revision))
+        except EntryNotFoundError:
+            return {}
+    return read_report(str(path.parent)) if path.is_file() else {}
 
 
 def load_config(name: str, revision: str | None = None) -> ALConfig:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import report as reporting
 from ..atomic import export
 from ..data.batching import token_lengths
+from ..data.streaming import StreamOrder
 from ..loading import weights_sha256
 from ..metrics import confusion_matrix, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
@@ -137,7 +138,7 @@ def _report(
         "data": {
             "name": args.dataset_name or Path(args.train_file or "given data").name,
             "rows": {name: len(split) for name, split in plan.data.items()}
-            | ({"train": plan.order.examples(progress.step)} if args.streaming else {}),
+            | ({"train": plan.order.rows(progress.step)} if isinstance(plan.order, StreamOrder) else {}),
             "streamed": args.streaming,
             "fingerprint": plan.identity["data"],
         },

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import FILES, TrainingArguments
 from ..data.batching import Collator, token_lengths
+from ..data.streaming import StreamOrder
 from ..hub import Checkpoints, push_or_warn
 from ..metrics import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
@@ -231,6 +232,12 @@ class Run:
                 f"Expected a run of more than the {done} steps that {path} has done, got {total}. Raise --max_steps or "
                 "--num_train_epochs, or resume from an earlier checkpoint."
             )
+        order = self.plan.order
+        if isinstance(order, StreamOrder) and order.read_up_to(done) != manifest["stream"]:
+            raise ValueError(
+                f"Expected the stream of {path}, got other rows before step {done}. Resume with the data of that run, "
+                "or start anew in another output_dir."
+            )
         changed = checkpoint.differences(manifest["conditions"], json.loads(json.dumps(self.plan.conditions)))
         if changed:
             logger.warning(
@@ -334,7 +341,13 @@ class Run:
         output_dir, progress = self.plan.output_dir, self.progress
         path = checkpoint.checkpoint_path(output_dir, progress.step)
         facts = {name: value for name, value in vars(progress).items() if name != "history"}
-        manifest = {"identity": self.plan.identity, "conditions": self.plan.conditions, "progress": facts}
+        manifest: dict[str, Any] = {
+            "identity": self.plan.identity,
+            "conditions": self.plan.conditions,
+            "progress": facts,
+        }
+        if isinstance(self.plan.order, StreamOrder):
+            manifest["stream"] = self.plan.order.read_up_to(progress.step)
         with checkpoint.writing(path.name, output_dir):
             if checkpoint.save_checkpoint(
                 path, self.stage.blocks, self.optimizers, manifest, progress.history, self.transport

@@ -47,7 +47,7 @@ HOSTILE = {
     "elsewhere": (name_a_file_elsewhere, "Expected an index of weight files in"),
     "nan": (
         put_nan,
-        "Expected finite weights in tester/hostile-nan, got nan or inf in model.blocks.1.decode_target.bias",
+        "Expected finite weights, got nan or inf in model.blocks.1.decode_target.bias",
     ),
 }
 
