@@ -187,7 +187,7 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a run without those specific to this machine: files by name only, no folders."""
     shown = {**arguments, "output_dir": "", "resume_from_checkpoint": None}
     for name in FILES:
-        if shown[name] and Path(shown[name]).exists():
+        if shown.get(name) and Path(shown[name]).exists():  # a run of an earlier version may lack some
             shown[name] = Path(shown[name]).name
     return shown
 

@@ -190,9 +190,7 @@ def test_weights_that_are_not_finite_are_named(folder):
         tensors["model.blocks.0.bridge.layers.0.bias"][3] = float("inf")
 
     change_weights(folder, spoil)
-    with pytest.raises(
-        ValueError, match=r"Expected finite weights, got nan or inf in model.blocks.0.bridge.layers"
-    ):
+    with pytest.raises(ValueError, match=r"Expected finite weights, got nan or inf in model.blocks.0.bridge.layers"):
         load_model(str(folder))
 
 

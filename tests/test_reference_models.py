@@ -57,8 +57,8 @@ def test_a_committed_card_has_the_numbers_of_its_run(name):
     ran = {name: value for name, value in report["arguments"].items() if name not in skipped}
     said = {name: value for name, value in args.to_dict().items() if name in ran}  # arguments may have been added since
     assert said == ran
-    shared = card.data.datasets or ["tweets"]
-    assert args.dataset_name in shared
+    assert args.dataset_name == (card.data.datasets or [report["arguments"]["dataset_name"]])[0]
+    assert report["data"]["name"] in card.text
 
 
 @pytest.mark.parametrize("objective", ["al_ce", "backprop", "local_ce"])
