@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# uv installs the same in a fifth of the time; pip where it cannot
+FAST_INSTALL = $(BIN)/uv pip install --quiet --python .venv $(1) || $(INSTALL) $(1)
+comma := ,
 SOURCES := pyproject.toml constraints.txt
 
 .PHONY: quickstart reference-models test test-fast test-slow test-lowest conformance check format docs clean
@@ -11,15 +14,15 @@ SOURCES := pyproject.toml constraints.txt
 
 # torch first and pinned: a range would let another package pull a build with gigabytes of CUDA
 .venv/torch: .venv/bin/pip constraints.txt
-	$(INSTALL) --constraint constraints.txt torch
+	$(INSTALL) --constraint constraints.txt torch uv
 	@touch $@
 
 .venv/quickstart: .venv/torch $(SOURCES)
-	$(INSTALL) --constraint constraints.txt --editable '.[quickstart]'
+	$(call FAST_INSTALL,--constraint constraints.txt --editable '.[quickstart]')
 	@touch $@
 
 .venv/all: .venv/torch $(SOURCES)
-	$(INSTALL) --constraint constraints.txt --editable '.[quickstart,test,dev,docs]'
+	$(call FAST_INSTALL,--constraint constraints.txt --editable '.[quickstart$(comma)test$(comma)dev$(comma)docs]')
 	@touch $@ .venv/quickstart
 
 quickstart: .venv/quickstart

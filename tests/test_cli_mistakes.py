@@ -96,7 +96,7 @@ def test_a_hub_id_that_cannot_be_reached_is_a_mistake(tmp_path, files, shell):
     """The tests run without a network."""
     status, _, err = shell("evaluate", "nobody/nothing", "--test_file", str(files / "test.csv"))
     assert status == 2
-    assert "Could not load nobody/nothing" in err
+    assert "Found no folder nobody/nothing here, and could not load a model of that name from the Hub" in err
     assert "Traceback" not in err
     status, _, err = shell("train", f"--output_dir={tmp_path}", "--dataset_name=nobody/nothing")
     assert status == 2

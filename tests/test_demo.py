@@ -139,6 +139,14 @@ def test_an_answer_has_settled_where_all_later_exits_say_the_same():
         ("a.csv", b"text,review\na,b\n", "Expected one column named like text"),
         ("a.jsonl", b"{", "Could not read a.jsonl"),
         ("a.jsonl", b"3\n", "Could not read a.jsonl"),
+        ("a.jsonl", b"[" * 100000, "Could not read a.jsonl"),
+        ("a.jsonl", b'{"text": null}\n', "Expected a text in row 1"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": 3}\n', "Expected a text in row 2"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "half a character"),
+        ("a.csv", b"text\nhello, world\n", "as many cells"),
+        ("a.csv", b"text,text\na,b\n", "each name once"),
+        ("a.csv", b"text,id\n ,1\n", "Expected a text in row 1"),
+        ("a.csv", b"", "got 0"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, said):
@@ -149,15 +157,22 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, said):
         read_texts(tmp_path / name)
 
 
-def test_text_is_found_by_its_name_or_as_the_only_column(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "seconds"),
+    [
+        ("a.csv", 'id,Text\n1,"two\nlines"\n', ["two\nlines"], None),
+        ("A.CSV", "id;text\n1;hi, there\n", ["hi, there"], None),
+        ("b.tsv", "label\treview\nx\ta b\n", ["a b"], None),
+        ("c.jsonl", '{"q": "one\u2028two"}\n', ["one\u2028two"], None),
+        ("d.txt", "one\x0btwo\r\n\nthree\n", ["one\x0btwo", "three"], None),
+        ("e.csv", "premise,hypothesis\na,b\n", ["a"], ["b"]),
+    ],
+)
+def test_text_is_found_by_its_name_or_as_the_only_column(name, content, texts, seconds, tmp_path):
     from hf_al.saved.demo_page import read_texts
 
-    for name, content in {
-        "a.csv": 'id,Text\n1,"two\nlines"\n', "b.tsv": "label\treview\nx\ttwo\nlines\n", "c.jsonl": '{"q": "one"}\n',
-    }.items():  # fmt: skip
-        (tmp_path / name).write_text(content)
-    assert read_texts(tmp_path / "a.csv") == ["two\nlines"]
-    assert read_texts(tmp_path / "c.jsonl") == ["one"]
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_texts(tmp_path / name) == (texts, seconds)
 
 
 def test_mistakes_are_one_message(shell, trained, tmp_path):

@@ -103,7 +103,7 @@ def test_the_examples_train_and_load_back(own, examples, few_tweets, tmp_path):
     )
     result = hf_al.train(args, few_tweets)
     assert result.report["steps"] == 4
-    assert result.report["warnings"] == []
+    assert not [message for message in result.report["warnings"] if "answers" not in message]  # after 4 steps
     loaded, tokenizer = load_model(args.output_dir)
     batch = tokenizer(few_tweets["test"]["text"][:8], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_the_python_blocks_of_a_page_run_in_their_order(page, examples, room, mo
         exec(code.replace("num_train_epochs=3", short), names)
     if page == "own":
         assert names["model"].config.model_type == "al_conv"
-        assert {path.name for path in (room / "out").iterdir()} == {"own_objective", "own_encoder"}
+        assert {path.name for path in (room / "out").iterdir()} == {"own_objective", "own_encoder", "conv"}
 
 
 def test_every_make_target_that_is_shown_exists():

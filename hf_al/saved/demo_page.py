@@ -3,6 +3,7 @@ transformers and gradio are installed.
 """
 
 import csv
+import io
 import json
 import statistics
 import tempfile
@@ -14,6 +15,7 @@ import gradio as gr
 import torch
 
 TEXT_NAMES = ("text", "sentence", "content", "review", "tweet", "document", "question", "body", "comment", "utterance")
+PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 READS = [".txt", ".csv", ".tsv", ".jsonl"]
 MOST_ROWS = 10_000
 BATCH = 64
@@ -113,10 +115,13 @@ def build(model: Any, tokenizer: Any, name: str, examples: list[str]) -> gr.Bloc
         if path is None:
             return "", None, None
         try:
-            texts = read_texts(Path(path))
+            texts, seconds = read_texts(Path(path))
         except ValueError as error:
             return f"**{error}**", None, None
-        rows = [row for start in range(0, len(texts), BATCH) for row in _batch(asked, texts[start : start + BATCH])]
+        rows = []
+        for start in range(0, len(texts), BATCH):
+            part = slice(start, start + BATCH)
+            rows += _batch(asked, texts[part], seconds[part] if seconds else None)
         answers = _written(rows, Path(path).stem)
         table = [list(row.values()) for row in rows[:SHOWN]]
         shown = f"{len(rows)} rows." + (f" The first {SHOWN}:" if len(rows) > SHOWN else "")
@@ -169,10 +174,10 @@ def _verdict(asked: Model, answers: list[str], text: str, second: str | None) ->
     return said
 
 
-def _batch(asked: Model, texts: list[str]) -> list[dict[str, Any]]:
+def _batch(asked: Model, texts: list[str], seconds: list[str] | None) -> list[dict[str, Any]]:
     """A row of answers for each text."""
     rows = []
-    for text, readings in zip(texts, asked.readings(texts), strict=True):
+    for text, readings in zip(texts, asked.readings(texts, seconds), strict=True):
         answers = [asked.answer(reading) for reading in readings]
         row: dict[str, Any] = {"text": text, "answer": answers[-1]}
         if asked.kind != "regression":
@@ -191,40 +196,60 @@ def _written(rows: list[dict[str, Any]], stem: str) -> str:
     return str(path)
 
 
-def read_texts(path: Path) -> list[str]:
-    """The texts of a file: its lines, or the column of a csv, tsv or json lines file that is named like a text.
+def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
+    """The texts of a file, and the second ones of pairs: its lines, or the columns of a csv, tsv or json lines file
+    that are named like texts.
 
     Raises:
-        ValueError: another ending, no UTF-8, no such column, no rows, or more than `MOST_ROWS`.
+        ValueError: another ending, no UTF-8, no such column, a row without a text, no rows, or more than `MOST_ROWS`.
     """
-    if path.suffix not in READS:
+    kind = path.suffix.lower()
+    if kind not in READS:
         raise ValueError(f"Expected a file {', '.join(READS)}, got {path.name}.")
     try:
         content = path.read_text(encoding="utf-8-sig")
-        lines = [line for line in content.splitlines() if line.strip()]
-        if path.suffix == ".txt":
-            texts = lines
-        else:
-            rows = (
-                [json.loads(line) for line in lines]
-                if path.suffix == ".jsonl"
-                else list(csv.DictReader(content.splitlines(True), delimiter="\t" if path.suffix == ".tsv" else ","))
-            )
-            texts = [str(row[_text_column(list(row))]) for row in rows]
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, TypeError) as error:
+        rows = _rows(content, kind)
+    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError, AttributeError) as error:
         raise ValueError(f"Could not read {path.name}: {error}.") from None
-    if not 0 < len(texts) <= MOST_ROWS:
-        raise ValueError(f"Expected 1 to {MOST_ROWS} rows in {path.name}, got {len(texts)}.")
-    return texts
+    if not 0 < len(rows) <= MOST_ROWS:
+        raise ValueError(f"Expected 1 to {MOST_ROWS} rows in {path.name}, got {len(rows)}.")
+    names = _text_columns(list(rows[0]))
+    texts = [[_text(row.get(name), number, path.name) for number, row in enumerate(rows, 1)] for name in names]
+    return texts[0], texts[1] if len(names) == 2 else None
 
 
-def _text_column(columns: list[str]) -> str:
-    known = [name for name in columns if str(name).lower() in TEXT_NAMES] or (columns if len(columns) == 1 else [])
+def _rows(content: str, kind: str) -> list[dict[str, Any]]:
+    lines = [line.rstrip("\r") for line in content.split("\n")]
+    if kind == ".txt":
+        return [{"text": line} for line in lines if line.strip()]
+    if kind == ".jsonl":
+        return [dict(json.loads(line).items()) for line in lines if line.strip()]
+    delimiter = "\t" if kind == ".tsv" else max(",;\t", key=lines[0].count)
+    if not content.strip():
+        return []
+    header, *rows = [row for row in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter) if row]
+    if len(set(header)) < len(header) or any(len(row) != len(header) for row in rows):
+        raise csv.Error(f"expected as many cells in each row as its header names, {len(header)}, each name once")
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _text(value: Any, number: int, name: str) -> str:
+    """The text itself, if it is one."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"Expected a text in row {number} (from 1) of {name}, got {value!r}.")
+    if value != value.encode(errors="replace").decode():
+        raise ValueError(f"Expected text in row {number} (from 1) of {name}, got half a character.")
+    return value
+
+
+def _text_columns(columns: list[str]) -> list[str]:
+    for pair in PAIRS:
+        if set(pair) <= set(columns):
+            return list(pair)
+    known = [name for name in columns if name.lower() in TEXT_NAMES] or (columns if len(columns) == 1 else [])
     if len(known) != 1:
-        raise ValueError(
-            f"Expected one column named like {', '.join(TEXT_NAMES[:4])}, got {', '.join(map(str, columns))}."
-        )
-    return known[0]
+        raise ValueError(f"Expected one column named like {', '.join(TEXT_NAMES[:4])}, got {', '.join(columns)}.")
+    return known
 
 
 def main() -> None:
