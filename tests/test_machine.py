@@ -3,6 +3,7 @@
 import logging
 from datetime import timedelta
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,6 +59,7 @@ def test_more_threads_and_workers_than_cores_are_cut_and_said(few_tweets, tmp_pa
 
 def test_disable_tqdm_shows_no_bar_in_python_either(few_tweets, tmp_path, capfd):
     few = few_tweets.filter(lambda row: len(row["text"]) < 130)  # not in the cache
+    datasets.enable_progress_bars()  # another test may have switched them off
     capfd.readouterr()
     hf_al.train(arguments(tmp_path / "quiet", disable_tqdm=True, max_seq_length=19), few)
     assert "examples/s" not in capfd.readouterr().err

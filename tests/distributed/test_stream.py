@@ -48,7 +48,7 @@ def test_200_steps_on_all_tweets_give_the_same_bits(case, run_flags, tmp_path):
 
 def test_stages_that_each_read_a_stream_give_the_same_bits(run_flags, tmp_path):
     found = []
-    for stages in (1, 3):
+    for stages in (1, 2):
         folder = tmp_path / f"{stages}"
         flags = run_flags("lstm_al_ce", stages, folder, "--streaming", "--streaming_buffer_size=100")
         run_world(stages, jobs.train, flags)
