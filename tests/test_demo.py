@@ -179,7 +179,14 @@ def test_mistakes_are_one_message(shell, trained, tmp_path):
     assert_mistake(shell("demo", str(tmp_path)), "Expected a model folder")
     assert_mistake(shell("demo", str(trained[0]), "--space", str(trained[0])), "Expected a new or an empty folder")
     assert_mistake(shell("demo", str(trained[0]), "--examples", str(tmp_path / "none")), "--examples")
+    assert_mistake(shell("demo", str(trained[0]), "--server_port=99999"), "--server_port", "from 1 to 65535")
+    assert_mistake(shell("demo", str(trained[0]), "--server_name=no.invalid"), "got no.invalid")
+
+
+def test_a_port_that_is_taken_is_one_message(start, trained):
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert_mistake(shell("demo", str(trained[0]), f"--server_port={taken.getsockname()[1]}"), "--server_port")
+        program = start("demo", str(trained[0]), f"--server_port={taken.getsockname()[1]}")
+        out, err = program.communicate()
+        assert_mistake((program.wait(60), out, err), "Could not serve the page", "--server_port")
