@@ -14,6 +14,7 @@ import shtab
 from .early import (
     check_destination,
     check_input_and_output,
+    check_is_new,
     check_model_name,
     check_training,
     checked_file,
@@ -264,8 +265,7 @@ def _export_flags(parser: FlagParser) -> None:
 def _export(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     out = Path(flags.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"Expected a new or an empty folder, got {out}. Pass another name.")
+    check_is_new(out)
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .loading import load_model
 

@@ -74,6 +74,13 @@ def check_output_dir(args: TrainingArguments) -> Path:
     return folder
 
 
+def check_is_new(folder: Path, flag: str = "") -> None:
+    """Refuses a folder that holds something; `flag`: the one that names it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        where = f" as {flag}" if flag else ""
+        raise ValueError(f"Expected a new or an empty folder{where}, got {folder}. Pass another name.")
+
+
 def check_data_arguments(args: TrainingArguments) -> None:
     """Refuses data that is named twice, in two ways, or not at all."""
     if args.train_file and args.dataset_name:

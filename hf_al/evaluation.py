@@ -16,8 +16,8 @@ from .metrics import exit_metrics
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
-from .saved.answers import columns, writer
-from .saved.prediction import destination, readings_of, written
+from .saved.answers import columns
+from .saved.prediction import answers_to, readings_of
 from .training.stage import Stage
 
 
@@ -96,7 +96,5 @@ def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, 
         {"true": label, "text": rows[i]["text"], **last[i], "exits": [{"block": k, **r[i]} for k, r in by_exit.items()]}
         for i, label in enumerate(labels)
     ]
-    with destination(path) as out:
-        write, close = writer(out, path, columns(config, None, False, ["true", "text"]))
-        written(write, answers, path)
-        close()
+    with answers_to(path, columns(config, None, False, ["true", "text"])) as write:
+        write(answers)

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .atomic import CODE, WEIGHTS
 from .card import eval_results, model_card, shared_arguments
 from .loading import load_model, weights_sha256
 from .modeling.objectives import OBJECTIVES
@@ -24,13 +25,10 @@ from .report import read_report
 
 logger = logging.getLogger(__name__)
 
-MODULES = ("configuration_al", "modeling_al", "blocks", "encoders", "lstm", "objectives")  # they travel with a model
-
 LAST_CHECKPOINT = "last-checkpoint"  # folder of the repository, as transformers' Trainer names it
 # What earlier pushes may have left, by the names that hf_al writes: the repository may hold files of its owner's
 STALE = [
-    "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", f"{LAST_CHECKPOINT}/*",
-    ".eval_results/hf_al.yaml", *(f"plots/{name}.png" for name in PLOTS), *(f"{name}.py" for name in MODULES),
+    *WEIGHTS, f"{LAST_CHECKPOINT}/*", ".eval_results/hf_al.yaml", *(f"plots/{name}.png" for name in PLOTS), *CODE,
 ]  # fmt: skip
 
 

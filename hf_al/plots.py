@@ -70,13 +70,14 @@ def even_windows(steps: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.n
         means: over each window.
     """
     widths = np.maximum(np.diff(steps, prepend=0), 1)
+    short = np.median(widths) / 2
     joined: list[list[float]] = []  # step, width, sum
     for step, width, mean in zip(steps, widths, means, strict=True):
-        if joined and joined[-1][1] < np.median(widths) / 2:
+        if joined and joined[-1][1] < short:
             joined[-1] = [step, joined[-1][1] + width, joined[-1][2] + width * mean]
         else:
             joined.append([step, width, width * mean])
-    if len(joined) > 1 and joined[-1][1] < np.median(widths) / 2:
+    if len(joined) > 1 and joined[-1][1] < short:
         step, width, total = joined.pop()
         joined[-1] = [step, joined[-1][1] + width, joined[-1][2] + total]
     rows = np.asarray(joined, float)

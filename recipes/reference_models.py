@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from benchmarks.common import data_flags
 
 import hf_al
 from hf_al.card import model_card, shared_arguments
@@ -44,21 +45,10 @@ SEED = 1
 AL, TWIN = "#0072b2", "#e69f00"  # colours
 
 
-def data_files(data_dir: str | None, name: str) -> list[str]:
-    """Flags for the local files of a data set; none if the recipe's own data is to be loaded."""
-    if data_dir is None or name == "tweets":
-        return []
-    folders = sorted(Path(data_dir).glob(f"{name}*"))
-    if not folders:
-        raise SystemExit(f"Expected a folder {name}* in {data_dir}, found none. Leave {name} out of --sets.")
-    files = {split: sorted(folders[0].glob(f"{split}.csv*")) for split in ("train", "validation", "test")}
-    return [f"--{split}_file={found[0]}" for split, found in files.items() if found]
-
-
 def train(name: str, recipe: str, objective: str, data_dir: str | None, folder: str, more: list[str]) -> None:
     """One run, its results and its card; `more`: further flags."""
     resume = ["--resume_from_checkpoint=last"] if Path(folder).exists() else []
-    files = data_files(data_dir, recipe.rsplit("_", 1)[0])
+    files = data_flags(data_dir, recipe.rsplit("_", 1)[0])
     config = ["--config", str(RECIPES / f"{recipe}.yaml"), f"--output_dir={folder}"]
     report = hf_al.train(parse_arguments([*config, *resume, *flags_of(recipe, objective), *files, *more])).report
     report = {**as_published(report, recipe), "flags": [*flags_of(recipe, objective), *more]}

@@ -25,6 +25,7 @@ def test_the_command_trains_what_is_missing_and_compares_all(tmp_path, monkeypat
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     program = tmp_path / "recipes" / "reference_models.py"
+    monkeypatch.syspath_prepend(program.parent)
     monkeypatch.setattr(sys, "argv", [str(program), "--sets", "tweets", *SHORT])
     runpy.run_path(str(program), run_name="__main__")
     cards = tmp_path / "model_cards"

@@ -151,7 +151,7 @@ def _numbers(rows: Dataset, split: str) -> list[float]:
     result = []
     for number, value in enumerate(rows["label"]):
         try:
-            result.append(math.nan if _missing(value) and value not in (math.inf, -math.inf) else float(value))
+            result.append(float(value) if isinstance(value, float) or not _missing(value) else math.nan)
         except (TypeError, ValueError):
             raise ValueError(
                 f"Expected numbers as labels for regression, got {value!r} in row {number} (from 0) of {split}. "

@@ -121,12 +121,8 @@ class StreamOrder:
         """(step, rows) of the optimizer steps `first` .. `last` - 1; reads on where needed."""
         step = first
         while step < last:
-            while self.first_steps[-1] <= step:
-                self._read()
-            number = bisect_right(self.first_steps, step) - 1
-            _, lengths = self._window(number)
-            batches = BatchOrder(lengths, self.batch_size, self.seed).epoch(number)
-            for rows in batches[step - self.first_steps[number] :][: last - step]:
+            number = self._number_of_step(step)
+            for rows in self._batches(number)[step - self.first_steps[number] :][: last - step]:
                 yield step, self.first_rows[number] + rows
                 step += 1
 
@@ -137,6 +133,15 @@ class StreamOrder:
 
     def _number(self, rows: np.ndarray) -> int:
         return bisect_right(self.first_rows, int(rows[0])) - 1
+
+    def _number_of_step(self, step: int) -> int:
+        """The window that a step is in; reads on where needed."""
+        while self.first_steps[-1] <= step:
+            self._read()
+        return bisect_right(self.first_steps, step) - 1
+
+    def _batches(self, number: int) -> list[np.ndarray]:
+        return BatchOrder(self._window(number)[1], self.batch_size, self.seed).epoch(number)
 
     def _read(self) -> None:
         number, rows = len(self.first_rows) - 1, next(self._reader)
@@ -161,11 +166,9 @@ class StreamOrder:
         return self._encoded[number]
 
     def examples(self, steps: int) -> int:
-        """How many examples so many steps, which have been read, train on."""
-        number = bisect_right(self.first_steps, max(0, steps - 1)) - 1
-        _, lengths = self._window(number)
-        batches = BatchOrder(lengths, self.batch_size, self.seed).epoch(number)
-        return self.first_rows[number] + sum(map(len, batches[: steps - self.first_steps[number]]))
+        """How many examples so many steps train on."""
+        number = self._number_of_step(max(0, steps - 1))
+        return self.first_rows[number] + sum(map(len, self._batches(number)[: steps - self.first_steps[number]]))
 
     def rows(self, steps: int) -> int:
         """How many different rows these are."""
@@ -173,9 +176,7 @@ class StreamOrder:
 
     def read_up_to(self, steps: int) -> list[str]:
         """What the rows are known by that so many steps need, to compare with a stream that is read again."""
-        for _ in self.steps(max(0, steps - 1), steps):
-            pass
-        return self.digests[: bisect_right(self.first_steps, max(0, steps - 1))]
+        return self.digests[: self._number_of_step(max(0, steps - 1)) + 1]
 
     def size(self) -> str:
         return f"a stream, in windows of {self.windows.size} rows"

@@ -111,16 +111,16 @@ class ALPreTrainedModel(PreTrainedModel):
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("Expected use_safetensors=True, got False: pickled weights can run any code when read.")
         loaded = super().from_pretrained(*args, **kwargs)
-        for name, parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters():
-            if not (parameter.is_meta or parameter.isfinite().all()):
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, tensor in model.state_dict().items():
+            if not (tensor.is_meta or tensor.isfinite().all()):
                 raise ValueError(f"Expected finite weights, got nan or inf in {name}. Copy them again, or train again.")
+        for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
         return loaded
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory, *, inference_only: bool = False, **kwargs
-    ) -> None:
+    def save_pretrained(self, save_directory, *, inference_only: bool = False, **kwargs) -> None:  # type: ignore
         """As in transformers. `inference_only=True` leaves out what only training needs: every `encode_target` and all
         bridges but the last. The result loads without a warning and gives the same logits; it cannot be trained and
         has one exit."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
+from ..early import check_is_new
 from ..loading import best_device, load_model
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,7 @@ def write_space(name: str, revision: str | None, folder: Path, examples: list[st
     Raises:
         ValueError: no model, or a folder that is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"Expected a new or an empty folder as --space, got {folder}. Pass another name.")
+    check_is_new(folder, "--space")
     model, tokenizer = load_model(name, revision)
     folder.mkdir(parents=True, exist_ok=True)
     local, short = Path(name).is_dir(), Path(name).resolve().name

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -176,17 +177,15 @@ def predict_file(flags: Namespace) -> None:
         chunks = predict(
             model, tokenizer, _remembered(rows, given), flags.batch_size, flags.exit_block, flags.all_scores
         )
-        with destination(flags.output) as out:
-            extra = ["id"] * (flags.id_column is not None) + ["text", "text_pair"] * flags.with_text
-            known = columns(model.config, flags.exit_block, flags.all_scores, extra)
-            write, close = writer(out, flags.output, known)
+        extra = ["id"] * (flags.id_column is not None) + ["text", "text_pair"] * flags.with_text
+        known = columns(model.config, flags.exit_block, flags.all_scores, extra)
+        with answers_to(flags.output, known) as write:
             for answers in chunks:
                 answers = [{**_asked(given.popleft(), flags), **answer} for answer in answers]
-                written(write, answers, flags.output)
+                write(answers)
                 total += len(answers)
                 errors += sum("error" in answer for answer in answers)
                 bar.update(len(answers))
-            close()
     logger.info("%d %s, %s with an error.", total, "row" if total == 1 else "rows", errors or "none")
 
 
@@ -227,7 +226,33 @@ def _source(flags: Namespace) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def destination(path: str | None) -> Iterator[TextIO]:
+def answers_to(path: str | None, known: dict[str, pa.DataType]) -> Iterator[Write]:
+    """A function that writes chunks of answers to standard output, or to a file that gets its name when it is complete.
+
+    Args:
+        path: its ending decides the format; standard output if None.
+        known: the `columns` of a table.
+
+    Raises:
+        ValueError: a file that cannot take them.
+    """
+    with _destination(path) as out:
+        write, close = writer(out, path, known)
+
+        def written(answers: list[dict[str, Any]]) -> None:
+            try:
+                write(answers)
+            except OSError as error:
+                if path is None:  # a closed standard output is no mistake
+                    raise
+                raise ValueError(_unwritable(path, error)) from error
+
+        yield written
+        close()
+
+
+@contextmanager
+def _destination(path: str | None) -> Iterator[TextIO]:
     """Standard output, or a file that gets its name when it is complete."""
     if path is None:
         yield sys.stdout
@@ -238,20 +263,6 @@ def destination(path: str | None) -> Iterator[TextIO]:
         except OSError as error:
             raise ValueError(_unwritable(path, error)) from error
         yield out
-
-
-def written(write: Write, answers: list[dict[str, Any]], path: str | None) -> None:
-    """Writes answers.
-
-    Raises:
-        ValueError: a file that cannot take them.
-    """
-    try:
-        write(answers)
-    except OSError as error:
-        if path is None:  # a closed standard output is no mistake
-            raise
-        raise ValueError(_unwritable(path, error)) from error
 
 
 def _unwritable(path: str, error: OSError) -> str:

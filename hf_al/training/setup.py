@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 
 from ..arguments import TrainingArguments
-from ..atomic import EXPORTS, WEIGHTS
+from ..atomic import CODE, EXPORTS, WEIGHTS
 from ..early import check_output_dir
 from ..hub import check_can_push
 from ..messages import last_line
@@ -45,8 +45,7 @@ NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check 
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "config.json", *WEIGHTS, EXPORTS, "shared-????????.tmp", "checkpoints", "logs", "report.json", "report.md", "plots",
-    "training_config.yaml", "tokenizer.json", "tokenizer_config.json", "configuration_al.py", "modeling_al.py",
-    "blocks.py", "encoders.py", "lstm.py", "objectives.py",
+    "training_config.yaml", "tokenizer.json", "tokenizer_config.json", *CODE,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import write_results
+from common import data_flags, write_results
 
 import hf_al
 from hf_al.commands import set_up_output
@@ -22,17 +22,6 @@ from hf_al.parsing import parse_arguments
 
 RECIPES = Path(__file__).parent.parent
 ALL = "trec6,sst2,mr,emotion,banking77,dbpedia,ag_news,imdb"
-
-
-def data_flags(data_dir: str | None, name: str) -> list[str]:
-    """Flags for the files of a data set; none if the recipe's own data is to be loaded."""
-    if data_dir is None or name == "tweets":
-        return []
-    folders = sorted(Path(data_dir).glob(f"{name}*"))
-    if not folders:
-        raise SystemExit(f"Expected a folder {name}* in {data_dir}, found none. Leave {name} out of --sets.")
-    files = {split: sorted(folders[0].glob(f"{split}.csv*")) for split in ("train", "validation", "test")}
-    return [f"--{split}_file={found[0]}" for split, found in files.items() if found]
 
 
 def run(name: str, architecture: str, objective: str, seed: int, output_dir: str, more: list[str]) -> dict[str, Any]:

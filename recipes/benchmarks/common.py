@@ -12,6 +12,17 @@ import torch
 from hf_al.report import machine, table
 
 
+def data_flags(data_dir: str | None, name: str) -> list[str]:
+    """Flags for the files of a data set; none if the recipe's own data is to be loaded."""
+    if data_dir is None or name == "tweets":
+        return []
+    folders = sorted(Path(data_dir).glob(f"{name}*"))
+    if not folders:
+        raise SystemExit(f"Expected a folder {name}* in {data_dir}, found none. Leave {name} out of --sets.")
+    files = {split: sorted(folders[0].glob(f"{split}.csv*")) for split in ("train", "validation", "test")}
+    return [f"--{split}_file={found[0]}" for split, found in files.items() if found]
+
+
 def interleaved(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
     """Seconds of each call. The arms take turns, so that a slow moment of a shared machine affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
