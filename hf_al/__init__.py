@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
     from .modeling.configuration_al import ALLstmConfig as ALLstmConfig
     from .modeling.configuration_al import ALTransformerConfig as ALTransformerConfig
+    from .modeling.configuration_encoder import ALEncoderConfig as ALEncoderConfig
     from .modeling.modeling_al import ALLstmForSequenceClassification as ALLstmForSequenceClassification
     from .modeling.modeling_al import ALLstmModel as ALLstmModel
     from .modeling.modeling_al import ALTransformerForSequenceClassification as ALTransformerForSequenceClassification
     from .modeling.modeling_al import ALTransformerModel as ALTransformerModel
+    from .modeling.modeling_encoder import ALEncoderForSequenceClassification as ALEncoderForSequenceClassification
+    from .modeling.modeling_encoder import ALEncoderModel as ALEncoderModel
     from .registration import MODEL_CLASSES as MODEL_CLASSES
     from .registration import register_architecture as register_architecture
     from .training.loop import TrainResult as TrainResult
@@ -32,6 +35,9 @@ _LAZY = {
     "ALLstmModel": ".modeling.modeling_al",
     "ALTransformerForSequenceClassification": ".modeling.modeling_al",
     "ALTransformerModel": ".modeling.modeling_al",
+    "ALEncoderConfig": ".modeling.configuration_encoder",
+    "ALEncoderForSequenceClassification": ".modeling.modeling_encoder",
+    "ALEncoderModel": ".modeling.modeling_encoder",
     "TrainingArguments": ".arguments",
     "TrainResult": ".training.loop",
     "train": ".training.loop",
@@ -57,6 +63,9 @@ if os.environ.get("HF_AL_MODELS") != "later":  # set by hf_al_program.py: its co
 
 __all__ = [
     "MODEL_CLASSES",
+    "ALEncoderConfig",
+    "ALEncoderForSequenceClassification",
+    "ALEncoderModel",
     "ALLstmConfig",
     "ALLstmForSequenceClassification",
     "ALLstmModel",

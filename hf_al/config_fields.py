@@ -16,7 +16,7 @@ from typing import Any
 TABLE = Path(__file__).with_suffix(".json")
 KINDS: dict[str, Any] = {
     str(getattr(kind, "__name__", kind)): kind
-    for kind in (int, float, bool, str, int | None, float | int, str | None, list[float] | None)
+    for kind in (int, float, bool, str, int | None, float | int, str | None, list[float] | None, list[int] | None)
 }
 # Decided by the data, the tokenizer, or the way a model is saved
 DECIDED = {
@@ -75,7 +75,7 @@ def describe(config_class: Any) -> dict[str, ConfigField]:
     return {
         field.name: ConfigField(field.type, field.default, tuple(texts.get(field.name, ())))
         for field in dataclasses.fields(config_class)
-        if field.name not in inherited | DECIDED
+        if field.name not in inherited | DECIDED | set(config_class.decided)
     }
 
 

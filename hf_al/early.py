@@ -25,6 +25,8 @@ def check_training(args: TrainingArguments) -> None:
     check_output_dir(args)
     if args.model_name_or_path:
         check_model_name(args.model_name_or_path, args.model_revision)
+    if args.encoder:
+        check_model_name(args.encoder)
     check_data_arguments(args)
     for path in (args.train_file, args.validation_file, args.test_file):
         if path:

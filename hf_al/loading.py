@@ -6,13 +6,23 @@ transformers would find the same faults, but only after allocating memory for th
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import registration
 from .early import check_model_name
@@ -80,6 +90,28 @@ def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceCla
             "Model and tokenizer are from different runs: copy both from one."
         )
     return model, tokenizer
+
+
+def load_encoder_config(name: str) -> PreTrainedConfig:
+    """The config of a pretrained encoder from a folder or a Hub id.
+
+    Raises:
+        ValueError: nothing there that can be read.
+    """
+    return _of_encoder(name, AutoConfig.from_pretrained)
+
+
+def load_encoder(name: str) -> PreTrainedModel:
+    """A pretrained encoder in float32, without its head, from a folder or a Hub id; errors as above."""
+    return _of_encoder(name, partial(AutoModel.from_pretrained, dtype=torch.float32, use_safetensors=True))
+
+
+def _of_encoder(name: str, load: Callable) -> Any:
+    check_model_name(name)
+    try:
+        return load(name, trust_remote_code=False)
+    except Exception as error:  # files, the Hub, code that is not transformers' own: each raises its own
+        raise ValueError(f"Could not load the encoder {name}: {last_line(error)}") from error
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from .modeling.configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
+from .modeling.configuration_encoder import ALEncoderConfig
 from .modeling.modeling_al import (
     ALForSequenceClassification,
     ALLstmForSequenceClassification,
@@ -17,6 +18,7 @@ from .modeling.modeling_al import (
     ALTransformerForSequenceClassification,
     ALTransformerModel,
 )
+from .modeling.modeling_encoder import ALEncoderForSequenceClassification, ALEncoderModel
 
 MODEL_CLASSES: dict[str, tuple[Any, Any, Any]] = {}  # model_type -> config, model and classifier class
 
@@ -63,3 +65,4 @@ def register_architecture(
 
 register_architecture(ALLstmConfig, ALLstmModel, ALLstmForSequenceClassification)
 register_architecture(ALTransformerConfig, ALTransformerModel, ALTransformerForSequenceClassification)
+register_architecture(ALEncoderConfig, ALEncoderModel, ALEncoderForSequenceClassification)

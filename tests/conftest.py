@@ -27,6 +27,8 @@ import pytest
 import torch
 from datasets import DatasetDict
 from program import Program
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 import hf_al
 from hf_al import plots
@@ -37,7 +39,12 @@ from hf_al.training import checkpoint
 
 # All of them, so that a new one is tested without being named here
 ARCHITECTURES = tuple(hf_al.MODEL_CLASSES)
+FROM_SCRATCH = tuple(name for name in ARCHITECTURES if name != "al_encoder")
 OBJECTIVES = tuple(objectives.OBJECTIVES)
+TINY_ENCODER = {
+    "model_type": "bert", "vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 128,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +101,42 @@ def make_model():
     def make(model_type: str = "al_lstm", seed: int = 0, **config):
         config_class, _, model_class = hf_al.MODEL_CLASSES[model_type]
         values = {"vocab_size": 60, "hidden_size": 16, "target_size": 12, "num_blocks": 3, "num_labels": 3}
+        values |= {"objective": "associated", "embedding_block": True, "initialization": "xavier"}
         if model_type == "al_transformer":
             values["num_attention_heads"] = 2
+        if model_type == "al_encoder":
+            dropout = config.get("hidden_dropout_prob", 0.1)
+            values["encoder_config"] = {
+                **TINY_ENCODER,
+                "num_hidden_layers": 2 * config.get("num_blocks", 3),
+                "hidden_dropout_prob": dropout,
+                "attention_probs_dropout_prob": dropout,
+                **{name: config[name] for name in TINY_ENCODER if name in config},
+            }
         torch.manual_seed(seed)
         return model_class(config_class(**{**values, **config}))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(few_tweets, tmp_path_factory):
+    """A tiny BERT with a tokenizer of the tweets' most frequent words."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for t in few_tweets["train"]["text"] for w in t.split()})]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    reads = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=128, model_input_names=reads, **names
+    ).save_pretrained(folder)
+    sizes = {**TINY_ENCODER, "num_hidden_layers": 5, "vocab_size": len(words)}
+    AutoModel.from_config(AutoConfig.for_model(**sizes)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -5,14 +5,14 @@ import math
 import re
 
 import pytest
-from conftest import ARCHITECTURES, OBJECTIVES
+from conftest import ARCHITECTURES, FROM_SCRATCH, OBJECTIVES
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 import hf_al
 
 CONFIGS = {model_type: classes[0] for model_type, classes in hf_al.MODEL_CLASSES.items()}
-LSTM, TRANSFORMER = ARCHITECTURES
+LSTM, TRANSFORMER = FROM_SCRATCH
 REFUSED = (ValueError, StrictDataclassError)  # the latter wraps what a strict config raises when it is built
 MULTI_LABEL = {"problem_type": "multi_label_classification"}
 REGRESSION = {"problem_type": "regression", "num_labels": 2}
@@ -79,7 +79,7 @@ OF_ONE = [
     *[(TRANSFORMER, {"attention_probs_dropout_prob": value}) for value in NOT_PROBABILITIES],
     *[(TRANSFORMER, {name: v}) for name in ("rotary_base", "layer_norm_eps") for v in (0.0, -1.0, math.nan, math.inf)],
 ]
-WRONG = [*[(model_type, values) for model_type in ARCHITECTURES for values in OF_BOTH], *OF_ONE]
+WRONG = [*[(model_type, values) for model_type in FROM_SCRATCH for values in OF_BOTH], *OF_ONE]
 
 
 def shown(values: dict) -> str:
@@ -109,7 +109,7 @@ def test_what_cannot_work_is_refused_with_expected_got_and_what_to_do(model_type
     ],
     ids=shown,
 )
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_a_value_of_the_wrong_type_is_refused_by_name(model_type, values):
     with pytest.raises(REFUSED, match=next(iter(values))):
         CONFIGS[model_type](**values)
@@ -130,7 +130,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(model_type, values):
     ],
     ids=lambda values: shown(values) or "defaults",
 )
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_what_can_work_is_accepted(model_type, values):
     config = CONFIGS[model_type](**values)
     for name, value in values.items():

@@ -187,8 +187,9 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.fixture
-def room(few_tweets, tmp_path, monkeypatch):
-    """A folder as a reader would have it: csv files of their own, the recipes, a place for runs."""
+def room(few_tweets, encoder_folder, tmp_path, monkeypatch):
+    """A folder as a reader would have it: csv files of their own, the recipes, an encoder, a place for runs."""
+    shutil.copytree(encoder_folder, tmp_path / "encoders" / "minilm")
     for name, split in (("train", "train"), ("test", "test"), ("new", "validation")):
         with open(tmp_path / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["text", "label"], quoting=csv.QUOTE_ALL)

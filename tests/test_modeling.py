@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, OBJECTIVES
+from conftest import ARCHITECTURES, FROM_SCRATCH, OBJECTIVES
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -520,7 +520,7 @@ def test_a_bfloat16_model_trains(problem, model_type, objective, make_model, mak
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("config", [{}, {"embedding_size": 6}])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_block_0_is_the_embedding_alone_or_with_the_first_encoder(model_type, config, merged, make_model, make_batch):
     model = make_model(model_type, embedding_block=not merged, **config).train()
     assert [len(b.encode.layers) > 0 for b in model.model.blocks] == [merged, True, True]
@@ -595,7 +595,7 @@ def matrices(model) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 @pytest.mark.parametrize("kind", ["xavier", "kaiming", "orthogonal", "normal"])
 def test_each_initialization_gives_its_own_scale(kind, model_type, make_model):
     model = make_model(model_type, hidden_size=64, target_size=48, initialization=kind, initializer_range=0.03)
@@ -613,7 +613,7 @@ def test_each_initialization_gives_its_own_scale(kind, model_type, make_model):
         assert torch.allclose(small @ small.T, torch.eye(len(small)), atol=1e-5), name
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_biases_start_at_zero_and_forget_gates_open(model_type, make_model):
     model = make_model(model_type)
     for name, parameter in model.named_parameters():
@@ -628,7 +628,7 @@ def test_biases_start_at_zero_and_forget_gates_open(model_type, make_model):
         assert torch.equal(parameter, expected), name
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_embedding_rows_start_small_and_padding_at_zero(model_type, make_model):
     weight = make_model(model_type, vocab_size=500, embedding_std=0.3, pad_token_id=4).get_input_embeddings().weight
     assert not weight[4].any()

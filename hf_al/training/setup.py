@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..arguments import TrainingArguments
 from ..atomic import CODE, EXPORTS, WEIGHTS
 from ..early import check_output_dir
 from ..hub import check_can_push
+from ..loading import load_encoder_config
 from ..messages import last_line
 from ..modeling.configuration_al import ALConfig
 from ..modeling.objectives import OBJECTIVES
@@ -39,7 +41,8 @@ from .optim import make_optimizer, make_schedule
 logger = logging.getLogger(__name__)
 
 PER_BLOCK = (
-    "learning_rate", "target_learning_rate_factor", "weight_decay", "target_weight_decay", "max_grad_norm",
+    "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "weight_decay",
+    "target_weight_decay", "max_grad_norm",
 )  # fmt: skip
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
@@ -67,7 +70,13 @@ def check_model(args: TrainingArguments) -> None:
     if args.model_name_or_path:
         return
     check_model_keys(args)
-    check_lists(args, make_config(args.model_type, {n: v for n, v in args.model.items() if n not in NEED_LABELS}))
+    config = make_config(args, {n: v for n, v in args.model.items() if n not in NEED_LABELS})
+    check_lists(args, config)
+    if args.encoder and args.max_seq_length > config.max_position_embeddings:
+        raise ValueError(
+            f"Expected a max_seq_length of at most {config.max_position_embeddings}, the positions of {args.encoder}, "
+            f"got {args.max_seq_length}. Pass --max_seq_length {config.max_position_embeddings} or less."
+        )
 
 
 def check_lists(args: TrainingArguments, config: ALConfig) -> None:
@@ -80,9 +89,13 @@ def check_lists(args: TrainingArguments, config: ALConfig) -> None:
             )
 
 
-def make_config(model_type: str, values: dict[str, Any]) -> ALConfig:
+def make_config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
+    """The config of the run's model; of a pretrained encoder, with what that decides."""
+    make = MODEL_CLASSES[args.model_type][0]
+    if args.encoder:
+        make = partial(make.from_encoder, load_encoder_config(args.encoder))
     try:
-        config: ALConfig = MODEL_CLASSES[model_type][0](**values)
+        config: ALConfig = make(**values)
     except StrictDataclassError as error:  # it is neither a ValueError nor one line
         raise ValueError(last_line(error)) from None
     return config

@@ -15,7 +15,7 @@ from ..data import sources, tokenization
 from ..data.batching import BatchOrder, token_lengths
 from ..data.labels import encode_labels, label_names, problem_type_of
 from ..data.streaming import StreamOrder, open_windows
-from ..loading import difference, load_model
+from ..loading import difference, load_encoder, load_model
 from ..messages import some
 from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
@@ -46,6 +46,8 @@ def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
         model, tokenizer, data = continue_model(args, data)
     else:
         tokenizer = tokenization.build_tokenizer(args, data["train"])
+        if args.word_vectors == "auto":
+            args.word_vectors = tokenization.automatic_vectors(args, tokenizer)
         model = build_model(args, tokenizer, data["train"])
     tokens = tokenization.tokenize(data, tokenizer, args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -75,6 +77,8 @@ def build_model(
         **_label_values(train),
         **args.model,
     }
+    if args.encoder:
+        return _from_encoder(args, values)
     rows = None
     if args.word_vectors:
         rows = tokenization.embedding_rows(tokenizer, args.word_vectors, args.seed)
@@ -83,11 +87,25 @@ def build_model(
             raise ValueError(
                 f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
             )
-    model = _new_model(_config(args.model_type, values), args.seed)
+    model = _new_model(_config(args, values), args.seed)
     if rows is not None:
         embedding: Any = model.get_input_embeddings()
         with torch.no_grad():
             embedding.weight.copy_(torch.from_numpy(rows))
+    return model
+
+
+def _from_encoder(args: TrainingArguments, values: dict[str, Any]) -> ALForSequenceClassification:
+    """A pretrained encoder, cut into blocks."""
+    assert args.encoder is not None
+    config = _config(args, values)
+    if values["vocab_size"] > config.vocab_size:
+        raise ValueError(
+            f"Expected a tokenizer of at most {config.vocab_size} tokens, the embedding rows of {args.encoder}, got "
+            f"{values['vocab_size']}. Tokenizer and encoder are from different models."
+        )
+    model: Any = _new_model(config, args.seed)
+    model.copy_encoder(load_encoder(args.encoder))
     return model
 
 
@@ -104,6 +122,7 @@ def continue_model(
     """
     name = args.model_name_or_path
     assert name is not None
+    args.word_vectors = None
     saved, tokenizer = load_model(name, args.model_revision)
     if args.model_type not in ("", saved.config.model_type):
         raise ValueError(
@@ -129,7 +148,7 @@ def continue_model(
             name, some(known, 8), some(names, 8),
         )  # fmt: skip
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
-    config = _config(args.model_type, {**saved.config.to_dict(), "_name_or_path": "", **labels, **args.model})
+    config = _config(args, {**saved.config.to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config)
     model = _new_model(config, args.seed)
     kept, wanted = (
@@ -168,12 +187,12 @@ def _label_values(train: Dataset) -> dict[str, Any]:
     return values
 
 
-def _config(model_type: str, values: dict[str, Any]) -> ALConfig:
+def _config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
     if values.get("label_smoothing") and values["problem_type"] != "single_label_classification":
         kind = values["problem_type"]
         logger.warning("label_smoothing spreads one label over the classes: it is not used for %s.", kind)
         values = {**values, "label_smoothing": 0.0}
-    return make_config(model_type, values)
+    return make_config(args, values)
 
 
 def _new_model(config: ALConfig, seed: int) -> ALForSequenceClassification:
@@ -212,7 +231,7 @@ def _new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock
     """Block k with the weights that follow from (seed, k), whoever builds it and beside how many others."""
     with block_randomness(torch.device("cpu"), seed, k, BEFORE_THE_FIRST_STEP, micro_batch=0, replica=0):
         block = ALBlock(model.config, k, model.model.encoder_class)
-        block.apply(model._init_weights)
+        block.apply(model._initialize_weights)  # but for a pretrained encoder's part, which did so itself
     return block
 
 

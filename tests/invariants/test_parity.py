@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ARCHITECTURES, OBJECTIVES
+from conftest import ARCHITECTURES, FROM_SCRATCH, OBJECTIVES
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoModelForSequenceClassification
 
@@ -155,7 +155,7 @@ RUNS = {"bf16": lambda *_: {"bf16": True}, "short_tokenizer": short_tokenizer, "
 
 
 @pytest.mark.parametrize("how", RUNS)
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_evaluate_gives_the_numbers_of_the_report(model_type, how, few_tweets, tmp_path):
     try:
         values = {

@@ -1,0 +1,105 @@
+"""Configuration of a pretrained encoder that is cut into AL blocks."""
+
+import copy
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_al import ALConfig, _choice
+from .layouts import LAYOUTS
+
+
+@strict
+class ALEncoderConfig(ALConfig):
+    """Configuration of [`ALEncoderForSequenceClassification`]: a pretrained encoder, cut into blocks.
+
+    Make it by [`ALEncoderConfig.from_encoder`], or the model at once by
+    [`ALEncoderForSequenceClassification.from_encoder`].
+
+    Args:
+        encoder_config (`PreTrainedConfig` or `dict`, *optional*): the config of the encoder; a BERT if None.
+        cuts (`list[int]`, *optional*): after how many layers each block but the last ends, for example `[2, 4]` for
+            three blocks; if None, `num_blocks` blocks with equal numbers of layers.
+        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norm of a bridge.
+        pooling: `mean`, `max`, `first` (the first token), or `last`, for encoders whose tokens see only those before.
+
+    `hidden_size`, `vocab_size`, dropout and what else the encoder decides are those of `encoder_config`. The other
+    arguments are those of [`ALConfig`].
+    """
+
+    model_type = "al_encoder"
+    decided: ClassVar[tuple[str, ...]] = (
+        "encoder_config", "hidden_size", "embedding_size", "layers_per_block", "embedding_block", "hidden_dropout_prob",
+        "embedding_dropout_prob", "embedding_std",
+    )  # fmt: skip
+    sub_configs_defaults = {"encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}  # noqa: RUF012
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    cuts: list[int] | None = None
+    layer_norm_eps: float | int = 1e-5
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        encoder: Any = self.encoder_config
+        encoder.dtype = None  # that of the whole model
+        self.hidden_size, self.vocab_size = encoder.hidden_size, encoder.vocab_size
+        self.embedding_block, self.layers_per_block, self.embedding_size = False, 1, None
+        if self.cuts is not None:
+            self.num_blocks = len(self.cuts) + 1
+
+    @classmethod
+    def from_encoder(cls, encoder_config: PreTrainedConfig, **values) -> "ALEncoderConfig":
+        """The config for a pretrained encoder; `values` are those of this class.
+
+        Raises:
+            ValueError: an encoder that cannot be cut, or values that do not fit it.
+        """
+        check_layout(encoder_config)
+        config: Any = encoder_config
+        layout, longest = LAYOUTS[config.model_type], config.max_position_embeddings
+        padding = config.pad_token_id or 0
+        if layout.positions_after_padding:
+            longest -= padding + 1
+        decided = {"pad_token_id": padding, "max_position_embeddings": longest}
+        decided |= {"pooling": "last"} if layout.causal else {}
+        return cls(encoder_config=copy.deepcopy(encoder_config), **{**decided, **values})
+
+    def layers_of(self, block: int) -> range:
+        """The layers of the encoder that a block has, counted from 0."""
+        depth = self.depth
+        cuts = self.cuts or [round(k * depth / self.num_blocks) for k in range(1, self.num_blocks)]
+        bounds = [0, *cuts, depth]
+        return range(bounds[block], bounds[block + 1])
+
+    @property
+    def depth(self) -> int:
+        """Layers of the encoder."""
+        encoder: Any = self.encoder_config
+        return encoder.num_hidden_layers
+
+    def validate_encoder(self):
+        check_layout(self.encoder_config)
+        _choice(self, "pooling", ("mean", "max", "first", "last"))
+        bounds = [0, *(self.cuts or ()), self.depth]
+        if any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"Expected cuts that rise, each between 1 and {self.depth - 1}, since the encoder has {self.depth} "
+                f"layers, got {self.cuts}. Pass --cuts {self.depth // 2}, for example, or leave it out."
+            )
+        if self.num_blocks > self.depth:
+            raise ValueError(
+                f"Expected at most {self.depth} blocks, the layers of the encoder, got {self.num_blocks}. Pass fewer "
+                "--num_blocks."
+            )
+
+
+def check_layout(encoder_config: Any) -> None:
+    """ValueError for an encoder that cannot be cut."""
+    name = encoder_config.model_type
+    if name in LAYOUTS:
+        return
+    why = "Its layers share their weights" if name == "albert" else "hf_al does not know where its layers are"
+    raise ValueError(f"Expected an encoder of one of these types: {', '.join(LAYOUTS)}; got {name}. {why}.")

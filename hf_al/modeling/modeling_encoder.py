@@ -1,0 +1,80 @@
+"""A pretrained encoder as an AL classifier: `ALEncoderForSequenceClassification`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from .configuration_encoder import ALEncoderConfig
+from .modeling_al import ALForSequenceClassification, ALModel
+from .pretrained import PretrainedEncoder, encoder_weights
+
+
+class ALEncoderModel(ALModel):
+    """The blocks of a pretrained encoder without the losses; see [`ALModel`]."""
+
+    config: ALEncoderConfig
+    encoder_class = PretrainedEncoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.blocks[0].encode.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.blocks[0].encode.backbone.set_input_embeddings(value)
+        encoder_config: Any = self.config.encoder_config
+        encoder_config.vocab_size = value.weight.shape[0]  # type: ignore[index]
+
+
+class ALEncoderForSequenceClassification(ALForSequenceClassification):
+    """Text classifier of the layers of a pretrained encoder, cut into blocks; see [`ALForSequenceClassification`].
+
+    Example:
+        model = ALEncoderForSequenceClassification.from_encoder("user/encoder", num_blocks=3, num_labels=6)
+    """
+
+    config: ALEncoderConfig
+    base_class = ALEncoderModel
+
+    @classmethod
+    def from_encoder(cls, encoder: str | PreTrainedModel, **values) -> "ALEncoderForSequenceClassification":
+        """Cuts a pretrained encoder into blocks. Its weights are copied; bridges and label side are new.
+
+        Args:
+            encoder: a folder, a Hub id, or a model of transformers; of one with a head, the encoder below the head.
+            values: those of [`ALEncoderConfig`]: `num_blocks` or `cuts`, `objective`, `num_labels`, ...
+
+        Raises:
+            ValueError: an encoder that cannot be cut, or values that do not fit it.
+        """
+        pretrained: Any = encoder
+        if isinstance(encoder, str):
+            pretrained = AutoModel.from_pretrained(encoder, dtype=torch.float32)
+        model = cls(ALEncoderConfig.from_encoder(pretrained.base_model.config, **values))
+        model.copy_encoder(pretrained)
+        return model
+
+    @torch.no_grad()
+    def copy_encoder(self, encoder: PreTrainedModel) -> None:
+        """Copies the weights of an encoder of the same config into the blocks."""
+        base: Any = encoder.base_model
+        weights = base.state_dict()
+        for block in self.model.blocks:
+            part, backbone = block.encode.part, block.encode.backbone
+            for name, tensor in backbone.state_dict().items():
+                tensor.copy_(weights[part.name_in_encoder(name)])
+
+    def to_encoder(self) -> PreTrainedModel:
+        """The encoder in one piece, as a plain model of transformers with the weights of the blocks."""
+        encoder_config: Any = self.config.encoder_config
+        with torch.device("meta"):
+            encoder: Any = AutoModel.from_config(encoder_config)
+        if hasattr(encoder, "pooler"):
+            encoder.pooler = None  # it belongs to a task that the encoder was trained on before
+        encoder.to_empty(device=self.device)
+        encoder.init_weights()
+        encoder.load_state_dict(encoder_weights(self.model.blocks))
+        return encoder.eval()
+
+
+__all__ = ["ALEncoderForSequenceClassification", "ALEncoderModel"]

@@ -1,0 +1,149 @@
+"""A pretrained encoder of transformers, cut into blocks.
+
+A block holds a model of the encoder's own class with the layers of that block alone. Its hidden states come in as
+`inputs_embeds`, past a stand-in for the embeddings, so that masks, positions and relative biases are computed by
+transformers' own code in every block.
+
+Legend: N batch, T tokens, D hidden size.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from .configuration_encoder import ALEncoderConfig
+from .encoders import Encoder, Inputs
+from .layouts import LAYOUTS, Layout
+from .objectives import Boundary
+
+
+class PassThrough(nn.Module):
+    """Stands where a block has no embeddings."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return inputs_embeds
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which layers of the encoder a block has, and how its parameters are called in the whole encoder."""
+
+    layout: Layout
+    layers: range
+    of: int  # layers of the whole encoder
+
+    def name_in_encoder(self, name: str) -> str:
+        """The whole encoder's name for a parameter of this part."""
+        start = f"{self.layout.layers}."
+        if not name.startswith(start):
+            return name
+        number, rest = name.removeprefix(start).split(".", 1)
+        return f"{start}{int(number) + self.layers.start}.{rest}"
+
+
+def make_part(config: ALEncoderConfig, index: int) -> tuple[Part, PreTrainedModel]:
+    """Block `index` of the encoder that the config describes, with random weights: on the default device, or without
+    any memory if that is "meta", as it is while transformers loads a model."""
+    encoder_config: Any = copy.deepcopy(config.encoder_config)
+    layout, depth = LAYOUTS[encoder_config.model_type], encoder_config.num_hidden_layers
+    part = Part(layout, config.layers_of(index), depth)
+    device = torch.get_default_device()
+    with torch.device("meta"):  # all layers: what a layer does may depend on its number
+        model = AutoModel.from_config(encoder_config)
+    layers: Any = model.get_submodule(layout.layers)
+    _replace(model, layout.layers, nn.ModuleList(layers[part.layers.start : part.layers.stop]))
+    model.config.num_hidden_layers = len(part.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[part.layers.start : part.layers.stop]
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    if index > 0:
+        _replace(model, layout.embeddings, PassThrough())
+        for name in layout.first:
+            _replace(model, name, nn.Identity())
+        for name in layout.first_or_none:
+            _replace(model, name, None)
+    if part.layers.stop < depth:
+        for name in layout.last:
+            _replace(model, name, nn.Identity())
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.init_weights()
+    for name in layout.shared:
+        shared = _get(model, name)
+        if shared is not None:
+            shared.requires_grad_(False)
+    return part, model
+
+
+def _get(model: nn.Module, path: str) -> Any:
+    *parents, name = path.split(".")
+    return getattr(model.get_submodule(".".join(parents)), name, None)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
+    """Puts `module` where `model` has one; leaves a model alone that has none there."""
+    *parents, name = path.split(".")
+    owner = model.get_submodule(".".join(parents))
+    if getattr(owner, name, None) is not None:
+        setattr(owner, name, module)
+
+
+class PretrainedEncoder(Encoder):
+    """The layers of block `index` of a pretrained encoder; block 0 also has its embeddings. Arguments: see
+    [`Encoder`]."""
+
+    has_attention = True
+
+    def __init__(self, config: ALEncoderConfig, index: int):
+        super().__init__()
+        self.part, self.backbone = make_part(config, index)
+        self.normalize_pooled = self.part.layout.pre_norm  # type: ignore[misc]
+        self.output_size, self.is_first = config.hidden_size, index == 0
+
+    @staticmethod
+    def prepare_inputs(config: ALEncoderConfig, inputs: Inputs) -> Inputs:
+        """Adds `token_type_ids` (N, T) if the encoder has such embeddings: 1 in the second text of a pair."""
+        encoder_config: Any = config.encoder_config
+        has_types = getattr(encoder_config, "type_vocab_size", 0) > 1 and config.sep_token_id is not None
+        if has_types and "input_ids" in inputs:
+            mask_NT = inputs["attention_mask"]
+            ends_NT = ((inputs["input_ids"] == config.sep_token_id) & (mask_NT > 0)).long()
+            is_second_NT = (ends_NT.cumsum(1) - ends_NT == 1) & (ends_NT.sum(1, keepdim=True) == 2)
+            inputs["token_type_ids"] = is_second_NT.long() * mask_NT
+        return inputs
+
+    def forward(self, boundary: Boundary, inputs: Inputs, output_attentions: bool = False) -> Boundary:
+        mask_NT = None if inputs["padding"] == "none" else inputs["attention_mask"]  # to read it waits for its device
+        read: dict[str, Any] = {"attention_mask": mask_NT, "return_dict": True}
+        if self.is_first:
+            read |= {n: inputs[n] for n in ("input_ids", "inputs_embeds", "token_type_ids") if n in inputs}
+        else:
+            read["inputs_embeds"] = boundary["hidden"]
+        if self.part.layout.causal:
+            read["use_cache"] = False
+        if output_attentions:
+            read["output_attentions"] = True
+        out = self.backbone(**read)
+        encoded: dict[str, Any] = {"hidden": out.last_hidden_state}
+        if output_attentions:
+            encoded["attentions"] = tuple(weights for weights in out.attentions or () if weights is not None)
+        return encoded
+
+    def in_words(self) -> str:
+        layers = self.part.layers
+        which = f"layer {layers.start + 1}" if len(layers) == 1 else f"layers {layers.start + 1} to {layers.stop}"
+        return f"{which} of {self.part.of}, {self.backbone.config.model_type}"
+
+
+def encoder_weights(blocks: Any) -> dict[str, Tensor]:
+    """The weights of the blocks, by the names of the whole encoder."""
+    weights: dict[str, Tensor] = {}
+    for block in reversed(blocks):  # tables that all blocks have: those of block 0
+        part = block.encode.part
+        weights |= {part.name_in_encoder(name): t for name, t in block.encode.backbone.state_dict().items()}
+    return weights

