@@ -21,7 +21,7 @@ from .card import eval_results, model_card, shared_arguments
 from .loading import load_model, weights_sha256
 from .modeling.objectives import OBJECTIVES
 from .plots import PLOTS
-from .report import read_report
+from .report import read_report, rows_used
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +214,9 @@ def _read_baseline(folder: str, report: dict[str, Any]) -> dict[str, Any]:
     twin = read_report(folder)
     if not OBJECTIVES[twin["objective"]].end_to_end:
         raise ValueError(f"Expected a run by backpropagation as baseline, got {twin['objective']} in {folder}.")
-    if twin["data"]["fingerprint"] != report["data"]["fingerprint"] or ("test" in twin) != ("test" in report):
-        raise ValueError(f"Expected a baseline on the same data, got another in {folder}. Train it on the same files.")
+    if rows_used(twin) != rows_used(report):
+        raise ValueError(
+            f"Expected a baseline on the same rows, got others in {folder}. Train it on the same files, with the same "
+            "limits and validation_seed."
+        )
     return twin

@@ -103,6 +103,15 @@ def read_report(folder: str) -> dict[str, Any]:
     return report
 
 
+def rows_used(report: dict[str, Any]) -> str:
+    """Equal for two runs that trained, validated and tested on the same rows; how texts became tokens has no part."""
+    data = report["data"]
+    own_split = "validation" in data["fingerprint"]
+    counts = {n: count for n, count in data.get("rows", {}).items() if n != "train" or not data.get("streamed")}
+    seed = None if own_split else report["arguments"]["validation_seed"]
+    return json.dumps([data["fingerprint"], counts, seed], sort_keys=True)
+
+
 # --- the page
 
 

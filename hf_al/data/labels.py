@@ -101,6 +101,14 @@ def _is_fraction(label: Any) -> bool:
     return _is_number(label) and float(label) != int(float(label))
 
 
+def written_labels(rows: Dataset, problem_type: str, split: str) -> list[str] | list[list[str]] | list[float]:
+    """The labels of raw rows as they mean the same in every kind of file: names, lists of names, or numbers."""
+    if problem_type == REGRESSION:
+        return _numbers(rows, split)
+    names = _names(rows, split, problem_type)
+    return [row[0] for row in names] if problem_type == SINGLE else names
+
+
 def problem_type_of(rows: Dataset) -> str:
     """The problem type of an encoded `label` column."""
     feature = rows.features["label"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arguments import SHOWING
 from ..messages import table
-from ..report import read_report
+from ..report import read_report, rows_used
 
 # Runs that differ only in these arguments are the same experiment with another seed
 Row = dict[str, Any]
@@ -20,8 +20,8 @@ def compare(folders: list[str]) -> dict[str, Any]:
         folders: `output_dir` of finished runs.
 
     Returns:
-        `runs`: a dict per run, as in the table; `same_data`: whether the tokens and labels of all splits are the same
-        in all runs; `groups`: for runs that differ only in the seed, their `runs` and
+        `runs`: a dict per run, as in the table; `same_data`: whether the rows of all splits are the same in all
+        runs; `groups`: for runs that differ only in the seed, their `runs` and
         `seeds`, and `mean`, `min` and `max` of each measured value; `differences`: the arguments that are not the same
         in all runs, argument -> run -> value.
 
@@ -35,11 +35,10 @@ def compare(folders: list[str]) -> dict[str, Any]:
     for run in runs:
         report = reports[run["run"]]
         same = {key: value for key, value in arguments[run["run"]].items() if key not in {"seed", *SHOWING}}
-        groups.setdefault(json.dumps([same, report["data"]["fingerprint"]], sort_keys=True), []).append(run)
-    data = {name: json.dumps(report["data"]["fingerprint"], sort_keys=True) for name, report in reports.items()}
+        groups.setdefault(json.dumps([same, rows_used(report)], sort_keys=True), []).append(run)
     return {
         "runs": runs,
-        "same_data": len(set(data.values())) == 1,
+        "same_data": len({rows_used(report) for report in reports.values()}) == 1,
         "groups": [_group(rows) for rows in groups.values() if len({row["seed"] for row in rows}) > 1],
         "differences": _differences(arguments),
     }
@@ -103,8 +102,8 @@ def as_text(found: dict[str, Any]) -> str:
     parts = [table([_shown(run) for run in found["runs"]])]
     if not found["same_data"]:
         parts.append(
-            "The data of these runs differ (texts, labels, splits, or how texts are cut into tokens): compare their "
-            "metrics only if the texts are the same."
+            "The data of these runs differ (texts, labels, splits or limits): compare their metrics only if the test "
+            "texts are the same."
         )
     if found["groups"]:
         rows = [_shown_group(group) for group in found["groups"]]

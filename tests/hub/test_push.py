@@ -1,5 +1,7 @@
 """A finished run on a Hub: what is there, who can use it, and what happens when the Hub fails."""
 
+import csv
+import hashlib
 import json
 import os
 import re
@@ -116,6 +118,15 @@ def test_the_card_has_valid_metadata_and_no_empty_part(hub, shared, trained):
     assert all(section.strip() for section in sections)
     assert not re.findall(r"\{\{|\{%|None|\bnan\b|undefined|TODO", body)
     assert "\n\n\n" not in body
+
+
+def test_the_fingerprints_of_the_card_are_those_of_the_files(hub, shared, files):
+    card = hub.run(jobs.files, shared)["README.md"].decode()
+    for split in ("train", "validation", "test"):
+        with open(files / f"{split}.csv", encoding="utf-8", newline="") as file:
+            lines = [json.dumps([row["text"], row["label"]]) + "\n" for row in csv.DictReader(file)]
+        assert f"{split} `{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}`" in card
+    assert "`json.dumps([text, label])` for each row" in card
 
 
 def test_the_code_of_the_card_runs(hub, shared):
