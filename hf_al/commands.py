@@ -195,7 +195,7 @@ def _inspect(flags: Namespace) -> None:
 
 
 def _compare_flags(parser: FlagParser) -> None:
-    _add_model(parser, "folders of finished runs (output_dir of hf-al train)", "models", nargs="+")
+    _add_model(parser, "folders of finished runs (output_dir of hf-al train), or Hub ids", "models", nargs="+")
     parser.add_argument("--json", action="store_true", help="one json object instead of tables")
 
 
@@ -218,7 +218,9 @@ def _push_flags(parser: FlagParser) -> None:
     parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")
     parser.add_argument("--language", metavar="CODE", help="of the texts, for the card, such as en")
     parser.add_argument("--license", metavar="NAME", help="of the model, for the card, such as apache-2.0")
-    parser.add_argument("--baseline", metavar="DIR", help="run by backpropagation on the same data, to compare with")
+    parser.add_argument(
+        "--baseline", metavar="DIR", help="run by backpropagation on the same rows, or a Hub id: to compare with"
+    )
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
 
 

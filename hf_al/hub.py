@@ -21,7 +21,7 @@ from .card import eval_results, model_card, shared_arguments
 from .loading import load_model, weights_sha256
 from .modeling.objectives import OBJECTIVES
 from .plots import PLOTS
-from .report import read_report, rows_used
+from .report import find_report, read_report, rows_used
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def push(
         create_pr: open a pull request instead of committing.
         inference_only: leave out the parameters that only training needs.
         language, license: for the card, as the Hub names them.
-        baseline: `output_dir` of a run by backpropagation on the same data: the card compares the two.
+        baseline: `output_dir` or Hub id of a run by backpropagation on the same data: the card compares the two.
         commit_message: its first line.
 
     Returns:
@@ -211,7 +211,7 @@ def prepare(
 
 def _read_baseline(folder: str, report: dict[str, Any]) -> dict[str, Any]:
     """The report of a run that may stand beside `report`."""
-    twin = read_report(folder)
+    twin = find_report(folder)
     if not OBJECTIVES[twin["objective"]].end_to_end:
         raise ValueError(f"Expected a run by backpropagation as baseline, got {twin['objective']} in {folder}.")
     if rows_used(twin) != rows_used(report):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import assert_mistake
 
 from hf_al.messages import table
 from hf_al.saved.comparison import as_text, compare
@@ -130,6 +131,11 @@ def test_columns_are_aligned_and_numbers_stand_to_the_right():
         "a         5  0.5000",
         "long   1234  -",
     ]
+
+
+def test_an_id_is_looked_up_on_the_hub(shell):
+    """The tests are offline."""
+    assert_mistake(shell("compare", "user/name"), "Found no folder user/name here, and could not load report.json")
 
 
 def test_comparing_loads_no_model(run):

@@ -7,28 +7,27 @@ from typing import Any
 
 from ..arguments import SHOWING
 from ..messages import table
-from ..report import read_report, rows_used
+from ..report import find_report, rows_used
 
 # Runs that differ only in these arguments are the same experiment with another seed
 Row = dict[str, Any]
 
 
-def compare(folders: list[str]) -> dict[str, Any]:
+def compare(names: list[str]) -> dict[str, Any]:
     """The reports of several runs, side by side.
 
     Args:
-        folders: `output_dir` of finished runs.
+        names: `output_dir` or Hub ids of finished runs.
 
     Returns:
-        `runs`: a dict per run, as in the table; `same_data`: whether the rows of all splits are the same in all
-        runs; `groups`: for runs that differ only in the seed, their `runs` and
-        `seeds`, and `mean`, `min` and `max` of each measured value; `differences`: the arguments that are not the same
-        in all runs, argument -> run -> value.
+        `runs`: a dict per run, as in the table; `same_data`: whether the rows of all splits are the same in all runs;
+        `groups`: for runs that differ only in the seed, their `runs` and `seeds`, and `mean`, `min` and `max` of each
+        measured value; `differences`: the arguments that are not the same in all runs, argument -> run -> value.
 
     Raises:
-        ValueError: a folder without a report, or with one that cannot be read.
+        ValueError: a folder or repository without a report, or with one that cannot be read.
     """
-    reports = {str(Path(folder)): read_report(folder) for folder in folders}
+    reports = {str(Path(name)): find_report(name) for name in names}
     runs = [_run(name, report) for name, report in reports.items()]
     arguments = {name: _flat(report["arguments"]) for name, report in reports.items()}
     groups: dict[str, list[Row]] = {}

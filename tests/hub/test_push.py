@@ -45,6 +45,25 @@ def test_every_command_takes_an_id(hub, shared, trained, files, tmp_path):
             assert here[1] == there[1]
 
 
+def test_a_shared_run_is_compared_by_its_id_as_from_its_folder(hub, shared, trained):
+    status, out, err = hub.run(jobs.shell, "compare", str(trained[0]), shared, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    here, there = ({**row, "run": ""} for row in found["runs"])
+    assert (here, found["same_data"]) == (there, True)
+    assert [row["run"] for row in found["runs"]] == [str(trained[0]), shared]
+
+
+def test_what_has_no_report_on_the_hub_is_not_compared(hub, tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
+    hub.run(jobs.push_files, str(tmp_path), "tester/notes")
+    for name, said in (("tester/notes", "Expected report.json in tester/notes on the Hub"),
+                       ("tester/nothing", "Found no folder tester/nothing here")):  # fmt: skip
+        status, out, err = hub.run(jobs.shell, "compare", name)
+        assert (status, out, len(err.splitlines())) == (2, "", 1), err
+        assert said in err
+
+
 def test_it_answers_where_hf_al_is_not_installed(hub, shared, trained, tmp_path):
     code = (
         "import json, sys; sys.modules['hf_al'] = None\n"
