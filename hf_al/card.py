@@ -1,6 +1,7 @@
 """The model card of a finished run: its page on a Hub, filled from report.json, config and tokenizer alone."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from .messages import some, table
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
-from .report import energy, split_sizes
+from .report import differences, energy, flat_arguments, split_sizes
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+# Arguments of a machine or of the logs: two runs that differ in them are alike
+NO_RESULT = {
+    "stages", "placement", "ddp_timeout", "threads", "use_cpu", "preprocessing_num_workers", "logging_steps",
+    "save_steps", "save_total_limit", "per_device_eval_batch_size", "csv_delimiter",
+}  # fmt: skip
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 USES = {
     "single_label_classification": "It assigns each text one of the classes {names}.",
@@ -62,6 +68,7 @@ def model_card(
         exits=exits,
         exits_table=table([{**row, **_cost(model, report, row["block"])} for row in exits], True),
         comparison=table([_in_short(r, split) for r in (report, baseline)], True) if baseline else None,
+        differing=table(_differing(report, baseline), True) if baseline and _differing(report, baseline) else None,
         tokens=report["exit_speeds"][0]["tokens"],
         example=json.dumps("The crew was lovely!"),
         use=USES[report["problem_type"]].format(names=some(report["label_names"], 20)),
@@ -181,6 +188,15 @@ def exit_parameters(model: ALForSequenceClassification, last: int) -> int:
     decoding = [blocks[-1]] if blocks[-1].reads_labels else blocks
     parts = [*(block.encode for block in blocks), blocks[-1].bridge, *(block.decode_target for block in decoding)]
     return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
+    """What of the network and its training is not the same in both runs, the objective apart."""
+    of_the_data = {field.name for field in fields(TrainingArguments) if field.metadata.get("section") == "data"}
+    left_out = {"model.objective", *SHOWING, *NO_RESULT, *of_the_data}
+    runs = {"this model": report, "baseline": {**baseline, "arguments": shared_arguments(baseline["arguments"])}}
+    found = differences({name: flat_arguments(run) for name, run in runs.items()})
+    return [{"argument": name, **row} for name, row in found.items() if name not in left_out]
 
 
 def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

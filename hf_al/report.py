@@ -134,6 +134,22 @@ def rows_used(report: dict[str, Any]) -> str:
     return json.dumps([data["fingerprint"], counts, seed], sort_keys=True)
 
 
+def flat_arguments(report: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run; its config values are model.NAME."""
+    arguments = report["arguments"]
+    model = {f"model.{name}": value for name, value in arguments.get("model", {}).items()}
+    return {**{name: value for name, value in arguments.items() if name != "model"}, **model}
+
+
+def differences(arguments: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the flat arguments of several runs, those that are not the same in all of them: argument -> run -> value."""
+    names = {name: None for values in arguments.values() for name in values if name != "output_dir"}
+    table = {name: {run: values.get(name) for run, values in arguments.items()} for name in names}
+    return {
+        name: row for name, row in table.items() if any(value != next(iter(row.values())) for value in row.values())
+    }
+
+
 # --- the page
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arguments import SHOWING
 from ..messages import table
-from ..report import find_report, rows_used
+from ..report import differences, find_report, flat_arguments, rows_used
 
 # Runs that differ only in these arguments are the same experiment with another seed
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def compare(names: list[str]) -> dict[str, Any]:
     """
     reports = {str(Path(name)): find_report(name) for name in names}
     runs = [_run(name, report) for name, report in reports.items()]
-    arguments = {name: _flat(report["arguments"]) for name, report in reports.items()}
+    arguments = {name: flat_arguments(report) for name, report in reports.items()}
     groups: dict[str, list[Row]] = {}
     for run in runs:
         report = reports[run["run"]]
@@ -39,7 +39,7 @@ def compare(names: list[str]) -> dict[str, Any]:
         "runs": runs,
         "same_data": len({rows_used(report) for report in reports.values()}) == 1,
         "groups": [_group(rows) for rows in groups.values() if len({row["seed"] for row in rows}) > 1],
-        "differences": _differences(arguments),
+        "differences": differences(arguments),
     }
 
 
@@ -78,19 +78,6 @@ def _group(rows: list[Row]) -> Row:
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"mean": fmean(values), "min": min(values), "max": max(values)}
-
-
-def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
-    model = {f"model.{name}": value for name, value in arguments.get("model", {}).items()}
-    return {**{name: value for name, value in arguments.items() if name != "model"}, **model}
-
-
-def _differences(arguments: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    names = {name: None for values in arguments.values() for name in values if name != "output_dir"}
-    table = {name: {run: values.get(name) for run, values in arguments.items()} for name in names}
-    return {
-        name: row for name, row in table.items() if any(value != next(iter(row.values())) for value in row.values())
-    }
 
 
 # --- as text

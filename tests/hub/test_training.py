@@ -67,8 +67,12 @@ def test_a_shared_model_is_trained_further_by_its_id(hub, trained, files, tmp_pa
 
 
 def test_the_card_compares_with_a_run_by_backpropagation_on_the_same_data(hub, flags, tmp_path):
-    runs = {"al": [], "twin": ["--objective=backprop"], "other": ["--objective=backprop", "--max_train_samples=90"]}
-    runs["twin"].append("--max_seq_length=20")  # the same rows, cut elsewhere
+    runs = {
+        "al": [],
+        "twin": ["--objective=backprop"],
+        "narrow": ["--objective=backprop", "--hidden_size=8", "--max_seq_length=20", "--threads=2"],
+        "other": ["--objective=backprop", "--max_train_samples=90"],
+    }
     for name, more in runs.items():
         status, _, err = hub.run(jobs.shell, "train", *flags, *more, f"--output_dir={tmp_path / name}")
         assert status == 0, err
@@ -79,6 +83,13 @@ def test_the_card_compares_with_a_run_by_backpropagation_on_the_same_data(hub, f
     rows = [line for line in card.split("### Compared with backpropagation")[1].splitlines() if line.startswith("| ")]
     twin = json.loads((tmp_path / "twin" / "report.json").read_text())
     assert rows[3].startswith(f"| backprop | {twin['test'][-1]['accuracy']:.4f} |"), rows
+    assert "The two differ in nothing but the objective." in card
+    status, _, err = hub.run(jobs.shell, *push, str(tmp_path / "narrow"))
+    assert status == 0, err
+    card = hub.run(jobs.files, "tester/compared")["README.md"].decode()
+    below = card.split("Besides the objective, these arguments differ")[1].split("\n## ")[0]
+    rows = [line for line in below.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| max_seq_length | 128 | 20 |", "| model.hidden_size | 16 | 8 |"]
     for name, said in (("al", "Expected a run by backpropagation"), ("other", "Expected a baseline on the same rows")):
         status, _, err = hub.run(jobs.shell, *push, str(tmp_path / name))
         assert (status, said in err) == (2, True), err
