@@ -239,7 +239,7 @@ def _push(flags: Namespace) -> None:
 def _demo_flags(parser: FlagParser) -> None:
     _add_model(parser, MODEL)
     _add_revision(parser)
-    _add_file(parser, "--examples", "texts to try, one per line (default: three sentences)")
+    _add_file(parser, "--examples", "to try, one text per line, or two with a tab between (default: a few sentences)")
     parser.add_argument("--server_name", metavar="HOST", help="address to serve (default: this machine only)")
     parser.add_argument("--server_port", type=port, metavar="N", help="(default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also a public address, through gradio's servers")

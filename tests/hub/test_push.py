@@ -156,6 +156,28 @@ def test_the_code_of_the_card_runs(hub, shared):
         assert hub.run(jobs.run_code, example).strip()
 
 
+def test_the_card_of_a_model_of_pairs_speaks_of_pairs(hub, files, tmp_path):
+    with open(files / "train.csv", encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    rows = [{"premise": row["text"], "hypothesis": row["text"][::-1], "label": row["label"]} for row in read]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--train_file={tmp_path / 'pairs.jsonl'}", "--max_steps=1", "--threads=1", "--use_cpu", "--plots=false"]
+    share = ["--num_blocks=2", "--hidden_size=16", "--push_to_hub", "--hub_model_id=tester/pairs"]
+    status, _, err = hub.run(jobs.shell, "train", *flags, *share, f"--output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    card = hub.run(jobs.files, "tester/pairs")["README.md"].decode()
+    for words in ("A classifier of text pairs: 2 blocks", "pair -> encode 0", "It assigns each pair of texts one of",
+                  "hf-al predict tester/pairs --input pairs.csv", "its time for one pair of", "Pairs are cut to",
+                  "`json.dumps([text, text_pair, label])`"):  # fmt: skip
+        assert words in card
+    lines = [json.dumps([row["premise"], row["hypothesis"], row["label"]]) + "\n" for row in rows]
+    assert f"train `{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}`" in card
+    first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert '{"text": "The crew was lovely!", "text_pair": ' in first
+    for example in (first, second):
+        assert hub.run(jobs.run_code, example).strip()
+
+
 def test_nothing_of_this_machine_and_no_token_is_shared(hub, trained, files):
     url = hub.run(jobs.push, str(trained[0]), "tester/clean", private=True)
     found = hub.run(jobs.files, "tester/clean")
