@@ -212,7 +212,7 @@ def _compare(flags: Namespace) -> None:
 def _push_flags(parser: FlagParser) -> None:
     _add_model(parser, "folder of a finished run (output_dir of hf-al train)")
     parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; created if there is none")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
+    parser.add_argument("--private", action="store_true", help="create a private repository; a public one is refused")
     parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")

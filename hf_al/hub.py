@@ -32,6 +32,10 @@ STALE = [
 ]  # fmt: skip
 
 
+class PublicRepository(ValueError):
+    """What was to be private would be public."""
+
+
 def push(
     folder: str,
     repo_id: str,
@@ -49,7 +53,7 @@ def push(
     Args:
         folder: `output_dir` of the run.
         repo_id: `user/name`; the repository is created if there is none.
-        private: make the repository private if it is created.
+        private: the repository is private: created so if there is none, refused if there is a public one.
         revision: the branch; created if there is none. Default: main.
         create_pr: open a pull request instead of committing.
         inference_only: leave out the parameters that only training needs.
@@ -73,7 +77,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="hf_al_push_") as made:
         prepare(report, folder, repo_id, Path(made), inference_only, language, license, twin)
         with _refusals(repo_id):
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            _create(api, repo_id, private)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
@@ -139,7 +143,7 @@ class Checkpoints:
     def _send(self, aside: Path, name: str) -> None:
         try:
             with _refusals(self.repo_id):
-                repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+                repo_id = _create(self.api, self.repo_id, self.private)
                 self.api.upload_folder(
                     repo_id=repo_id, folder_path=aside, path_in_repo=LAST_CHECKPOINT, delete_patterns="*",
                     commit_message=f"Training: {name}",
@@ -150,11 +154,28 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def _create(api: HfApi, repo_id: str, private: bool) -> str:
+    """Creates the repository if there is none; its full name.
+
+    Raises:
+        PublicRepository: `private`, and there is a public one, which `create_repo` would leave public without a word.
+    """
+    found: str = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(found).private:
+        raise PublicRepository(
+            f"Expected a private repository (--private, hub_private_repo), got {found}, which exists and is public. "
+            "Make it private in its settings, leave the flag out, or push to another name."
+        )
+    return found
+
+
 @contextmanager
 def _refusals(repo_id: str) -> Iterator[None]:
     """What a Hub refuses, or the way to it, as a ValueError that names the fix."""
     try:
         yield
+    except PublicRepository:
+        raise
     except HFValidationError as error:
         raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
     except LocalTokenNotFoundError:

@@ -219,6 +219,21 @@ def test_a_private_repository_needs_the_token(hub, trained):
     assert "Traceback" not in err
 
 
+def test_what_is_to_be_private_is_never_pushed_to_a_public_repository(hub, shared, trained):
+    before = hub.run(jobs.commits, shared)
+    status, out, err = hub.run(jobs.shell, "push", str(trained[0]), shared, "--private", "--license=mit")
+    assert (status, out) == (2, "")
+    assert (
+        f"Expected a private repository (--private, hub_private_repo), got {shared}, which exists and is public" in err
+    )
+    assert "Could not reach" not in err
+    assert hub.run(jobs.commits, shared) == before
+    hidden = f"{shared}-hidden"
+    for more in ([], ["--license=mit"]):
+        assert hub.run(jobs.shell, "push", str(trained[0]), hidden, "--private", *more)[0] == 0
+    assert len(hub.run(jobs.commits, hidden)) == 3
+
+
 @pytest.mark.parametrize(
     ("argv", "token", "said"),
     [

@@ -108,6 +108,17 @@ def test_a_result_on_a_data_set_of_the_hub_is_shared_as_the_hub_reads_it(hub, fi
     assert entry["value"] == report["test"][-1]["accuracy"]
 
 
+def test_a_private_checkpoint_does_not_go_to_a_public_repository(hub, flags, trained, tmp_path):
+    hub.run(jobs.push, str(trained[0]), "tester/public")
+    before = hub.run(jobs.commits, "tester/public")
+    share = ["--push_to_hub", "--hub_model_id=tester/public", "--hub_private_repo", "--hub_strategy=checkpoint"]
+    status, _, err = hub.run(jobs.shell, "train", *flags, *share, f"--output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert "which exists and is public" in err
+    assert "is not on the Hub; training goes on." in err
+    assert hub.run(jobs.commits, "tester/public") == before
+
+
 @pytest.mark.parametrize("fault", ["500", "401", "dropped"])
 def test_training_survives_a_hub_that_fails(fault, hub, flags, tmp_path):
     hub.state.faults.update(dict.fromkeys(range(1000), fault))
