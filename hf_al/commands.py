@@ -21,6 +21,7 @@ from .early import (
     input_format,
 )
 from .messages import table
+from .metadata import check_metadata
 from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
 from .parsing import FlagParser, add_training_flags, reader, resolve
 from .report import read_report
@@ -225,6 +226,7 @@ def _push_flags(parser: FlagParser) -> None:
 
 
 def _push(flags: Namespace) -> None:
+    check_metadata(flags.language, flags.license)
     read_report(flags.model)
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .hub import push

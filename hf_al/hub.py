@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from .atomic import CODE, WEIGHTS
 from .card import eval_results, model_card, shared_arguments
 from .loading import load_model, weights_sha256
+from .metadata import check_metadata
 from .modeling.objectives import OBJECTIVES
 from .plots import PLOTS
 from .report import find_report, read_report, rows_used
@@ -65,9 +66,11 @@ def push(
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: a folder that is not a finished run, a name that is not a repo id, no token or one that may not
-            write, or a Hub that refuses or cannot be reached. The repository is then unchanged.
+        ValueError: a folder that is not a finished run, a license or language that the Hub does not know, a name that
+            is not a repo id, no token or one that may not write, a public repository where `private` is wanted, or a
+            Hub that refuses or cannot be reached. The repository is then unchanged.
     """
+    check_metadata(language, license)
     report = read_report(folder)
     twin = None if baseline is None else _read_baseline(baseline, report)
     api = HfApi()

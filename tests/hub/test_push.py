@@ -12,10 +12,12 @@ from pathlib import Path
 import hub_jobs as jobs
 import pytest
 import yaml
+from conftest import assert_mistake
 from huggingface_hub import SpaceCard
 from server import TOKEN
 
 import hf_al
+from hf_al.metadata import LANGUAGES, LICENSES, check_metadata
 from hf_al.parsing import parse_arguments
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
@@ -137,6 +139,41 @@ def test_the_card_has_valid_metadata_and_no_empty_part(hub, shared, trained):
     assert all(section.strip() for section in sections)
     assert not re.findall(r"\{\{|\{%|None|\bnan\b|undefined|TODO", body)
     assert "\n\n\n" not in body
+
+
+def test_a_card_with_everything_is_valid(hub, shared, trained):
+    hub.run(jobs.push, str(trained[0]), shared, license="cc-by-nc-sa-4.0", language="de")
+    card = hub.run(jobs.files, shared)["README.md"].decode()
+    hub.run(jobs.validate, card)
+    assert {"license: cc-by-nc-sa-4.0", "language: de"} <= set(card.splitlines())
+    for line, wrong in (
+        ("language: de", "language: German"),
+        ("library_name: transformers", "library_name: [a]"),
+        ("license: cc-by-nc-sa-4.0", "license: 3"),
+    ):
+        with pytest.raises(ValueError, match=wrong.split(":")[0]):
+            hub.run(jobs.validate, card.replace(line, wrong))
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--license=Apache 2.0", "got 'Apache 2.0'. Did you mean apache-2.0?"),
+        ("--license=MIT", "Did you mean mit?"),
+        ("--license=my own", "See https://huggingface.co/docs/hub/repositories-licenses."),
+        ("--language=German", "got 'German'. Did you mean de?"),
+        ("--language=en_US", "Did you mean en?"),
+        ("--language=xx", "Expected the code of a language"),
+    ],
+)
+def test_a_license_or_language_that_the_hub_does_not_know_is_refused_at_once(flag, said, shell, trained):
+    assert_mistake(shell("push", str(trained[0]), "user/name", flag), said)
+
+
+@pytest.mark.parametrize(("flag", "values"), [("license", LICENSES), ("language", [*LANGUAGES, "grc", "multilingual"])])
+def test_what_the_hub_knows_is_taken(flag, values):
+    for value in values:
+        check_metadata(**{"license": None, "language": None, flag: value})
 
 
 def test_the_fingerprints_of_the_card_are_those_of_the_files(hub, shared, files):
