@@ -25,7 +25,7 @@ import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-TOKEN = "hf_test"  # that of the tests
+TOKEN = "hf_planted_by_the_tests"  # it must be found nowhere
 LFS_PATTERN = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|onnx|parquet|arrow|zip|gz|npz|h5|gguf|model|msgpack)$")
 LFS_THRESHOLD = 10 * 1024 * 1024  # like the real Hub: any file over 10 MiB goes to LFS
 PLURAL = {"models": "model", "datasets": "dataset", "spaces": "space"}

@@ -67,21 +67,33 @@ def test_what_has_no_report_on_the_hub_is_not_compared(hub, tmp_path):
 
 
 def test_it_answers_where_hf_al_is_not_installed(hub, shared, trained, tmp_path):
+    """By the Auto classes and by a pipeline, the newest commit and a pinned one."""
+    pinned = hub.run(jobs.commits, shared)[0]
+    hub.run(jobs.push, str(trained[0]), shared, inference_only=True)
     code = (
         "import json, sys; sys.modules['hf_al'] = None\n"
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline\n"
         "import torch; torch.set_num_threads(1)\n"
         "name, texts = sys.argv[1], json.loads(sys.argv[2])\n"
-        "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)\n"
-        "print(json.dumps([model(**tokenizer(t, return_tensors='pt')).logits[0].tolist() for t in texts]))"
+        "for revision in sys.argv[3:]:\n"
+        "    where = {'revision': revision, 'trust_remote_code': True}\n"
+        "    model = AutoModelForSequenceClassification.from_pretrained(name, **where)\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)\n"
+        "    classify = pipeline('text-classification', model=name, device='cpu', **where)\n"
+        "    assert type(classify.model).__module__.startswith('transformers_modules.')\n"
+        "    logits = [model(**tokenizer(t, return_tensors='pt')).logits[0].tolist() for t in texts]\n"
+        "    found = {'logits': logits, 'pipeline': classify(texts), 'inference_only': model.config.inference_only}\n"
+        "    assert classify.model.config.inference_only == model.config.inference_only\n"
+        "    print(json.dumps(found))"
     )
     cold = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, shared, json.dumps(TEXTS)], env=cold, capture_output=True, text=True, timeout=100
-    )
+    argv = [sys.executable, "-c", code, shared, json.dumps(TEXTS), "main", pinned]
+    done = subprocess.run(argv, env=cold, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == hub.run(jobs.answers, str(trained[0]), TEXTS)["logits"]
+    newest, first = map(json.loads, done.stdout.splitlines())
+    expected = hub.run(jobs.answers, str(trained[0]), TEXTS)
+    assert newest == {**expected, "inference_only": True}
+    assert first == expected
 
 
 def test_a_space_of_a_shared_model_names_its_id(hub, shared, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import hub_jobs as jobs
 import pytest
 import yaml
+from server import TOKEN
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 TEXTS = ["thank you so much", "you lost my bag"]
@@ -119,6 +120,26 @@ def test_a_private_checkpoint_does_not_go_to_a_public_repository(hub, flags, tra
     assert hub.run(jobs.commits, "tester/public") == before
 
 
+def test_no_file_of_a_run_or_of_a_cache_holds_the_token(hub, flags, tmp_path):
+    run, home = tmp_path / "run", Path(hub.environment["HF_HOME"])
+    share = ["--push_to_hub", "--hub_model_id=tester/secret", "--hub_strategy=checkpoint", "--report_to=tensorboard"]
+    said = [hub.run(jobs.shell, "train", *flags, *share, f"--output_dir={run}")]
+    said += [hub.run(jobs.shell, "inspect", "tester/secret"), hub.run(jobs.shell, "compare", "tester/secret", str(run))]
+    assert [status for status, _, _ in said] == [0, 0, 0], said
+    assert TOKEN not in str(said)
+
+    def with_the_token() -> list[str]:
+        files = {path.resolve() for folder in (tmp_path, home) for path in folder.rglob("*") if path.is_file()}
+        names = {path.name for path in files}
+        assert {"training_config.yaml", "manifest.json", "report.json", "main"} <= names, names
+        assert any("tfevents" in name for name in names)
+        return [path.name for path in sorted(files) if TOKEN.encode() in path.read_bytes()]
+
+    assert with_the_token() == []
+    (run / "planted").write_text(f"token: {TOKEN}")
+    assert with_the_token() == ["planted"]
+
+
 @pytest.mark.parametrize("fault", ["500", "401", "dropped"])
 def test_training_survives_a_hub_that_fails(fault, hub, flags, tmp_path):
     hub.state.faults.update(dict.fromkeys(range(1000), fault))
@@ -138,9 +159,9 @@ def test_training_survives_a_hub_that_fails(fault, hub, flags, tmp_path):
     ("more", "token", "said"),
     [
         (["--push_to_hub"], None, "Run: hf auth login, or set HF_TOKEN"),
-        (["--push_to_hub", "--hub_model_id=a/b/c"], "hf_test", "Expected a repo id as user/name, got 'a/b/c'"),
-        (["--hub_model_id=a/b"], "hf_test", "Expected push_to_hub with hub_model_id"),
-        (["--push_to_hub", "--hub_strategy=all"], "hf_test", "Expected hub_strategy to be one of end, checkpoint"),
+        (["--push_to_hub", "--hub_model_id=a/b/c"], TOKEN, "Expected a repo id as user/name, got 'a/b/c'"),
+        (["--hub_model_id=a/b"], TOKEN, "Expected push_to_hub with hub_model_id"),
+        (["--push_to_hub", "--hub_strategy=all"], TOKEN, "Expected hub_strategy to be one of end, checkpoint"),
     ],
     ids=["no_token", "repo_id", "no_push", "strategy"],
 )
