@@ -596,7 +596,7 @@ def test_a_stranger_finds_the_fingerprint_with_the_code_of_the_docs(tmp_path, mo
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"text": "a", "text_pair": "b", "label": "x"}, '["a", "b", "x"]'),
+        ({"text_pair": "b", "label": "x", "text": "a"}, '["a", "b", "x"]'),
         ({"text": "a", "label": 3}, '["a", "3"]'),
         ({"text": "a", "label": 0.1}, '["a", 0.1]'),
         ({"text": "\u00e4", "label": ["x", "y"]}, '["\\u00e4", ["x", "y"]]'),

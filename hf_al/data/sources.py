@@ -60,8 +60,7 @@ def load_with_fingerprints(
     for name in data:
         check_rows(data[name], name)
     read, data = data, encode_labels(data, args.problem_type)
-    kind = problem_type_of(data["train"])
-    fingerprints = {name: fingerprint(rows, kind, name) for name, rows in read.items()}
+    fingerprints = {n: fingerprint(rows, written_labels(rows, data[n], n)) for n, rows in read.items()}
     if "validation" not in data:
         train, validation = cut_validation(data["train"], args.validation_fraction, args.validation_seed)
         logger.info(
@@ -296,20 +295,20 @@ def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     return train.select(rest), train.select(validation)
 
 
-def fingerprint(rows: Dataset, problem_type: str, name: str) -> str:
+def fingerprint(rows: Dataset, labels: list) -> str:
     """What a copy of the data can be checked against, without hf_al: sha256 over one line for each row, the json list
     of its text(s) and its label, as Python's `json.dumps` writes it.
 
     Args:
-        rows: a split with the columns text[, text_pair] and label, as they were read.
-        problem_type: of the labels, which are class names, lists of class names, or floats.
-        name: of the split, for error messages.
+        rows: a split with the columns text[, text_pair], as they were read.
+        labels: as `written_labels` gives them: class names, lists of class names, or floats.
     """
     digest = hashlib.sha256()
-    labels, texts = written_labels(rows, problem_type, name), rows.remove_columns("label")
+    names = [name for name in ("text", "text_pair") if name in rows.column_names]
+    texts = rows.select_columns(names)
     for start in range(0, len(rows), 10_000):
-        columns = texts[start : start + 10_000]
-        parts = [columns[column] for column in ("text", "text_pair") if column in columns]
-        for row in zip(*parts, labels[start : start + 10_000], strict=True):
+        part = slice(start, start + 10_000)
+        columns = texts[part]
+        for row in zip(*(columns[name] for name in names), labels[part], strict=True):
             digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
