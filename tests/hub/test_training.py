@@ -85,6 +85,11 @@ def test_the_card_compares_with_a_run_by_backpropagation_on_the_same_data(hub, f
     twin = json.loads((tmp_path / "twin" / "report.json").read_text())
     assert rows[3].startswith(f"| backprop | {twin['test'][-1]['accuracy']:.4f} |"), rows
     assert "The two differ in nothing but the objective." in card
+    hub.run(jobs.push, str(tmp_path / "twin"), "tester/twin")
+    before = hub.run(jobs.commits, "tester/compared")
+    status, _, err = hub.run(jobs.shell, *push, "tester/twin")
+    assert status == 0, err
+    assert hub.run(jobs.commits, "tester/compared") == before, "by its id, the card is the same"
     status, _, err = hub.run(jobs.shell, *push, str(tmp_path / "narrow"))
     assert status == 0, err
     card = hub.run(jobs.files, "tester/compared")["README.md"].decode()
