@@ -28,7 +28,7 @@ TEXT_FEATURES = (Value("string"), Value("large_string"))
 
 
 def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None) -> DatasetDict:
-    """The data of a run: splits train, validation and, if there is one, test."""
+    """The data of a run: splits train, validation and, if there is one, test. See `load_with_fingerprints`."""
     return load_with_fingerprints(args, given)[0]
 
 
