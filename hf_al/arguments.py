@@ -188,7 +188,7 @@ class TrainingArguments:
     push_to_hub: bool = _arg(False, "Share the model on the Hub when training ends; see hf-al push.")
     hub_model_id: str | None = _arg(None, "Repository to push to, user/name (default: the name of output_dir).")
     hub_strategy: str = _arg("end", "end, or checkpoint: also the newest checkpoint, during training.")
-    hub_private_repo: bool = _arg(False, "Make the repository private if this run creates it.")
+    hub_private_repo: bool = _arg(False, "Create the repository as a private one; a public one is refused.")
     # --- machine
     stages: int = _arg(1, "Processes to split the blocks over; if above 1, hf-al train or a launcher starts them.")
     placement: str = _arg(

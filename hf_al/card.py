@@ -1,6 +1,7 @@
 """The model card of a finished run: its page on a Hub, filled from report.json, config and tokenizer alone."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,20 @@ from .messages import some, table
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
-from .report import energy, split_sizes
+from .report import differences, energy, flat_arguments, split_sizes
 
+PAIR = ("The crew was lovely!", "Everyone on board was kind.")
 TEMPLATE = Path(__file__).with_name("model_card.md")
+# Arguments of a machine or of the logs: two runs that differ in them are alike
+NO_RESULT = {
+    "stages", "placement", "ddp_timeout", "threads", "use_cpu", "preprocessing_num_workers", "logging_steps",
+    "save_steps", "save_total_limit", "per_device_eval_batch_size", "csv_delimiter",
+}  # fmt: skip
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 USES = {
-    "single_label_classification": "It assigns each text one of the classes {names}.",
-    "multi_label_classification": "It assigns each text any number of the labels {names}.",
-    "regression": "It predicts a value for each text: {names}.",
+    "single_label_classification": "It assigns each {unit} one of the classes {names}.",
+    "multi_label_classification": "It assigns each {unit} any number of the labels {names}.",
+    "regression": "It predicts a value for each {unit}: {names}.",
 }
 
 
@@ -45,7 +52,10 @@ def model_card(
     """
     split = "test" if "test" in report else "validation"
     exits = [row for row in report[split] if row["block"] in model.config.exits()]
-    machine = report["machine"]
+    machine, pairs = report["machine"], bool(report["data"].get("pairs"))
+    use = USES[report["problem_type"]].format(
+        unit="pair of texts" if pairs else "text", names=some(report["label_names"], 20)
+    )
     return ModelCard.from_template(
         card_data(report, exits[-1], split, repo_id, language, license),
         template_path=str(TEMPLATE),
@@ -54,7 +64,7 @@ def model_card(
         report=report,
         end_to_end=OBJECTIVES[report["objective"]].end_to_end,
         architecture=_architecture(model),
-        picture=picture(model.config),
+        picture=picture(model.config, "pair" if pairs else "text"),
         own_decoders=not OBJECTIVES[report["objective"]].target_codes,
         complete=complete,
         split=split,
@@ -62,9 +72,13 @@ def model_card(
         exits=exits,
         exits_table=table([{**row, **_cost(model, report, row["block"])} for row in exits], True),
         comparison=table([_in_short(r, split) for r in (report, baseline)], True) if baseline else None,
+        differing=table(_differing(report, baseline), True) if baseline and _differing(report, baseline) else None,
         tokens=report["exit_speeds"][0]["tokens"],
-        example=json.dumps("The crew was lovely!"),
-        use=USES[report["problem_type"]].format(names=some(report["label_names"], 20)),
+        pairs=pairs,
+        unit="pair" if pairs else "text",
+        example=", ".join(json.dumps(text) for text in (PAIR if pairs else PAIR[:1])),
+        question=json.dumps(dict(zip(("text", "text_pair"), PAIR, strict=True)) if pairs else PAIR[0]),
+        use=use,
         max_length=model.config.max_position_embeddings,
         split_sizes=split_sizes(report["data"]),
         fingerprints=", ".join(f"{name} `{mark[:16]}`" for name, mark in report["data"]["fingerprint"].items()),
@@ -127,8 +141,8 @@ def eval_results(report: dict[str, Any]) -> list[dict[str, Any]]:
     return eval_result_entries_to_yaml([entry])
 
 
-def picture(config: ALConfig) -> str:
-    """The blocks and exits of a model, drawn in text."""
+def picture(config: ALConfig, unit: str = "text") -> str:
+    """The blocks and exits of a model, drawn in text; `unit`: what goes in."""
     last = config.num_blocks - 1
     drawn = list(range(last + 1)) if last < 4 else [0, 1, None, last]  # None: those left out
     arrow = "->" if OBJECTIVES[config.objective].end_to_end else "-/->"
@@ -139,7 +153,7 @@ def picture(config: ALConfig) -> str:
         shown = [name if part == "encode" or k in config.exits() else "" for k, name in zip(drawn, names, strict=True)]
         return (start + join.join(name.center(width) for name in shown)).rstrip()
 
-    start, between = "text -> ", f" {arrow} "
+    start, between = f"{unit} -> ", f" {arrow} "
     left, gap = " " * len(start), " " * len(between)
     bar = line("|", left, gap, numbered=False)
     return "\n".join([line("encode", start, between), bar, line("bridge", left, gap), bar, line("exit", left, gap)])
@@ -181,6 +195,15 @@ def exit_parameters(model: ALForSequenceClassification, last: int) -> int:
     decoding = [blocks[-1]] if blocks[-1].reads_labels else blocks
     parts = [*(block.encode for block in blocks), blocks[-1].bridge, *(block.decode_target for block in decoding)]
     return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
+    """What of the network and its training is not the same in both runs, the objective apart."""
+    of_the_data = {field.name for field in fields(TrainingArguments) if field.metadata.get("section") == "data"}
+    left_out = {"model.objective", *SHOWING, *NO_RESULT, *of_the_data}
+    runs = {"this model": report, "baseline": {**baseline, "arguments": shared_arguments(baseline["arguments"])}}
+    found = differences({name: flat_arguments(run) for name, run in runs.items()})
+    return [{"argument": name, **row} for name, row in found.items() if name not in left_out]
 
 
 def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .early import (
     input_format,
 )
 from .messages import table
+from .metadata import check_metadata
 from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
 from .parsing import FlagParser, add_training_flags, reader, resolve
 from .report import read_report
@@ -195,7 +196,7 @@ def _inspect(flags: Namespace) -> None:
 
 
 def _compare_flags(parser: FlagParser) -> None:
-    _add_model(parser, "folders of finished runs (output_dir of hf-al train)", "models", nargs="+")
+    _add_model(parser, "folders of finished runs (output_dir of hf-al train), or Hub ids", "models", nargs="+")
     parser.add_argument("--json", action="store_true", help="one json object instead of tables")
 
 
@@ -212,17 +213,20 @@ def _compare(flags: Namespace) -> None:
 def _push_flags(parser: FlagParser) -> None:
     _add_model(parser, "folder of a finished run (output_dir of hf-al train)")
     parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; created if there is none")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
+    parser.add_argument("--private", action="store_true", help="create a private repository; a public one is refused")
     parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")
     parser.add_argument("--language", metavar="CODE", help="of the texts, for the card, such as en")
     parser.add_argument("--license", metavar="NAME", help="of the model, for the card, such as apache-2.0")
-    parser.add_argument("--baseline", metavar="DIR", help="run by backpropagation on the same data, to compare with")
+    parser.add_argument(
+        "--baseline", metavar="DIR", help="run by backpropagation on the same rows, or a Hub id: to compare with"
+    )
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
 
 
 def _push(flags: Namespace) -> None:
+    check_metadata(flags.language, flags.license)
     read_report(flags.model)
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .hub import push
@@ -237,7 +241,7 @@ def _push(flags: Namespace) -> None:
 def _demo_flags(parser: FlagParser) -> None:
     _add_model(parser, MODEL)
     _add_revision(parser)
-    _add_file(parser, "--examples", "texts to try, one per line (default: three sentences)")
+    _add_file(parser, "--examples", "to try, one text per line, or two with a tab between (default: a few sentences)")
     parser.add_argument("--server_name", metavar="HOST", help="address to serve (default: this machine only)")
     parser.add_argument("--server_port", type=port, metavar="N", help="(default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also a public address, through gradio's servers")

@@ -12,6 +12,7 @@ from typing import Any
 from .arguments import TrainingArguments
 
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
+OUTPUTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")  # of answers; a device or pipe has none
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
@@ -184,7 +185,9 @@ def check_input_and_output(flags: Namespace) -> None:
 
 
 def check_destination(flag: str, path: str, source: str | None, model: str) -> None:
-    """Refuses to write where there is no folder, over what is read, or into the model."""
+    """Refuses to write in an unknown format, where there is no folder, over what is read, or into the model."""
+    if Path(path).suffix.lower() not in OUTPUTS:
+        raise ValueError(f"Expected a .jsonl, .csv, .tsv or .parquet file as {flag}, got {path}. Pass another ending.")
     target = Path(os.path.realpath(path) if Path(path).is_symlink() else path)
     if not target.parent.is_dir():
         raise ValueError(f"Expected a folder for {flag}, found none at {target.parent}. Make it first.")

@@ -19,9 +19,10 @@ from huggingface_hub.utils import validate_repo_id
 from .atomic import CODE, WEIGHTS
 from .card import eval_results, model_card, shared_arguments
 from .loading import load_model, weights_sha256
+from .metadata import check_metadata
 from .modeling.objectives import OBJECTIVES
 from .plots import PLOTS
-from .report import read_report
+from .report import find_report, read_report, rows_used
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ LAST_CHECKPOINT = "last-checkpoint"  # folder of the repository, as transformers
 STALE = [
     *WEIGHTS, f"{LAST_CHECKPOINT}/*", ".eval_results/hf_al.yaml", *(f"plots/{name}.png" for name in PLOTS), *CODE,
 ]  # fmt: skip
+
+
+class PublicRepository(ValueError):
+    """What was to be private would be public."""
 
 
 def push(
@@ -49,21 +54,23 @@ def push(
     Args:
         folder: `output_dir` of the run.
         repo_id: `user/name`; the repository is created if there is none.
-        private: make the repository private if it is created.
+        private: the repository is private: created so if there is none, refused if there is a public one.
         revision: the branch; created if there is none. Default: main.
         create_pr: open a pull request instead of committing.
         inference_only: leave out the parameters that only training needs.
         language, license: for the card, as the Hub names them.
-        baseline: `output_dir` of a run by backpropagation on the same data: the card compares the two.
+        baseline: `output_dir` or Hub id of a run by backpropagation on the same data: the card compares the two.
         commit_message: its first line.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: a folder that is not a finished run, a name that is not a repo id, no token or one that may not
-            write, or a Hub that refuses or cannot be reached. The repository is then unchanged.
+        ValueError: a folder that is not a finished run, a license or language that the Hub does not know, a name that
+            is not a repo id, no token or one that may not write, a public repository where `private` is wanted, or a
+            Hub that refuses or cannot be reached. The repository is then unchanged.
     """
+    check_metadata(language, license)
     report = read_report(folder)
     twin = None if baseline is None else _read_baseline(baseline, report)
     api = HfApi()
@@ -73,7 +80,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="hf_al_push_") as made:
         prepare(report, folder, repo_id, Path(made), inference_only, language, license, twin)
         with _refusals(repo_id):
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            _create(api, repo_id, private)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
@@ -139,7 +146,7 @@ class Checkpoints:
     def _send(self, aside: Path, name: str) -> None:
         try:
             with _refusals(self.repo_id):
-                repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+                repo_id = _create(self.api, self.repo_id, self.private)
                 self.api.upload_folder(
                     repo_id=repo_id, folder_path=aside, path_in_repo=LAST_CHECKPOINT, delete_patterns="*",
                     commit_message=f"Training: {name}",
@@ -150,11 +157,28 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def _create(api: HfApi, repo_id: str, private: bool) -> str:
+    """Creates the repository if there is none; its full name.
+
+    Raises:
+        PublicRepository: `private`, and there is a public one, which `create_repo` would leave public without a word.
+    """
+    found: str = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(found).private:
+        raise PublicRepository(
+            f"Expected a private repository (--private, hub_private_repo), got {found}, which exists and is public. "
+            "Make it private in its settings, leave the flag out, or push to another name."
+        )
+    return found
+
+
 @contextmanager
 def _refusals(repo_id: str) -> Iterator[None]:
     """What a Hub refuses, or the way to it, as a ValueError that names the fix."""
     try:
         yield
+    except PublicRepository:
+        raise
     except HFValidationError as error:
         raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
     except LocalTokenNotFoundError:
@@ -211,9 +235,12 @@ def prepare(
 
 def _read_baseline(folder: str, report: dict[str, Any]) -> dict[str, Any]:
     """The report of a run that may stand beside `report`."""
-    twin = read_report(folder)
+    twin = find_report(folder)
     if not OBJECTIVES[twin["objective"]].end_to_end:
         raise ValueError(f"Expected a run by backpropagation as baseline, got {twin['objective']} in {folder}.")
-    if twin["data"]["fingerprint"] != report["data"]["fingerprint"] or ("test" in twin) != ("test" in report):
-        raise ValueError(f"Expected a baseline on the same data, got another in {folder}. Train it on the same files.")
+    if rows_used(twin) != rows_used(report):
+        raise ValueError(
+            f"Expected a baseline on the same rows, got others in {folder}. Train it on the same files, with the same "
+            "limits and validation_seed."
+        )
     return twin

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic import write_atomically
-from .messages import table
+from .messages import last_line, table
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,53 @@ def read_report(folder: str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"Expected a report of hf_al in {path}, got json without {missing[0]!r}.")
     return report
+
+
+def find_report(name: str, revision: str | None = None) -> dict[str, Any]:
+    """report.json of a finished run, from its folder or by the Hub id that it was pushed to.
+
+    Raises:
+        ValueError: there is none, or it is not a report.
+    """
+    if Path(name).exists() or name.count("/") != 1:
+        return read_report(name)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        path = hf_hub_download(name, "report.json", revision=revision)
+    except RemoteEntryNotFoundError:
+        raise ValueError(f"Expected report.json in {name} on the Hub, found none. Share a run by hf-al push.") from None
+    except Exception as error:  # no network, no such repository, no permission to read it
+        raise ValueError(
+            f"Found no folder {name} here, and could not load report.json of that name from the Hub: {last_line(error)}"
+        ) from error
+    return read_report(str(Path(path).parent))
+
+
+def rows_used(report: dict[str, Any]) -> str:
+    """Equal for two runs that trained, validated and tested on the same rows; how texts became tokens has no part."""
+    data = report["data"]
+    own_split = "validation" in data["fingerprint"]
+    counts = {n: count for n, count in data.get("rows", {}).items() if n != "train" or not data.get("streamed")}
+    seed = None if own_split else report["arguments"]["validation_seed"]
+    return json.dumps([data["fingerprint"], counts, seed], sort_keys=True)
+
+
+def flat_arguments(report: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run; its config values are model.NAME."""
+    arguments = report["arguments"]
+    model = {f"model.{name}": value for name, value in arguments.get("model", {}).items()}
+    return {**{name: value for name, value in arguments.items() if name != "model"}, **model}
+
+
+def differences(arguments: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the flat arguments of several runs, those that are not the same in all of them: argument -> run -> value."""
+    names = {name: None for values in arguments.values() for name in values if name != "output_dir"}
+    table = {name: {run: values.get(name) for run, values in arguments.items()} for name in names}
+    return {
+        name: row for name, row in table.items() if any(value != next(iter(row.values())) for value in row.values())
+    }
 
 
 # --- the page

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import assert_mistake
 
 from hf_al.messages import table
 from hf_al.saved.comparison import as_text, compare
@@ -19,9 +20,15 @@ REPORT = {
     "validation": [{"block": 0, "accuracy": 0.5}, {"block": 1, "accuracy": 0.6}],
     "test": [{"block": 0, "accuracy": 0.4}, {"block": 1, "accuracy": 0.55}],
     "parameters": {"inference": 12345, "training_only": 67},
-    "data": {"fingerprint": {"train": "a"}},
+    "data": {"fingerprint": {"train": "a"}, "rows": {"train": 90, "validation": 10}},
     "speed": {"train_seconds": 3.0, "examples_per_second": 100.0, "peak_memory_mib": 512.0},
-    "arguments": {"seed": 1, "output_dir": "a", "learning_rate": 0.1, "model": {"num_blocks": 2, "objective": "al_ce"}},
+    "arguments": {
+        "seed": 1,
+        "validation_seed": 0,
+        "output_dir": "a",
+        "learning_rate": 0.1,
+        "model": {"num_blocks": 2, "objective": "al_ce"},
+    },
 }
 
 
@@ -63,9 +70,24 @@ def test_runs_that_are_equal_but_for_the_seed_get_mean_and_range(run):
     assert "0.7000 (0.6000 to 0.8000)" in as_text(found)
 
 
-def test_runs_on_other_data_are_not_one_group(run):
-    folders = [run("a"), run("b", seed=2, report={"data": {"fingerprint": {"train": "other"}}})]
-    assert compare(folders)["groups"] == []
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        ({"fingerprint": {"train": "other"}}, {}),
+        ({"rows": {"train": 80, "validation": 10}}, {}),
+        ({}, {"validation_seed": 1}),
+    ],
+    ids=["rows", "limit", "validation"],
+)
+def test_runs_on_other_data_are_said_so_and_not_one_group(data, arguments, run):
+    folders = [run("a"), run("b", seed=2, report={"data": {**REPORT["data"], **data}}, **arguments)]
+    found = compare(folders)
+    assert (found["same_data"], found["groups"]) == (False, [])
+    assert "The data of these runs differ" in as_text(found)
+
+
+def test_the_length_that_texts_are_cut_to_is_not_their_data(run):
+    assert compare([run("a", max_seq_length=20), run("b", max_seq_length=40)])["same_data"]
 
 
 def test_the_same_seed_twice_is_no_group(run):
@@ -109,6 +131,11 @@ def test_columns_are_aligned_and_numbers_stand_to_the_right():
         "a         5  0.5000",
         "long   1234  -",
     ]
+
+
+def test_an_id_is_looked_up_on_the_hub(shell):
+    """The tests are offline."""
+    assert_mistake(shell("compare", "user/name"), "Found no folder user/name here, and could not load report.json")
 
 
 def test_comparing_loads_no_model(run):

@@ -1,5 +1,6 @@
 """The page of `hf-al demo` and of a Space in a real browser: an answer at every exit, files, and messages."""
 
+import json
 import os
 import shutil
 import socket
@@ -9,7 +10,11 @@ from contextlib import closing
 
 import pytest
 from conftest import assert_mistake
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
+
+import hf_al
+from hf_al.loading import load_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -100,6 +105,55 @@ def test_a_space_answers_where_hf_al_is_not_installed(browser, port, trained, sh
     finally:
         app.kill()
         app.communicate()
+
+
+@pytest.fixture(scope="module")
+def pairs(few_tweets, tmp_path_factory):
+    """A model that was trained on pairs."""
+    folder = tmp_path_factory.mktemp("pairs") / "run"
+    rows = [{**row, "text_pair": row["text"][::-1]} for row in few_tweets["train"]]
+    model = {"num_blocks": 2, "hidden_size": 16, "target_size": 12}
+    small = {"max_steps": 1, "threads": 1, "use_cpu": True, "plots": False, "disable_tqdm": True}
+    data = DatasetDict({"train": Dataset.from_list(rows)})
+    hf_al.train(hf_al.TrainingArguments(output_dir=str(folder), model=model, **small), data)
+    return folder
+
+
+def test_a_model_of_pairs_asks_for_both_texts(pairs, trained, tmp_path):
+    from hf_al.saved.demo import reads_pairs
+    from hf_al.saved.demo_page import build
+
+    assert (reads_pairs(str(pairs), None), reads_pairs(str(trained[0]), None)) == (True, False)
+    page = build(*load_model(str(pairs)), "pairs", [], pairs=True)
+    functions = {function.name: function.fn for function in page.fns.values()}
+    for second in ("", "  ", None):
+        said, *labels = functions["classify"]("a text", second)
+        assert said == "**Type the second text, too: this model classifies pairs.**"
+        assert not any(label.value for label in labels)
+    said, *labels = functions["classify"]("a text", "another")
+    assert "settled after block" in said
+    assert all(label.value for label in labels)
+    (box,) = [block for block in page.blocks.values() if getattr(block, "elem_id", None) == "second"]
+    assert (box.show_label, type(box.parent).__name__) == (True, "Form")  # not in an Accordion
+    (tmp_path / "one.csv").write_text("text\na\n")
+    (tmp_path / "two.csv").write_text("text,text_pair\na,b\n")
+    said, *_ = functions["classify_file"](str(tmp_path / "one.csv"))
+    assert "Expected the columns text and text_pair in one.csv" in said
+    said, table, _ = functions["classify_file"](str(tmp_path / "two.csv"))
+    assert (said, table.headers[:2]) == ("1 rows.", ["text", "text_pair"])
+
+
+def test_a_space_of_a_model_of_pairs_shows_pairs(pairs, shell, tmp_path):
+    (tmp_path / "own.txt").write_text("one\ttwo\n\nthree\tfour\n")
+    status, _, err = shell(
+        "demo", str(pairs), "--space", str(tmp_path / "space"), "--examples", str(tmp_path / "own.txt")
+    )
+    assert status == 0, err
+    settings = json.loads((tmp_path / "space" / "demo.json").read_text())
+    assert (settings["pairs"], settings["examples"]) == (True, [["one", "two"], ["three", "four"]])
+    (tmp_path / "own.txt").write_text("one\n")
+    found = shell("demo", str(pairs), "--space", str(tmp_path / "other"), "--examples", str(tmp_path / "own.txt"))
+    assert_mistake(found, "Expected two texts with a tab between them")
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_al"
 ROOMS = [
     ("values", "atomic", "messages", "own"), ("modeling",), ("registration",), ("config_fields", "metrics"),
     ("arguments",),
-    ("parsing", "early"), ("loading",), ("data",), ("parallel",), ("report", "plots", "card"), ("hub",), ("training",),
-    ("saved",), ("evaluation",), ("commands",), ("cli", "__init__"),
+    ("parsing", "early"), ("loading",), ("data",), ("parallel",), ("report", "plots", "metadata", "card"), ("hub",),
+    ("training",), ("saved",), ("evaluation",), ("commands",), ("cli", "__init__"),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 

@@ -1,10 +1,13 @@
 """Where labelled text comes from: files, splits, columns and labels, and every way in which they can be wrong."""
 
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import logging
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -567,17 +570,82 @@ def test_the_columns_of_tokenized_rows_are_ids_and_label(tmp_path):
 # --- fingerprints
 
 
+def read(rows, **values) -> str:
+    """The fingerprint of train."""
+    return sources.load_with_fingerprints(arguments(**values), DatasetDict({"train": Dataset.from_list(rows)}))[1][
+        "train"
+    ]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl", "train.parquet", "train.csv.gz"])
+def test_the_same_rows_have_the_same_fingerprint_in_every_kind_of_file(name, tmp_path):
+    path = write(tmp_path / name, ROWS * 20)
+    assert sources.load_with_fingerprints(arguments(train_file=path))[1] == {"train": read(ROWS * 20)}
+
+
+def test_a_stranger_finds_the_fingerprint_with_the_code_of_the_docs(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "train.csv", ROWS * 20)
+    page = (Path(__file__).parents[1] / "docs" / "sharing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import csv.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = sources.load_with_fingerprints(arguments(train_file=path))[1]["train"]
+    assert capsys.readouterr().out == found[:16] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"text_pair": "b", "label": "x", "text": "a"}, '["a", "b", "x"]'),
+        ({"text": "a", "label": 3}, '["a", "3"]'),
+        ({"text": "a", "label": 0.1}, '["a", 0.1]'),
+        ({"text": "\u00e4", "label": ["x", "y"]}, '["\\u00e4", ["x", "y"]]'),
+    ],
+    ids=["pair", "number", "regression", "several_labels"],
+)
+def test_a_row_is_a_json_line_of_what_it_means(row, line):
+    """The last row only makes a second class, or a second number."""
+    other = {"x": "y", 3: 4, 0.1: 2.0}.get(row["label"] if not isinstance(row["label"], list) else None, ["x"])
+    last = {**row, "label": other}
+    texts = [row["text"], *([row["text_pair"]] if "text_pair" in row else [])]
+    end = json.dumps([*texts, str(other) if isinstance(other, int) else other])
+    expected = hashlib.sha256("".join(f"{written}\n" for written in [*[line] * 9, end]).encode()).hexdigest()
+    assert read([*[row] * 9, last]) == expected
+
+
+def test_class_ids_count_by_their_names():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "neutral", "positive"])})
+    coded = Dataset.from_list(ROWS * 20, features=features)
+    assert sources.load_with_fingerprints(arguments(), DatasetDict({"train": coded}))[1] == {"train": read(ROWS * 20)}
+
+
+def test_how_texts_are_cut_and_how_many_are_used_has_no_part_in_the_fingerprint():
+    assert read(ROWS * 20) == read(ROWS * 20, max_seq_length=3, max_train_samples=50, validation_seed=4)
+
+
+@pytest.mark.parametrize("change", [{"text": "another"}, {"label": "positive"}], ids=["text", "label"])
+def test_other_rows_have_another_fingerprint(change):
+    rows = ROWS * 20
+    assert read([*rows[:70], {**rows[70], "text": "a text", "label": "negative", **change}, *rows[71:]]) != read(
+        [*rows[:70], {**rows[70], "text": "a text", "label": "negative"}, *rows[71:]]
+    )
+    assert read(rows[::-1]) != read(rows)
+
+
+# --- what a resumed run must find again
+
+
 def split_of(ids, labels, names=("a", "b")) -> Dataset:
     features = Features({"input_ids": ListFeature(Value("int32")), "label": ClassLabel(names=list(names))})
     return Dataset.from_dict({"input_ids": ids, "label": labels}, features=features)
 
 
-def test_the_same_data_has_the_same_fingerprint_wherever_it_lies(tmp_path):
+def test_the_same_tokens_have_the_same_digest_wherever_they_lie(tmp_path):
     data = split_of([[1, 2], [3]] * 30, [0, 1] * 30)
     data.save_to_disk(tmp_path / "saved")
-    assert sources.fingerprint(Dataset.load_from_disk(tmp_path / "saved")) == sources.fingerprint(data)
+    assert tokenization.tokens_digest(Dataset.load_from_disk(tmp_path / "saved")) == tokenization.tokens_digest(data)
     turned = data.select(range(59, -1, -1)).select(range(59, -1, -1))
-    assert sources.fingerprint(turned) == sources.fingerprint(data)
+    assert tokenization.tokens_digest(turned) == tokenization.tokens_digest(data)
 
 
 @pytest.mark.parametrize(
@@ -592,5 +660,5 @@ def test_the_same_data_has_the_same_fingerprint_wherever_it_lies(tmp_path):
     ],
     ids=["token", "boundary", "label", "order", "name", "rows"],
 )
-def test_other_data_has_another_fingerprint(other):
-    assert sources.fingerprint(other) != sources.fingerprint(split_of([[1, 2], [3]], [0, 1]))
+def test_other_tokens_have_another_digest(other):
+    assert tokenization.tokens_digest(other) != tokenization.tokens_digest(split_of([[1, 2], [3]], [0, 1]))

@@ -1,5 +1,7 @@
 """Streams: read window by window, the same bits as the data in memory, resumable, and what is wrong is named."""
 
+import hashlib
+import json
 from functools import partial
 from pathlib import Path
 
@@ -7,7 +9,9 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 import hf_al
+from hf_al.card import model_card
 from hf_al.data.streaming import StreamOrder, Windows
+from hf_al.loading import load_model
 from hf_al.parsing import parse_arguments
 from hf_al.training import checkpoint
 
@@ -146,11 +150,17 @@ def test_another_window_is_another_run(streamed, tweet_files, shell):
 
 
 @pytest.mark.medium
-def test_the_report_says_that_train_was_streamed(streamed):
+def test_the_report_says_that_train_was_streamed(streamed, tweet_files):
     report = hf_al.report.read_report(str(streamed))
     assert report["data"]["streamed"]
     assert report["data"]["rows"]["train"] == 300  # two passes and a bit
     assert "rows for train (of a stream)" in (streamed / "report.md").read_text()
+    first = tweet_files[0].removeprefix("--train_file=")
+    rows = [json.loads(line) for line in Path(first).read_text(encoding="utf-8").splitlines()[:90]]
+    lines = "".join(json.dumps([row["text"], row["label"]]) + "\n" for row in rows)
+    assert report["data"]["fingerprint"]["train"] == hashlib.sha256(lines.encode()).hexdigest()
+    card = model_card(report, load_model(str(streamed))[0], "user/name", []).text
+    assert "(of the stream: its first 90 rows)" in card
 
 
 @pytest.mark.medium

@@ -101,6 +101,15 @@ def _is_fraction(label: Any) -> bool:
     return _is_number(label) and float(label) != int(float(label))
 
 
+def written_labels(read: Dataset, encoded: Dataset, split: str) -> list[str] | list[list[str]] | list[float]:
+    """The labels of a split as they mean the same in every kind of file: names, lists of names, or numbers."""
+    kind, names = problem_type_of(encoded), label_names(encoded)
+    if kind == REGRESSION:
+        return _numbers(read, split)  # the encoded ones are rounded to float32
+    ids = encoded["label"][:]
+    return [names[i] for i in ids] if kind == SINGLE else [[names[i] for i in row] for row in ids]
+
+
 def problem_type_of(rows: Dataset) -> str:
     """The problem type of an encoded `label` column."""
     feature = rows.features["label"]
@@ -136,7 +145,7 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
         return str(value).strip()
 
     result = []
-    for number, value in enumerate(rows["label"]):
+    for number, value in enumerate(rows["label"][:]):
         if problem_type == MULTI and value is not None:
             values = value if isinstance(value, list) else str(value).split(",")
             result.append([name(v) for v in values if not _missing(v)])
@@ -149,7 +158,7 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
 
 def _numbers(rows: Dataset, split: str) -> list[float]:
     result = []
-    for number, value in enumerate(rows["label"]):
+    for number, value in enumerate(rows["label"][:]):
         try:
             result.append(float(value) if isinstance(value, float) or not _missing(value) else math.nan)
         except (TypeError, ValueError):

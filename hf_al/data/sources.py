@@ -7,18 +7,18 @@ No decision here depends on the test split.
 import csv
 import hashlib
 import importlib.metadata
+import json
 import logging
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from ..arguments import TrainingArguments
 from ..early import check_data_arguments
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
-from .labels import SINGLE, encode_labels, label_names, problem_type_of
+from .labels import SINGLE, encode_labels, label_names, problem_type_of, written_labels
 from .streaming import whole
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,15 @@ TEXT_FEATURES = (Value("string"), Value("large_string"))
 
 
 def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None) -> DatasetDict:
-    """The data of a run: splits train, validation and, if there is one, test.
+    """The data of a run: splits train, validation and, if there is one, test. See `load_with_fingerprints`."""
+    return load_with_fingerprints(args, given)[0]
+
+
+def load_with_fingerprints(
+    args: TrainingArguments, given: DatasetDict | None = None
+) -> tuple[DatasetDict, dict[str, str]]:
+    """The data of a run, and the `fingerprint` of each split as it was read: before validation is cut from train, and
+    before limits.
 
     Args:
         args: the data arguments.
@@ -51,7 +59,8 @@ def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None
     data = {name: named_columns(raw[name], *columns, name) for name in ("train", "validation", "test") if name in raw}
     for name in data:
         check_rows(data[name], name)
-    data = encode_labels(data, args.problem_type)
+    read, data = data, encode_labels(data, args.problem_type)
+    fingerprints = {n: fingerprint(rows, written_labels(rows, data[n], n)) for n, rows in read.items()}
     if "validation" not in data:
         train, validation = cut_validation(data["train"], args.validation_fraction, args.validation_seed)
         logger.info(
@@ -64,7 +73,7 @@ def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None
         if limit is not None and name in data:
             data[name] = data[name].select(range(min(limit, len(data[name]))))
     check_enough(data["train"])
-    return DatasetDict(data)
+    return DatasetDict(data), fingerprints
 
 
 # --- raw splits
@@ -286,12 +295,20 @@ def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     return train.select(rest), train.select(validation)
 
 
-def fingerprint(data: Dataset) -> str:
-    """A hash of the tokens and labels of a tokenized split: the same data gives the same run, wherever it is stored."""
-    digest = hashlib.sha256(repr(data.features["label"]).encode())
-    for start in range(0, len(data), 10_000):
-        rows = data.with_format("arrow")[start : start + 10_000]
-        digest.update(pc.list_value_length(rows["input_ids"]).to_numpy().tobytes())
-        digest.update(pc.list_flatten(rows["input_ids"]).to_numpy().tobytes())
-        digest.update(repr(rows["label"].to_pylist()).encode())
-    return digest.hexdigest()[:16]
+def fingerprint(rows: Dataset, labels: list) -> str:
+    """What a copy of the data can be checked against, without hf_al: sha256 over one line for each row, the json list
+    of its text(s) and its label, as Python's `json.dumps` writes it.
+
+    Args:
+        rows: a split with the columns text[, text_pair], as they were read.
+        labels: as `written_labels` gives them: class names, lists of class names, or floats.
+    """
+    digest = hashlib.sha256()
+    names = [name for name in ("text", "text_pair") if name in rows.column_names]
+    texts = rows.select_columns(names)
+    for start in range(0, len(rows), 10_000):
+        part = slice(start, start + 10_000)
+        columns = texts[part]
+        for row in zip(*(columns[name] for name in names), labels[part], strict=True):
+            digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()

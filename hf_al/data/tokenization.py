@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -232,6 +233,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of everything that decides how a text is cut into tokens."""
     what = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{what} {tokenizer.model_max_length}".encode()).hexdigest()[:16]
+
+
+def tokens_digest(data: Dataset) -> str:
+    """Of the tokens and labels of a tokenized split: what a resumed run must find again."""
+    digest = hashlib.sha256(repr(data.features["label"]).encode())
+    for start in range(0, len(data), 10_000):
+        rows = data.with_format("arrow")[start : start + 10_000]
+        digest.update(pc.list_value_length(rows["input_ids"]).to_numpy().tobytes())
+        digest.update(pc.list_flatten(rows["input_ids"]).to_numpy().tobytes())
+        digest.update(repr(rows["label"].to_pylist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def automatic_vectors(args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -7,41 +7,39 @@ from typing import Any
 
 from ..arguments import SHOWING
 from ..messages import table
-from ..report import read_report
+from ..report import differences, find_report, flat_arguments, rows_used
 
 # Runs that differ only in these arguments are the same experiment with another seed
 Row = dict[str, Any]
 
 
-def compare(folders: list[str]) -> dict[str, Any]:
+def compare(names: list[str]) -> dict[str, Any]:
     """The reports of several runs, side by side.
 
     Args:
-        folders: `output_dir` of finished runs.
+        names: `output_dir` or Hub ids of finished runs.
 
     Returns:
-        `runs`: a dict per run, as in the table; `same_data`: whether the tokens and labels of all splits are the same
-        in all runs; `groups`: for runs that differ only in the seed, their `runs` and
-        `seeds`, and `mean`, `min` and `max` of each measured value; `differences`: the arguments that are not the same
-        in all runs, argument -> run -> value.
+        `runs`: a dict per run, as in the table; `same_data`: whether the rows of all splits are the same in all runs;
+        `groups`: for runs that differ only in the seed, their `runs` and `seeds`, and `mean`, `min` and `max` of each
+        measured value; `differences`: the arguments that are not the same in all runs, argument -> run -> value.
 
     Raises:
-        ValueError: a folder without a report, or with one that cannot be read.
+        ValueError: a folder or repository without a report, or with one that cannot be read.
     """
-    reports = {str(Path(folder)): read_report(folder) for folder in folders}
+    reports = {str(Path(name)): find_report(name) for name in names}
     runs = [_run(name, report) for name, report in reports.items()]
-    arguments = {name: _flat(report["arguments"]) for name, report in reports.items()}
+    arguments = {name: flat_arguments(report) for name, report in reports.items()}
     groups: dict[str, list[Row]] = {}
     for run in runs:
         report = reports[run["run"]]
         same = {key: value for key, value in arguments[run["run"]].items() if key not in {"seed", *SHOWING}}
-        groups.setdefault(json.dumps([same, report["data"]["fingerprint"]], sort_keys=True), []).append(run)
-    data = {name: json.dumps(report["data"]["fingerprint"], sort_keys=True) for name, report in reports.items()}
+        groups.setdefault(json.dumps([same, rows_used(report)], sort_keys=True), []).append(run)
     return {
         "runs": runs,
-        "same_data": len(set(data.values())) == 1,
+        "same_data": len({rows_used(report) for report in reports.values()}) == 1,
         "groups": [_group(rows) for rows in groups.values() if len({row["seed"] for row in rows}) > 1],
-        "differences": _differences(arguments),
+        "differences": differences(arguments),
     }
 
 
@@ -82,19 +80,6 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"mean": fmean(values), "min": min(values), "max": max(values)}
 
 
-def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
-    model = {f"model.{name}": value for name, value in arguments.get("model", {}).items()}
-    return {**{name: value for name, value in arguments.items() if name != "model"}, **model}
-
-
-def _differences(arguments: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    names = {name: None for values in arguments.values() for name in values if name != "output_dir"}
-    table = {name: {run: values.get(name) for run, values in arguments.items()} for name in names}
-    return {
-        name: row for name, row in table.items() if any(value != next(iter(row.values())) for value in row.values())
-    }
-
-
 # --- as text
 
 
@@ -103,8 +88,8 @@ def as_text(found: dict[str, Any]) -> str:
     parts = [table([_shown(run) for run in found["runs"]])]
     if not found["same_data"]:
         parts.append(
-            "The data of these runs differ (texts, labels, splits, or how texts are cut into tokens): compare their "
-            "metrics only if the texts are the same."
+            "The data of these runs differ (texts, labels, splits or limits): compare their metrics only if the test "
+            "texts are the same."
         )
     if found["groups"]:
         rows = [_shown_group(group) for group in found["groups"]]

@@ -8,6 +8,7 @@ import json
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +86,26 @@ def settled(answers: list[str]) -> int:
     return next(k for k in range(len(answers)) if len(set(answers[k:])) == 1)
 
 
-def build(model: Any, tokenizer: Any, name: str, examples: list[str]) -> gr.Blocks:
+def build(model: Any, tokenizer: Any, name: str, examples: list[list[str]], pairs: bool = False) -> gr.Blocks:
     """The page.
 
     Args:
         model, tokenizer: of an AL run.
         name: of the model, its title.
-        examples: texts to try.
+        examples: texts to try, each with a second one, which may be empty.
+        pairs: whether the model was trained on pairs of texts: both are then asked for.
     """
     asked = Model(model, tokenizer)
     asked.milliseconds("warm up", None)
 
+    def no_answers() -> list[Any]:
+        return [gr.Label(None, label=f"exit {k}") for k in asked.exits]
+
     def classify(text: str, second: str) -> list[Any]:
         if not text or not text.strip():
-            return ["**Type a text first.**", *[gr.Label(None, label=f"exit {k}") for k in asked.exits]]
+            return ["**Type a text first.**", *no_answers()]
+        if pairs and not (second and second.strip()):
+            return ["**Type the second text, too: this model classifies pairs.**", *no_answers()]
         (readings,) = asked.readings([text], [second] if second else None)
         times = asked.milliseconds(text, second)
         answers = [asked.answer(reading) for reading in readings]
@@ -116,6 +123,8 @@ def build(model: Any, tokenizer: Any, name: str, examples: list[str]) -> gr.Bloc
             return "", None, None
         try:
             texts, seconds = read_texts(Path(path))
+            if pairs and seconds is None:
+                raise ValueError(f"Expected the columns text and text_pair in {Path(path).name}, got one of text.")
         except ValueError as error:
             return f"**{error}**", None, None
         rows = []
@@ -129,19 +138,20 @@ def build(model: Any, tokenizer: Any, name: str, examples: list[str]) -> gr.Bloc
 
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         gr.Markdown(
-            f"# {name}\nA text classifier of {asked.config.num_blocks} blocks, objective `{asked.config.objective}`. "
+            f"# {name}\nA classifier of {'text pairs' if pairs else 'texts'}: {asked.config.num_blocks} blocks, "
+            f"objective `{asked.config.objective}`. "
             f"It gives an answer at {'every exit' if len(asked.exits) > 1 else 'its last exit'}."
         )
         text = gr.Textbox(label="Text", lines=3, elem_id="text")
-        with gr.Accordion("Second text, for models of pairs", open=False):
-            second = gr.Textbox(show_label=False, elem_id="second")
+        with nullcontext() if pairs else gr.Accordion("Second text, for models of pairs", open=False):
+            second = gr.Textbox(label="Second text" if pairs else None, lines=3, show_label=pairs, elem_id="second")
         button = gr.Button("Classify", variant="primary", elem_id="classify")
         verdict = gr.Markdown(elem_id="verdict")
         with gr.Row():
             labels = [gr.Label(label=f"exit {k}", elem_id=f"exit-{k}", elem_classes="exit") for k in asked.exits]
         if examples:
             gr.Examples(
-                [[example, ""] for example in examples], [text, second], [verdict, *labels], classify,
+                examples, [text, second], [verdict, *labels], classify,
                 cache_examples=False, run_on_click=True,
             )  # fmt: skip
         with gr.Accordion(f"A file: {', '.join(READS)}", open=False):
@@ -177,9 +187,10 @@ def _verdict(asked: Model, answers: list[str], text: str, second: str | None) ->
 def _batch(asked: Model, texts: list[str], seconds: list[str] | None) -> list[dict[str, Any]]:
     """A row of answers for each text."""
     rows = []
-    for text, readings in zip(texts, asked.readings(texts, seconds), strict=True):
+    for number, (text, readings) in enumerate(zip(texts, asked.readings(texts, seconds), strict=True)):
         answers = [asked.answer(reading) for reading in readings]
-        row: dict[str, Any] = {"text": text, "answer": answers[-1]}
+        pair = {"text_pair": seconds[number]} if seconds else {}
+        row: dict[str, Any] = {"text": text, **pair, "answer": answers[-1]}
         if asked.kind != "regression":
             row |= {"score": f"{max(readings[-1].values()):.4f}", "settled after block": asked.exits[settled(answers)]}
         rows.append(row)
@@ -262,7 +273,7 @@ def main() -> None:
     where = {"trust_remote_code": True} | ({"revision": settings["revision"]} if settings["revision"] else {})
     model = AutoModelForSequenceClassification.from_pretrained(source, **where)
     tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    build(model, tokenizer, settings["name"], settings["examples"]).launch(css=CSS)
+    build(model, tokenizer, settings["name"], settings["examples"], settings["pairs"]).launch(css=CSS)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _report(
             "rows": {name: len(split) for name, split in plan.data.items()}
             | ({"train": plan.order.rows(progress.step)} if isinstance(plan.order, StreamOrder) else {}),
             "streamed": args.streaming,
-            "fingerprint": plan.identity["data"],
+            **plan.about_data,
         },
         "speed": {
             "train_seconds": progress.seconds,

@@ -105,13 +105,13 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         transport.together(partial(check_arguments, args, look=transport.is_last))
         set_threads(args)
         set_seed(args.seed)
-        model, tokenizer, data, order = transport.together(partial(load, args, datasets), main_first=True)
+        model, tokenizer, data, order, about = transport.together(partial(load, args, datasets), main_first=True)
         times = None
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
             times = transport.tell(lambda: unit_seconds(model, args, device, token_lengths(data["train"])))
         placement = transport.together(partial(place_blocks, args, model.config, times))
         plan = transport.together(
-            partial(make_plan, args, output_dir, model.config, tokenizer, data, order, placement, device)
+            partial(make_plan, args, output_dir, model.config, tokenizer, data, order, about, placement, device)
         )
         _check_same("data", plan.identity["data"], transport)
         # everything else about the run follows from the arguments

@@ -13,11 +13,10 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
-from ..data import sources
 from ..data.batching import BatchOrder, Collator, micro_batches
 from ..data.oddities import data_warnings
 from ..data.streaming import StreamOrder
-from ..data.tokenization import tokenizer_digest
+from ..data.tokenization import tokenizer_digest, tokens_digest
 from ..metrics import chosen_metric
 from ..parallel.placement import Placement
 
@@ -42,6 +41,7 @@ class Plan:
         output_dir: the folder of the run.
         data: the tokenized splits.
         order: which rows make up which batch.
+        about_data: what the report says of the rows as they were read.
         total_steps: optimizer steps of the whole run.
         placement: which stage owns which blocks.
         problem_type: single label, multi-label or regression.
@@ -56,6 +56,7 @@ class Plan:
     output_dir: Path
     data: DatasetDict
     order: BatchOrder | StreamOrder
+    about_data: dict[str, Any]
     total_steps: int
     placement: Placement
     problem_type: str
@@ -100,10 +101,12 @@ def make_plan(
     tokenizer: PreTrainedTokenizerBase,
     data: DatasetDict,
     order: BatchOrder | StreamOrder,
+    about_data: dict[str, Any],
     placement: Placement,
     device: torch.device,
 ) -> Plan:
-    """The plan of a run on tokenized `data` in this `order`; `config` is the model's, `device` where it trains.
+    """The plan of a run on tokenized `data` in this `order`; `config` is the model's, `about_data` as `load`
+    returns it, `device` where it trains.
 
     Raises:
         ValueError: a metric that this kind of problem does not have.
@@ -122,13 +125,14 @@ def make_plan(
         output_dir=output_dir,
         data=data,
         order=order,
+        about_data=about_data,
         total_steps=total_steps,
         placement=placement,
         problem_type=problem_type,
         metric=metric,
         labels={name: split_labels(data[name], collator) for name in data},
         identity={
-            "data": {name: sources.fingerprint(data[name]) + (how if name == "train" else "") for name in data},
+            "data": {name: tokens_digest(data[name]) + (how if name == "train" else "") for name in data},
             "run": {
                 **{name: getattr(args, name) for name in IDENTITY},
                 "metric_for_best_model": metric,

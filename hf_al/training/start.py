@@ -28,11 +28,14 @@ from .setup import check_lists, make_config
 logger = logging.getLogger(__name__)
 
 BEFORE_THE_FIRST_STEP = -1
-Start = tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict, BatchOrder | StreamOrder]
+Start = tuple[
+    ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict, BatchOrder | StreamOrder, dict[str, Any]
+]
 
 
 def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
-    """The model, its tokenizer, the tokenized splits (of a stream, its first window), and the batch order.
+    """The model, its tokenizer, the tokenized splits (of a stream, its first window), the batch order, and what the
+    report says of the rows: the `fingerprint` of each split, and whether they are `pairs`.
 
     Raises:
         ValueError: data, a tokenizer or a saved model that cannot be used.
@@ -41,7 +44,8 @@ def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
     if args.streaming:
         windows, datasets = open_windows(args, sources.load_raw(args) if datasets is None else datasets)
         columns = sources.choose_columns(datasets["train"], args)
-    data = sources.load_text_datasets(args, datasets)
+    data, fingerprints = sources.load_with_fingerprints(args, datasets)
+    about = {"fingerprint": fingerprints, "pairs": "text_pair" in data["train"].column_names}
     if args.model_name_or_path:
         model, tokenizer, data = continue_model(args, data)
     else:
@@ -52,7 +56,7 @@ def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
     tokens = tokenization.tokenize(data, tokenizer, args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if windows is None:
-        return model, tokenizer, tokens, BatchOrder(token_lengths(tokens["train"]), batch, args.seed)
+        return model, tokenizer, tokens, BatchOrder(token_lengths(tokens["train"]), batch, args.seed), about
     kind, names = problem_type_of(data["train"]), label_names(data["train"])
 
     def encode(rows: Dataset) -> Dataset:
@@ -61,7 +65,8 @@ def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
         labelled = encode_labels({"train": rows}, kind, names)
         return tokenization.tokenize(DatasetDict(labelled), tokenizer, args)["train"]
 
-    return model, tokenizer, tokens, StreamOrder(windows, encode, tokens["train"].features, batch, args.seed)
+    stream = StreamOrder(windows, encode, tokens["train"].features, batch, args.seed)
+    return model, tokenizer, tokens, stream, about
 
 
 def build_model(

@@ -36,6 +36,13 @@ def push_files(folder: str, repo_id: str) -> None:
     HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
 
 
+def validate(card: str) -> None:
+    """ValueError if the Hub refuses the metadata of a model's card."""
+    from huggingface_hub import ModelCard
+
+    ModelCard(card).validate()
+
+
 def reconnect() -> None:
     """Drops connections that a fault has left half closed."""
     from huggingface_hub import close_session

@@ -25,7 +25,7 @@ import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-TOKEN = "hf_test"  # that of the tests
+TOKEN = "hf_planted_by_the_tests"  # it must be found nowhere
 LFS_PATTERN = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|onnx|parquet|arrow|zip|gz|npz|h5|gguf|model|msgpack)$")
 LFS_THRESHOLD = 10 * 1024 * 1024  # like the real Hub: any file over 10 MiB goes to LFS
 PLURAL = {"models": "model", "datasets": "dataset", "spaces": "space"}
@@ -124,6 +124,54 @@ class Store:
             refs["branches"][branch] = doc["id"]
             self.save_refs(kind, repo, refs)
             return doc["id"]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_model_index(value: object) -> bool:
+    return all(
+        _is_text(model["name"])
+        and all(
+            _is_text(result["task"]["type"])
+            and _is_text(result["dataset"]["type"])
+            and _is_text(result["dataset"]["name"])
+            and all(_is_text(m["type"]) and isinstance(m["value"], (int, float)) for m in result["metrics"])
+            for result in model["results"]
+        )
+        for model in value
+    )
+
+
+CARD_RULES = {  # https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    "language": lambda v: all(re.fullmatch("[a-z]{2,3}|multilingual", one) for one in ([v] if _is_text(v) else v)),
+    "license": lambda v: re.fullmatch(r"[a-z0-9.+-]+", v),
+    "library_name": lambda v: v == "transformers",
+    "pipeline_tag": lambda v: v == "text-classification",
+    "tags": _are_texts,
+    "metrics": _are_texts,
+    "datasets": lambda v: _are_texts(v) and all(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) for name in v),
+    "base_model": lambda v: re.fullmatch(r"[\w.-]+/[\w.-]+", v),
+    "model-index": _is_model_index,
+}
+
+
+def card_errors(data: dict) -> list[str]:
+    """What the Hub would refuse in the metadata of a model's card. Those of Spaces have other keys."""
+    wrong = []
+    for key, rule in CARD_RULES.items():
+        try:
+            fine = key not in data or rule(data[key])
+        except (TypeError, KeyError, ValueError):
+            fine = False
+        if not fine:
+            wrong.append(f"{key}: {data[key]!r}")
+    return wrong
 
 
 async def _breaks_off():
@@ -264,6 +312,8 @@ def make_app(root: str | Path, token: str = TOKEN, user: str = "tester") -> Fast
             data = yaml.safe_load(m.group(1)) if m else {}
         except yaml.YAMLError as e:
             return JSONResponse({"errors": [{"message": str(e)}], "warnings": []}, 400)
+        if found := [{"message": message} for message in card_errors(data)]:
+            return JSONResponse({"errors": found, "warnings": []}, 400)
         return {"errors": [], "warnings": [], "metadata": json.loads(json.dumps(data, default=str))}
 
     @app.get("/api/{kinds}")

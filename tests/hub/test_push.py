@@ -1,5 +1,7 @@
 """A finished run on a Hub: what is there, who can use it, and what happens when the Hub fails."""
 
+import csv
+import hashlib
 import json
 import os
 import re
@@ -10,10 +12,12 @@ from pathlib import Path
 import hub_jobs as jobs
 import pytest
 import yaml
+from conftest import assert_mistake
 from huggingface_hub import SpaceCard
 from server import TOKEN
 
 import hf_al
+from hf_al.metadata import LANGUAGES, LICENSES, check_metadata
 from hf_al.parsing import parse_arguments
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
@@ -43,22 +47,53 @@ def test_every_command_takes_an_id(hub, shared, trained, files, tmp_path):
             assert here[1] == there[1]
 
 
+def test_a_shared_run_is_compared_by_its_id_as_from_its_folder(hub, shared, trained):
+    status, out, err = hub.run(jobs.shell, "compare", str(trained[0]), shared, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    here, there = ({**row, "run": ""} for row in found["runs"])
+    assert (here, found["same_data"]) == (there, True)
+    assert [row["run"] for row in found["runs"]] == [str(trained[0]), shared]
+
+
+def test_what_has_no_report_on_the_hub_is_not_compared(hub, tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
+    hub.run(jobs.push_files, str(tmp_path), "tester/notes")
+    for name, said in (("tester/notes", "Expected report.json in tester/notes on the Hub"),
+                       ("tester/nothing", "Found no folder tester/nothing here")):  # fmt: skip
+        status, out, err = hub.run(jobs.shell, "compare", name)
+        assert (status, out, len(err.splitlines())) == (2, "", 1), err
+        assert said in err
+
+
 def test_it_answers_where_hf_al_is_not_installed(hub, shared, trained, tmp_path):
+    """By the Auto classes and by a pipeline, the newest commit and a pinned one."""
+    pinned = hub.run(jobs.commits, shared)[0]
+    hub.run(jobs.push, str(trained[0]), shared, inference_only=True)
     code = (
         "import json, sys; sys.modules['hf_al'] = None\n"
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline\n"
         "import torch; torch.set_num_threads(1)\n"
         "name, texts = sys.argv[1], json.loads(sys.argv[2])\n"
-        "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)\n"
-        "print(json.dumps([model(**tokenizer(t, return_tensors='pt')).logits[0].tolist() for t in texts]))"
+        "for revision in sys.argv[3:]:\n"
+        "    where = {'revision': revision, 'trust_remote_code': True}\n"
+        "    model = AutoModelForSequenceClassification.from_pretrained(name, **where)\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)\n"
+        "    classify = pipeline('text-classification', model=name, device='cpu', **where)\n"
+        "    assert type(classify.model).__module__.startswith('transformers_modules.')\n"
+        "    logits = [model(**tokenizer(t, return_tensors='pt')).logits[0].tolist() for t in texts]\n"
+        "    found = {'logits': logits, 'pipeline': classify(texts), 'inference_only': model.config.inference_only}\n"
+        "    assert classify.model.config.inference_only == model.config.inference_only\n"
+        "    print(json.dumps(found))"
     )
     cold = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, shared, json.dumps(TEXTS)], env=cold, capture_output=True, text=True, timeout=100
-    )
+    argv = [sys.executable, "-c", code, shared, json.dumps(TEXTS), "main", pinned]
+    done = subprocess.run(argv, env=cold, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == hub.run(jobs.answers, str(trained[0]), TEXTS)["logits"]
+    newest, first = map(json.loads, done.stdout.splitlines())
+    expected = hub.run(jobs.answers, str(trained[0]), TEXTS)
+    assert newest == {**expected, "inference_only": True}
+    assert first == expected
 
 
 def test_a_space_of_a_shared_model_names_its_id(hub, shared, tmp_path):
@@ -118,11 +153,77 @@ def test_the_card_has_valid_metadata_and_no_empty_part(hub, shared, trained):
     assert "\n\n\n" not in body
 
 
+def test_a_card_with_everything_is_valid(hub, shared, trained):
+    hub.run(jobs.push, str(trained[0]), shared, license="cc-by-nc-sa-4.0", language="de")
+    card = hub.run(jobs.files, shared)["README.md"].decode()
+    hub.run(jobs.validate, card)
+    assert {"license: cc-by-nc-sa-4.0", "language: de"} <= set(card.splitlines())
+    for line, wrong in (
+        ("language: de", "language: German"),
+        ("library_name: transformers", "library_name: [a]"),
+        ("license: cc-by-nc-sa-4.0", "license: 3"),
+    ):
+        with pytest.raises(ValueError, match=wrong.split(":")[0]):
+            hub.run(jobs.validate, card.replace(line, wrong))
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--license=Apache 2.0", "got 'Apache 2.0'. Did you mean apache-2.0?"),
+        ("--license=MIT", "Did you mean mit?"),
+        ("--license=my own", "See https://huggingface.co/docs/hub/repositories-licenses."),
+        ("--language=German", "got 'German'. Did you mean de?"),
+        ("--language=en_US", "Did you mean en?"),
+        ("--language=xx", "Expected the code of a language"),
+    ],
+)
+def test_a_license_or_language_that_the_hub_does_not_know_is_refused_at_once(flag, said, shell, trained):
+    assert_mistake(shell("push", str(trained[0]), "user/name", flag), said)
+
+
+@pytest.mark.parametrize(("flag", "values"), [("license", LICENSES), ("language", [*LANGUAGES, "grc", "multilingual"])])
+def test_what_the_hub_knows_is_taken(flag, values):
+    for value in values:
+        check_metadata(**{"license": None, "language": None, flag: value})
+
+
+def test_the_fingerprints_of_the_card_are_those_of_the_files(hub, shared, files):
+    card = hub.run(jobs.files, shared)["README.md"].decode()
+    for split in ("train", "validation", "test"):
+        with open(files / f"{split}.csv", encoding="utf-8", newline="") as file:
+            lines = [json.dumps([row["text"], row["label"]]) + "\n" for row in csv.DictReader(file)]
+        assert f"{split} `{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}`" in card
+    assert "`json.dumps([text, label])` for each row" in card
+
+
 def test_the_code_of_the_card_runs(hub, shared):
     card = hub.run(jobs.files, shared)["README.md"].decode()
     examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(examples) == 2
     for example in examples:
+        assert hub.run(jobs.run_code, example).strip()
+
+
+def test_the_card_of_a_model_of_pairs_speaks_of_pairs(hub, files, tmp_path):
+    with open(files / "train.csv", encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    rows = [{"premise": row["text"], "hypothesis": row["text"][::-1], "label": row["label"]} for row in read]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--train_file={tmp_path / 'pairs.jsonl'}", "--max_steps=1", "--threads=1", "--use_cpu", "--plots=false"]
+    share = ["--num_blocks=2", "--hidden_size=16", "--push_to_hub", "--hub_model_id=tester/pairs"]
+    status, _, err = hub.run(jobs.shell, "train", *flags, *share, f"--output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    card = hub.run(jobs.files, "tester/pairs")["README.md"].decode()
+    for words in ("A classifier of text pairs: 2 blocks", "pair -> encode 0", "It assigns each pair of texts one of",
+                  "hf-al predict tester/pairs --input pairs.csv", "its time for one pair of", "Pairs are cut to",
+                  "`json.dumps([text, text_pair, label])`"):  # fmt: skip
+        assert words in card
+    lines = [json.dumps([row["premise"], row["hypothesis"], row["label"]]) + "\n" for row in rows]
+    assert f"train `{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}`" in card
+    first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert '{"text": "The crew was lovely!", "text_pair": ' in first
+    for example in (first, second):
         assert hub.run(jobs.run_code, example).strip()
 
 
@@ -165,6 +266,21 @@ def test_a_private_repository_needs_the_token(hub, trained):
     status, _, err = hub.run(jobs.shell, "inspect", "tester/hidden")
     assert status == 2
     assert "Traceback" not in err
+
+
+def test_what_is_to_be_private_is_never_pushed_to_a_public_repository(hub, shared, trained):
+    before = hub.run(jobs.commits, shared)
+    status, out, err = hub.run(jobs.shell, "push", str(trained[0]), shared, "--private", "--license=mit")
+    assert (status, out) == (2, "")
+    assert (
+        f"Expected a private repository (--private, hub_private_repo), got {shared}, which exists and is public" in err
+    )
+    assert "Could not reach" not in err
+    assert hub.run(jobs.commits, shared) == before
+    hidden = f"{shared}-hidden"
+    for more in ([], ["--license=mit"]):
+        assert hub.run(jobs.shell, "push", str(trained[0]), hidden, "--private", *more)[0] == 0
+    assert len(hub.run(jobs.commits, hidden)) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import hub_jobs as jobs
 import pytest
 import yaml
+from server import TOKEN
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 TEXTS = ["thank you so much", "you lost my bag"]
@@ -67,7 +68,12 @@ def test_a_shared_model_is_trained_further_by_its_id(hub, trained, files, tmp_pa
 
 
 def test_the_card_compares_with_a_run_by_backpropagation_on_the_same_data(hub, flags, tmp_path):
-    runs = {"al": [], "twin": ["--objective=backprop"], "other": ["--objective=backprop", "--max_train_samples=90"]}
+    runs = {
+        "al": [],
+        "twin": ["--objective=backprop"],
+        "narrow": ["--objective=backprop", "--hidden_size=8", "--max_seq_length=20", "--threads=2"],
+        "other": ["--objective=backprop", "--max_train_samples=90"],
+    }
     for name, more in runs.items():
         status, _, err = hub.run(jobs.shell, "train", *flags, *more, f"--output_dir={tmp_path / name}")
         assert status == 0, err
@@ -78,7 +84,19 @@ def test_the_card_compares_with_a_run_by_backpropagation_on_the_same_data(hub, f
     rows = [line for line in card.split("### Compared with backpropagation")[1].splitlines() if line.startswith("| ")]
     twin = json.loads((tmp_path / "twin" / "report.json").read_text())
     assert rows[3].startswith(f"| backprop | {twin['test'][-1]['accuracy']:.4f} |"), rows
-    for name, said in (("al", "Expected a run by backpropagation"), ("other", "Expected a baseline on the same data")):
+    assert "The two differ in nothing but the objective." in card
+    hub.run(jobs.push, str(tmp_path / "twin"), "tester/twin")
+    before = hub.run(jobs.commits, "tester/compared")
+    status, _, err = hub.run(jobs.shell, *push, "tester/twin")
+    assert status == 0, err
+    assert hub.run(jobs.commits, "tester/compared") == before, "by its id, the card is the same"
+    status, _, err = hub.run(jobs.shell, *push, str(tmp_path / "narrow"))
+    assert status == 0, err
+    card = hub.run(jobs.files, "tester/compared")["README.md"].decode()
+    below = card.split("Besides the objective, these arguments differ")[1].split("\n## ")[0]
+    rows = [line for line in below.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| max_seq_length | 128 | 20 |", "| model.hidden_size | 16 | 8 |"]
+    for name, said in (("al", "Expected a run by backpropagation"), ("other", "Expected a baseline on the same rows")):
         status, _, err = hub.run(jobs.shell, *push, str(tmp_path / name))
         assert (status, said in err) == (2, True), err
 
@@ -94,6 +112,37 @@ def test_a_result_on_a_data_set_of_the_hub_is_shared_as_the_hub_reads_it(hub, fi
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert entry["dataset"] == {"id": "tester/opinions", "task_id": "default"}
     assert entry["value"] == report["test"][-1]["accuracy"]
+
+
+def test_a_private_checkpoint_does_not_go_to_a_public_repository(hub, flags, trained, tmp_path):
+    hub.run(jobs.push, str(trained[0]), "tester/public")
+    before = hub.run(jobs.commits, "tester/public")
+    share = ["--push_to_hub", "--hub_model_id=tester/public", "--hub_private_repo", "--hub_strategy=checkpoint"]
+    status, _, err = hub.run(jobs.shell, "train", *flags, *share, f"--output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert "which exists and is public" in err
+    assert "is not on the Hub; training goes on." in err
+    assert hub.run(jobs.commits, "tester/public") == before
+
+
+def test_no_file_of_a_run_or_of_a_cache_holds_the_token(hub, flags, tmp_path):
+    run, home = tmp_path / "run", Path(hub.environment["HF_HOME"])
+    share = ["--push_to_hub", "--hub_model_id=tester/secret", "--hub_strategy=checkpoint", "--report_to=tensorboard"]
+    said = [hub.run(jobs.shell, "train", *flags, *share, f"--output_dir={run}")]
+    said += [hub.run(jobs.shell, "inspect", "tester/secret"), hub.run(jobs.shell, "compare", "tester/secret", str(run))]
+    assert [status for status, _, _ in said] == [0, 0, 0], said
+    assert TOKEN not in str(said)
+
+    def with_the_token() -> list[str]:
+        files = {path.resolve() for folder in (tmp_path, home) for path in folder.rglob("*") if path.is_file()}
+        names = {path.name for path in files}
+        assert {"training_config.yaml", "manifest.json", "report.json", "main"} <= names, names
+        assert any("tfevents" in name for name in names)
+        return [path.name for path in sorted(files) if TOKEN.encode() in path.read_bytes()]
+
+    assert with_the_token() == []
+    (run / "planted").write_text(f"token: {TOKEN}")
+    assert with_the_token() == ["planted"]
 
 
 @pytest.mark.parametrize("fault", ["500", "401", "dropped"])
@@ -115,9 +164,9 @@ def test_training_survives_a_hub_that_fails(fault, hub, flags, tmp_path):
     ("more", "token", "said"),
     [
         (["--push_to_hub"], None, "Run: hf auth login, or set HF_TOKEN"),
-        (["--push_to_hub", "--hub_model_id=a/b/c"], "hf_test", "Expected a repo id as user/name, got 'a/b/c'"),
-        (["--hub_model_id=a/b"], "hf_test", "Expected push_to_hub with hub_model_id"),
-        (["--push_to_hub", "--hub_strategy=all"], "hf_test", "Expected hub_strategy to be one of end, checkpoint"),
+        (["--push_to_hub", "--hub_model_id=a/b/c"], TOKEN, "Expected a repo id as user/name, got 'a/b/c'"),
+        (["--hub_model_id=a/b"], TOKEN, "Expected push_to_hub with hub_model_id"),
+        (["--push_to_hub", "--hub_strategy=all"], TOKEN, "Expected hub_strategy to be one of end, checkpoint"),
     ],
     ids=["no_token", "repo_id", "no_push", "strategy"],
 )
