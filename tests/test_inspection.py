@@ -73,7 +73,7 @@ def test_the_page_of_a_trained_model_has_what_its_report_says(trained, shell):
     report = json.loads((folder / "report.json").read_text())
     status, out, _ = shell("inspect", str(folder))
     assert status == 0
-    for words in ("al_lstm", "objective associated", "3 classes: negative, neutral, positive", "128 tokens"):
+    for words in ("al_lstm", "objective al_ce", "3 classes: negative, neutral, positive", "128 tokens"):
         assert words in out
     for name, count in report["parameters"].items():
         assert f"{count:,} " in out, name

@@ -55,7 +55,7 @@ def test_a_launch_that_fails_says_why_in_one_line_and_leaves_its_process_as_it_w
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]
     environment = dict(os.environ)
-    flags = [*data, *SMALL, "--objective=backprop", f"--output_dir={tmp_path / 'run'}"]
+    flags = [*data, *SMALL, "--objective=backprop", "--word_vectors=none", f"--output_dir={tmp_path / 'run'}"]
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
         cli.main(["train", *flags, "--stages=2"])

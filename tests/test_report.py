@@ -129,10 +129,12 @@ def test_a_plot_that_no_longer_applies_is_removed(content, tmp_path):
 
 def test_the_losses_of_the_two_sides_have_panels_of_their_own(content):
     figure = plots.losses(content)
-    assert [ax.get_title() for ax in figure.axes] == ["hidden side: associated", "label side: reconstruction"]
-    assert labels_of(figure) == [["block 0", "block 1", "block 2"]] * 2
+    assert [ax.get_title() for ax in figure.axes] == [
+        "hidden side: associated", "hidden side: exit", "label side: reconstruction",
+    ]  # fmt: skip
+    assert labels_of(figure) == [["block 0", "block 1", "block 2"]] * 3
     logs = [row for row in content["history"] if "loss/1/reconstruction" in row]
-    line = figure.axes[1].get_lines()[1]
+    line = figure.axes[2].get_lines()[1]
     assert list(line.get_xdata()) == [row["step"] for row in logs]
     assert list(line.get_ydata()) == [row["loss/1/reconstruction"] for row in logs]
 
@@ -189,9 +191,9 @@ def test_losses_over_several_magnitudes_get_a_logarithmic_scale(content):
     logs = [row for row in content["history"] if "loss/0/associated" in row]
     for i, row in enumerate(logs):
         row |= {f"loss/{k}/associated": 10.0**-i for k in range(3)}
-        row |= {f"loss/{k}/reconstruction": 1.0 - 0.1 * i for k in range(3)}
+        row |= {f"loss/{k}/{name}": 1.0 - 0.1 * i for k in range(3) for name in ("exit", "reconstruction")}
     figure = plots.losses(content)
-    assert [ax.get_yscale() for ax in figure.axes] == ["log", "linear"]
+    assert [ax.get_yscale() for ax in figure.axes] == ["log", "linear", "linear"]
 
 
 @pytest.mark.parametrize("classes", [3, 20, 21, 150])
