@@ -226,7 +226,10 @@ def run(line: str, monkeypatch) -> None:
 
 @pytest.mark.medium
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p == "measured")) for p in PAGES if commands(p)],  # benchmarks
+)
 def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, capsys):
     lines = [line for line in commands(page) if not line.startswith(NOT_RUN) and ON_A_HUB not in line]
     for line in lines:

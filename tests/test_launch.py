@@ -85,7 +85,7 @@ def test_accelerate_launch_takes_stages(data, shell, tmp_path):
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_two_launchers_meet_and_train_one_model(data, shell, tmp_path):
     """Two machines, as far as loopback can show."""
     flags = [*data, *SMALL, "--max_steps=6"]
@@ -148,7 +148,11 @@ def test_a_run_of_no_stages_is_refused(stages, data, shell, tmp_path):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+    ids=["SIGINT", "SIGTERM"],
+)
 def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, data, tmp_path):
     """Ctrl-C reaches every process of the terminal, and each stage once more from the launcher."""
     flags = [*data, *SMALL, "--max_steps=100000", "--save_steps=50", f"--output_dir={tmp_path / 'run'}", "--stages=2"]

@@ -72,7 +72,7 @@ def test_a_recipe_gives_every_setting_of_a_block_as_one_number(path):
     assert not [name for name, value in {**values, **values.get("model", {})}.items() if isinstance(value, list)]
 
 
-@pytest.mark.medium
+@pytest.mark.slow  # test_launch starts the same program with two processes
 def test_accelerate_launch_trains_a_recipe(tmp_path):
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     done = subprocess.run(

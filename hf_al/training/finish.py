@@ -21,6 +21,7 @@ from .plan import Plan
 from .progress import Progress
 from .record import Record
 from .stage import Stage
+from .start import new_block
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,12 @@ def finish(
     record.warn(all_warnings)
 
     def write() -> dict[str, Any]:
-        elsewhere = {block.index: block for block in model.model.blocks if block.index not in stage.blocks}
+        elsewhere = [k for k in range(model.config.num_blocks) if k not in stage.blocks]
         if elsewhere:  # read the other stages' weights, but not their optimizer state, from the checkpoint
-            for block in elsewhere.values():
-                block.to_empty(device=stage.device)
-            checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), elsewhere, None)
+            blocks: dict = {k: new_block(model, k, plan.args.seed).to(stage.device) for k in elsewhere}  # with buffers
+            checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), blocks, None)
+            for k, block in blocks.items():
+                model.model.blocks[k] = block
         speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
         found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh}
         report = _report(plan, progress, model, stage.device, found, all_warnings)

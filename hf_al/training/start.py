@@ -205,7 +205,7 @@ def _new_model(config: ALConfig, seed: int) -> ALForSequenceClassification:
         model: Any = MODEL_CLASSES[config.model_type][2](config)
     _check_fits(model)
     for k in range(config.num_blocks):
-        model.model.blocks[k] = _new_block(model, k, seed)
+        model.model.blocks[k] = new_block(model, k, seed)
     return model
 
 
@@ -232,7 +232,7 @@ def _is_label_side(name: str, model: ALForSequenceClassification) -> bool:
     return part in ("encode_target", "decode_target") and int(k) < len(blocks) and blocks[int(k)].reads_labels
 
 
-def _new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock:
+def new_block(model: ALForSequenceClassification, k: int, seed: int) -> ALBlock:
     """Block k with the weights that follow from (seed, k), whoever builds it and beside how many others."""
     with block_randomness(torch.device("cpu"), seed, k, BEFORE_THE_FIRST_STEP, micro_batch=0, replica=0):
         block = ALBlock(model.config, k, model.model.encoder_class)

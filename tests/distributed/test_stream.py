@@ -97,8 +97,21 @@ def alone(run_flags, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize("case", CASES)
+def slow(*values):
+    """A case that differs from a quick one in little: `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("case", "stages"),
+    [
+        ("lstm_associated_state", 4), slow("lstm_associated_state", 2), slow("lstm_associated_state", 3),
+        ("lstm_al_ce", 3), slow("lstm_al_ce", 2), slow("lstm_al_ce", 4),
+        ("transformer_associated", 2), slow("transformer_associated", 3), slow("transformer_associated", 4),
+        ("transformer_al_ce_plateau_sparse", 3), slow("transformer_al_ce_plateau_sparse", 2),
+        slow("transformer_al_ce_plateau_sparse", 4),
+    ],
+)  # fmt: skip
 def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone, tmp_path):
     expected = alone(case)
     counts = run_world(stages, jobs.train, run_flags(case, stages, tmp_path / "run"))
@@ -113,7 +126,11 @@ def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone
 
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [("multi_label", "lstm_al_ce"), ("regression", "transformer_associated"), ("pairs", "lstm_associated_state")],
+    [
+        slow("multi_label", "lstm_al_ce"),
+        slow("regression", "transformer_associated"),
+        ("pairs", "lstm_associated_state"),
+    ],
 )
 def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets, tmp_path):
     files = []
@@ -124,6 +141,15 @@ def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets
     for stages in (1, 2, 3, 4):
         run_world(stages, jobs.train, run_flags(case, stages, tmp_path / f"{stages}", *files))
         assert sha256(tmp_path / f"{stages}") == sha256(tmp_path / "1")
+
+
+def test_a_pretrained_encoder_streams(encoder_folder, tweet_files, tmp_path):
+    decided = ("--hidden_size", "--hidden_dropout", "--embedding_dropout")
+    flags = [*tweet_files, *(flag for flag in FLAGS if not flag.startswith(decided)), f"--encoder={encoder_folder}"]
+    for stages in (1, 3):
+        more = ["--max_steps=20", f"--stages={stages}", f"--output_dir={tmp_path / str(stages)}"]
+        run_world(stages, jobs.train, [*flags, *more])
+    assert sha256(tmp_path / "3") == sha256(tmp_path / "1")
 
 
 @pytest.mark.parametrize("flags", [["--objective=local_similarity"], ["--model_type=al_conv"]])
@@ -223,8 +249,8 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
 @pytest.mark.parametrize(
     ("killed", "first", "then"),
     [
-        ("in a step", 3, 2), ("in a step", 1, 4), ("while saving", 4, 1), ("while saving", 2, 3),
-        ("in an evaluation", 3, 4),
+        ("in a step", 3, 2), slow("in a step", 1, 4), ("while saving", 4, 1), slow("while saving", 2, 3),
+        slow("in an evaluation", 3, 4),
     ],
 )  # fmt: skip
 def test_a_resumed_run_may_have_another_number_of_stages(killed, first, then, run_flags, alone, tmp_path):
