@@ -172,7 +172,11 @@ class TrainingArguments:
     metric_for_best_model: str | None = _arg(
         None, "Validation metric of the last exit that chooses the checkpoint (accuracy, f1_micro or mse by problem)."
     )
-    early_stopping_patience: int | None = _arg(None, "Stop after N evaluations in a row without a better metric.")
+    early_stopping_patience: int | None = _arg(
+        None,
+        "Stop after N evaluations in a row without a better metric; 0 = never (default: 3, but never with max_steps or "
+        "without an evaluation of each epoch).",
+    )
     save_steps: int | None = _arg(None, "Also write a checkpoint every N optimizer steps.")
     save_total_limit: int = _arg(2, "Newest checkpoints to keep; the best one is kept as well.")
     resume_from_checkpoint: str | None = _arg(None, "'last', or the folder of a checkpoint.")
@@ -217,6 +221,8 @@ class TrainingArguments:
         if self.word_vectors == "none":
             self.word_vectors = None
         self._fill_rates()
+        if self.early_stopping_patience is None and self.eval_strategy == "epoch" and self.max_steps == -1:
+            self.early_stopping_patience = 3
         self._check_ranges()
         if self.model_name_or_path and (self.tokenizer_name or self.word_vectors not in (None, "auto")):
             raise ValueError(
@@ -270,7 +276,7 @@ class TrainingArguments:
         positive = (
             "learning_rate adam_epsilon num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
             "gradient_accumulation_steps logging_steps max_seq_length tokenizer_vocab_size save_total_limit "
-            "min_frequency threads eval_steps save_steps early_stopping_patience max_train_samples max_eval_samples "
+            "min_frequency threads eval_steps save_steps max_train_samples max_eval_samples "
             "max_predict_samples target_learning_rate_factor bridge_learning_rate_factor preprocessing_num_workers "
             "stages ddp_timeout streaming_buffer_size"
         )
@@ -287,6 +293,7 @@ class TrainingArguments:
             "embedding_learning_rate_factor",
             "seed",
             "validation_seed",
+            "early_stopping_patience",
         ]:
             if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(self, name))):
                 raise ValueError(f"Expected {name} to be 0 or more, got {getattr(self, name)}.")
@@ -318,7 +325,7 @@ class TrainingArguments:
                 f"eval_strategy={self.eval_strategy!r} and eval_steps={self.eval_steps}."
             )
         needs_evaluation = {
-            "early_stopping_patience": self.early_stopping_patience is not None,
+            "early_stopping_patience": bool(self.early_stopping_patience),
             "lr_scheduler_type='reduce_lr_on_plateau'": self.lr_scheduler_type == "reduce_lr_on_plateau",
         }
         for name, needed in needs_evaluation.items():

@@ -1,5 +1,6 @@
 """The Python API: `hf_al.train` and `hf_al.evaluate`, from data to a saved, evaluated model."""
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -71,6 +72,25 @@ def test_every_objective_learns_what_can_be_learned(objective, model_type, topic
     )
     assert [row["accuracy"] for row in result.report["test"]][-1] == 1.0
     assert hf_al.evaluate(str(tmp_path), topics["test"])["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, {"learning_rate": 5e-3, "early_stopping_patience": 3, "word_vectors": "auto"}),
+        ({"model_type": "al_transformer"}, {"learning_rate": 1e-3, "bridge_learning_rate_factor": 1.0}),
+        ({"encoder": "user/name"}, {"learning_rate": 5e-5, "bridge_learning_rate_factor": 10.0, "word_vectors": None}),
+        ({"encoder": "user/name"}, {"target_learning_rate_factor": 10.0, "model_type": "al_encoder"}),
+        ({"max_steps": 9}, {"early_stopping_patience": None}),
+        ({"eval_strategy": "steps", "eval_steps": 9}, {"early_stopping_patience": None}),
+        ({"early_stopping_patience": 0}, {"early_stopping_patience": 0}),
+        ({"learning_rate": 0.1, "model_type": "al_transformer"}, {"learning_rate": 0.1}),
+    ],
+)
+def test_what_is_not_given_follows_from_the_rest(values, expected):
+    args = hf_al.TrainingArguments(**values)
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert dataclasses.replace(args) == args
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -31,7 +31,7 @@ class Progress:
 
     def out_of_patience(self, patience: int | None, metric: str) -> bool:
         """Whether `patience` evaluations in a row brought no improvement."""
-        if patience is None or self.evaluations_without_gain < patience:
+        if not patience or self.evaluations_without_gain < patience:
             return False
         logger.info("Stopped early: %d evaluations without a better %s.", patience, metric)
         return True
