@@ -88,7 +88,7 @@ def model_card(
         vectors=report["arguments"]["word_vectors"],
         stages=report["arguments"].get("stages", 1),
         top=", top_k=None" if report["problem_type"] == "multi_label_classification" else "",
-        start=report["arguments"]["model_name_or_path"],
+        start=started_from(report["arguments"]),
         plots=plots,
         versions=", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),
     )
@@ -107,7 +107,7 @@ def card_data(
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=[*local, "hf_al", report["model_type"]],
-        base_model=_hub_id(args["model_name_or_path"]),
+        base_model=_hub_id(started_from(args)),
         datasets=[dataset] if dataset else None,
         language=language,
         license=license,
@@ -165,6 +165,11 @@ def _architecture(model: ALForSequenceClassification) -> str:
     if model.config.num_blocks == 1:
         return f"one block ({words})" if words else "one block"
     return f"{model.config.num_blocks} blocks" + (f" ({words} in the last one)" if words else "")
+
+
+def started_from(arguments: dict[str, Any]) -> str | None:
+    """The trained model, or the pretrained encoder, whose weights a run began with."""
+    return arguments["model_name_or_path"] or arguments.get("encoder")  # an earlier version's has no encoder
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 
 import hf_al
 from hf_al import ALEncoderConfig, ALEncoderForSequenceClassification
+from hf_al.card import model_card
 from hf_al.loading import load_model
 from hf_al.modeling.layouts import LAYOUTS
 
@@ -200,6 +201,18 @@ def test_an_encoder_is_trained_saved_and_continued_from_the_command_line(encoder
         "--max_steps=2", "--threads=1", "--use_cpu",
     )  # fmt: skip
     assert status == 0, err
+
+
+def test_the_card_names_the_encoder(encoder_folder, few_tweets, tmp_path):
+    args = hf_al.TrainingArguments(
+        output_dir=str(tmp_path), encoder=str(encoder_folder), max_steps=1, threads=1, use_cpu=True
+    )
+    result = hf_al.train(args, few_tweets)
+    arguments = {**result.report["arguments"], "encoder": "user/encoder"}
+    card = model_card({**result.report, "arguments": arguments}, result.model, "me/mine", [])
+    assert card.data.base_model == "user/encoder"
+    assert "Training went on from the weights of user/encoder." in card.text
+    assert "layers 3 to 5 of 5, bert in the last one" in card.text
 
 
 def test_training_starts_from_the_pretrained_weights(encoder_folder, few_tweets, tmp_path):

