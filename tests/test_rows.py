@@ -44,6 +44,14 @@ def test_a_quote_that_is_never_closed_does_not_swallow_the_rest():
     assert found[-1] == ("a line of text",)
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_quote_that_is_open_at_the_end_is_an_error_of_its_row(end):
+    found = read(b'text\none\n"two\nthree' + end, "csv")
+    assert found == [("one",), "!Expected a quote that is closed, got the end of the file."]
+    assert read(b'text\none\n"two\nthree"' + end, "csv") == [("one",), ("two\nthree",)]
+    assert read(b"text" + end, "csv") == []
+
+
 @pytest.mark.parametrize(("kind", "mark"), [("csv", ","), ("tsv", "\t")])
 def test_csv_has_a_header_quotes_and_line_ends_inside_a_cell(kind, mark):
     data = f'label{mark}text\n1{mark}"He said ""no"",{mark} and\nleft"\n\n0{mark}NA\n'.encode()

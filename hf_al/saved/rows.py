@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 from ..data.columns import LABEL_NAMES, guess_text
 from ..early import guess_delimiter
 
+END = "\0end of file"  # behind the last line of a csv file: in a cell of its own, unless a quote is still open
 LONGEST_ROW = 2**20  # bytes per line, characters per csv cell
 LOOK_AHEAD = 100  # json lines that may lack the text before the column counts as wrong
 
@@ -160,7 +161,7 @@ def _csv_rows(
     csv.field_size_limit(LONGEST_ROW)
     try:
         start = next((line for line in lines if line.strip("\r\n")), "")
-        cells = csv.reader(chain([start], lines), delimiter=delimiter or guess_delimiter(start))
+        cells = csv.reader(chain([start], lines, [END]), delimiter=delimiter or guess_delimiter(start))
         header = next(cells, [])
         "".join(header).encode()
     except (RowError, csv.Error, UnicodeEncodeError) as error:
@@ -172,8 +173,10 @@ def _csv_rows(
     where = [header.index(name) for name in choose_text_columns([c for c in header if c != id_column], names)]
 
     def parse(row: list[str]) -> Texts | None:
-        if not row:
+        if not row or row == [END]:
             return None
+        if row[-1].endswith(END):  # training refuses such a file
+            raise RowError("Expected a quote that is closed, got the end of the file.")
         if len(row) != len(header):
             raise RowError(f"Expected {len(header)} cells, as the header has, got {len(row)}.")
         texts = (row[i] for i in where)
