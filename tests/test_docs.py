@@ -196,6 +196,9 @@ def room(few_tweets, encoder_folder, tmp_path, monkeypatch):
             writer.writeheader()
             writer.writerows(few_tweets[split].select(range(60)))
     (tmp_path / "texts.txt").write_text("The crew was lovely!\nTwo hours late.\n", encoding="utf-8")
+    (tmp_path / "FOLDER" / "mine").mkdir(parents=True)
+    for name in ("train", "test"):
+        shutil.copy(tmp_path / f"{name}.csv", tmp_path / "FOLDER" / "mine")
     for name in ("recipes", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -212,7 +215,13 @@ def run(line: str, monkeypatch) -> None:
     if program == "python":
         step = ["--rounds=1", "--networks=lstm", "--threads=1"]
         accuracy = ["--objectives=al_ce", "--seeds=1", "--sets=tweets", *SHORT]
-        short = {"step.py": step, "accuracy.py": accuracy}.get(Path(argv[0]).name, SHORT)
+        short = {
+            "step.py": step,
+            "accuracy.py": accuracy,
+            "defaults.py": ["--seeds=1", "--sets=tweets", *SHORT],
+            "memory.py": ["--batch=2", "--tokens=8", "--rounds=1", "--depths=1,2"],
+            "encoders.py": ["--encoder=encoders/minilm", "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],
+        }.get(Path(argv[0]).name, SHORT)
         monkeypatch.setattr(sys, "argv", [*argv, *short])
         monkeypatch.syspath_prepend(Path(argv[0]).parent)
         runpy.run_path(argv[0], run_name="__main__")
