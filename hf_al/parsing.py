@@ -193,7 +193,12 @@ def check_model_keys(args: TrainingArguments) -> None:
             args.model[key] = convert(value, known[key])
         except (TypeError, ValueError):
             raise ValueError(f"Expected {key} as {type_name(known[key])}, got {value!r}.") from None
-    blocks = args.model.get("num_blocks", fields["num_blocks"].default)
+    blocks, cuts = args.model.get("num_blocks", fields["num_blocks"].default), args.model.get("cuts")
+    if cuts and args.model.get("num_blocks", len(cuts) + 1) != len(cuts) + 1:
+        raise ValueError(
+            f"Expected {len(cuts) + 1} blocks with the cuts {cuts}, got num_blocks={blocks}. Leave one of them out."
+        )
+    blocks = len(cuts) + 1 if cuts else blocks
     if blocks > 0:  # else the config says what is wrong
         check_stages(args.stages, blocks)
 

