@@ -36,7 +36,7 @@ SCHEDULES = (
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 PRETRAINED = "al_encoder"
-LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 5e-5}  # the best on validation; 1e-3 for others
+LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 1e-4}  # the best on validation; 1e-3 for others
 
 
 def _arg(default: Any, help: str, **metadata: Any) -> Any:
@@ -130,7 +130,7 @@ class TrainingArguments:
     )
     learning_rate: float | list[float] | None = _arg(
         None,
-        "Peak learning rate (default: 5e-3 for al_lstm, 5e-5 for al_encoder, 1e-3 for others); a list has one for each "
+        "Peak learning rate (default: 5e-3 for al_lstm, 1e-4 for al_encoder, 1e-3 for others); a list has one for each "
         "block.",
     )
     target_learning_rate_factor: float | list[float] | None = _arg(

@@ -79,7 +79,7 @@ def test_every_objective_learns_what_can_be_learned(objective, model_type, topic
     [
         ({}, {"learning_rate": 5e-3, "early_stopping_patience": 3, "word_vectors": "auto"}),
         ({"model_type": "al_transformer"}, {"learning_rate": 1e-3, "bridge_learning_rate_factor": 1.0}),
-        ({"encoder": "user/name"}, {"learning_rate": 5e-5, "bridge_learning_rate_factor": 10.0, "word_vectors": None}),
+        ({"encoder": "user/name"}, {"learning_rate": 1e-4, "bridge_learning_rate_factor": 10.0, "word_vectors": None}),
         ({"encoder": "user/name"}, {"target_learning_rate_factor": 10.0, "model_type": "al_encoder"}),
         ({"max_steps": 9}, {"early_stopping_patience": None}),
         ({"eval_strategy": "steps", "eval_steps": 9}, {"early_stopping_patience": None}),

@@ -28,14 +28,21 @@ SETS = "tweets trec6 sst2 mr emotion banking77 ag_news dbpedia imdb"
 
 def test_the_promised_recipes_are_there():
     assert {path.stem for path in YAMLS} == {
-        f"{name}_{kind}" for name in SETS.split() for kind in ("lstm", "transformer")
+        *(f"{name}_{kind}" for name in SETS.split() for kind in ("lstm", "transformer")),
+        "trec6_encoder",
     }
 
 
 @pytest.fixture
-def data_flags(tweet_files):
-    """Files to use instead of a recipe's data set, which is on the Hub; the tweets are local."""
-    return lambda path: [] if path.stem.startswith("tweets") else tweet_files
+def data_flags(tweet_files, encoder_folder):
+    """Files to use instead of a recipe's data set and encoder, which are on the Hub; the tweets are local."""
+    encoder = [f"--encoder={encoder_folder}"]
+
+    def flags(path: Path) -> list[str]:
+        files = [] if path.stem.startswith("tweets") else tweet_files
+        return [*files, *encoder] if path.stem.endswith("encoder") else files
+
+    return flags
 
 
 @pytest.mark.medium
@@ -49,8 +56,9 @@ def test_a_recipe_trains_three_steps(path, data_flags, tmp_path):
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-def test_a_recipe_takes_backpropagation_and_another_depth(path):
-    args = parse_arguments([f"--config={path}", "--output_dir=out", "--objective=backprop", "--num_blocks=2"])
+def test_a_recipe_takes_backpropagation_and_another_depth(path, data_flags):
+    flags = ["--output_dir=out", "--objective=backprop", "--num_blocks=2", *data_flags(path)]
+    args = parse_arguments([f"--config={path}", *flags])
     check_model(args)
     assert (args.model["objective"], args.model["num_blocks"]) == ("backprop", 2)
 
