@@ -1,6 +1,7 @@
 """Results that mean little come with a warning, or are refused with the reason."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -40,6 +41,23 @@ def test_shared_texts_are_counted_by_their_tokens():
     (message,) = data_warnings(DatasetDict(data), ["a", "b"])
     assert message.startswith("1 of 2 validation texts are in train")
     assert not data_warnings(DatasetDict({**data, "validation": tokens([3], [2, 1], [])}), ["a", "b"])
+
+
+@pytest.mark.parametrize(("tokenizer_type", "warns"), [("word", True), ("bpe", False)])
+def test_texts_without_spaces_between_words_are_said_to_be_unknown_and_not_to_be_in_train(
+    tokenizer_type, warns, tmp_path
+):
+    letters = [chr(0x4E00 + i) for i in range(20)]
+    texts = [
+        "".join(random.Random(i).choices(letters, k=7)) + "\u3001" + letters[i % 20] * 3 + f"{i}。" for i in range(60)
+    ]
+    rows = Dataset.from_dict({"text": texts, "label": ["a", "b"] * 30})
+    splits = DatasetDict(train=rows.select(range(40)), test=rows.select(range(40, 60)))
+    report = hf_al.train(arguments(tmp_path, tokenizer_type=tokenizer_type), splits).report
+    assert not [message for message in report["warnings"] if "are in train as well" in message]
+    unknown = [message for message in report["warnings"] if "of the words of" in message]
+    assert len(unknown) == (3 if warns else 0)
+    assert all("% of the words of" in message and "--tokenizer_type bpe" in message for message in unknown)
 
 
 def test_real_splits_have_no_warning(few_tweets, tmp_path):
