@@ -70,6 +70,18 @@ def test_labels_that_the_model_knows_keep_their_places(saved, tmp_path):
     assert result.report["test"][-1]["accuracy"] > 0.9
 
 
+def test_one_value_for_all_rows_cannot_be_learned(tmp_path):
+    rows = topics("bread", "ball").map(lambda row: {"label": 2.5})
+    with pytest.raises(ValueError, match=r"Expected labels that differ, got 2\.5 in all .* rows of train\."):
+        hf_al.train(arguments(tmp_path), rows)
+
+
+def test_settings_of_a_tokenizer_that_is_not_trained_are_named(saved, tmp_path, caplog):
+    values = {"lowercase": False, "tokenizer_type": "bpe", **STANDING_STILL}
+    hf_al.train(arguments(tmp_path, model_name_or_path=str(saved), **values), topics(*TOPICS))
+    assert f"The tokenizer is that of {saved}. Without effect: tokenizer_type, lowercase." in caplog.text
+
+
 @pytest.mark.medium
 def test_new_labels_start_the_label_side_anew_and_say_so(saved, tmp_path, caplog):
     caplog.set_level(logging.INFO, "hf_al")

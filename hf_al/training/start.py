@@ -1,5 +1,6 @@
 """What training starts from: the data, the tokenizer, and a model that is new or that somebody trained before."""
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -28,6 +29,7 @@ from .setup import check_lists, make_config
 logger = logging.getLogger(__name__)
 
 BEFORE_THE_FIRST_STEP = -1
+OF_NEW_TOKENIZERS = ("tokenizer_type", "tokenizer_vocab_size", "min_frequency", "lowercase", "text_style")
 Start = tuple[
     ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict, BatchOrder | StreamOrder, dict[str, Any]
 ]
@@ -46,6 +48,11 @@ def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
         columns = sources.choose_columns(datasets["train"], args)
     data, fingerprints = sources.load_with_fingerprints(args, datasets)
     about = {"fingerprint": fingerprints, "pairs": "text_pair" in data["train"].column_names}
+    name = args.model_name_or_path or args.encoder or args.tokenizer_name
+    fields = {f.name: f.default for f in dataclasses.fields(args)}
+    unused = [n for n in OF_NEW_TOKENIZERS if getattr(args, n) != fields[n]] if name else []
+    if unused:
+        logger.warning("The tokenizer is that of %s. Without effect: %s.", name, ", ".join(unused))
     if args.model_name_or_path:
         model, tokenizer, data = continue_model(args, data)
     else:
@@ -188,6 +195,11 @@ def _label_values(train: Dataset) -> dict[str, Any]:
     }
     if kind == "regression":
         labels = np.asarray(train["label"], np.float64)
+        if labels.std() == 0:
+            raise ValueError(
+                f"Expected labels that differ, got {labels[0]:g} in all {len(labels)} rows of train. Add rows with "
+                "other values, or name the label column: --label_column_name."
+            )
         values |= {"label_mean": [float(labels.mean())], "label_deviation": [float(labels.std())]}
     return values
 
