@@ -214,6 +214,9 @@ class TrainingArguments:
                 setattr(self, f.name, convert(value, typing.get_type_hints(type(self))[f.name]))
             except (TypeError, ValueError):
                 raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
+        for name in FILES:
+            if getattr(self, name) == "":  # an unset variable of a shell: without a word, another run would start
+                raise ValueError(f"Expected a name as {name}, got an empty one. Pass one, or leave {name} out.")
         import_own(self.import_module)
         self._check_encoder()
         if not self.model_type and not self.model_name_or_path:
@@ -325,12 +328,16 @@ class TrainingArguments:
                 f"eval_strategy={self.eval_strategy!r} and eval_steps={self.eval_steps}."
             )
         needs_evaluation = {
-            "early_stopping_patience": bool(self.early_stopping_patience),
-            "lr_scheduler_type='reduce_lr_on_plateau'": self.lr_scheduler_type == "reduce_lr_on_plateau",
+            "early_stopping_patience": self.early_stopping_patience or None,
+            "lr_scheduler_type": "reduce_lr_on_plateau" if self.lr_scheduler_type == "reduce_lr_on_plateau" else None,
         }
-        for name, needed in needs_evaluation.items():
-            if needed and self.eval_strategy == "no":
-                raise ValueError(f"Expected an eval_strategy for {name}, got 'no'. Pass eval_strategy='epoch'.")
+        for name, value in needs_evaluation.items():
+            if value and self.eval_strategy == "no":
+                other = "0" if isinstance(value, int) else "'linear'"
+                raise ValueError(
+                    f"Expected an eval_strategy for {name}={value!r}, got 'no'. Pass eval_strategy='epoch', or "
+                    f"{name}={other}."
+                )
         if self.lr_scheduler_kwargs and self.lr_scheduler_type == "constant":
             raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
         if self.max_steps == 0 or self.max_steps < -1:

@@ -88,7 +88,8 @@ def _run(argv: list[str]) -> None:
             f"Expected one of {', '.join(names)}, got {argv[0]!r}.{nearest(argv[0], names)} See hf-al --help."
         )
     flags, unknown = parser.parse_known_args(argv)
-    commands.get(flags.command, parser).refuse(unknown)
+    command = commands.get(flags.command, parser)
+    command.refuse(command.take(unknown, flags))
     if flags.command is None:
         raise ValueError("Expected a command, got none. See hf-al --help.")
     del flags.print_completion

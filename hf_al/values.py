@@ -1,5 +1,6 @@
 """Values of arguments and config fields, converted to the annotated type."""
 
+import logging
 import os
 import types
 import typing
@@ -8,10 +9,20 @@ from typing import Any
 
 import yaml
 
+logger = logging.getLogger(__name__)
+
 
 def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def capped(flag: str, wanted: int) -> int:
+    """At most as many as there are cores; a warning says so."""
+    cores = available_cores()
+    if wanted > cores:
+        logger.warning("--%s %d is more than this machine has: %d.", flag, wanted, cores)
+    return min(wanted, cores)
 
 
 def union_members(kind: Any) -> list[Any]:

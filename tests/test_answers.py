@@ -32,6 +32,7 @@ def test_texts_on_the_command_line_are_answered(trained, shell, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     given = predicted(shell, str(trained[0]), *TEXTS)
     assert given == predicted(shell, str(trained[0]), "--input", str(tmp_path / "texts.txt"))
+    assert given == predicted(shell, str(trained[0]), TEXTS[0], "--threads=1", *TEXTS[1:])
     alone = predicted(shell, str(trained[0]), "thank you\nso much")[0]
     assert (alone["label"], alone["score"]) == (given[0]["label"], pytest.approx(given[0]["score"], abs=1e-5))
 

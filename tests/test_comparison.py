@@ -105,6 +105,12 @@ def test_the_arguments_that_differ_are_listed(run):
     assert "All arguments but output_dir are the same." in as_text(compare([a, run("c")]))
 
 
+def test_runs_may_stand_on_both_sides_of_a_flag(run, shell):
+    status, out, err = shell("compare", run("a"), "--json", run("b", seed=2))
+    assert status == 0, err
+    assert [row["seed"] for row in json.loads(out)["runs"]] == [1, 2]
+
+
 def test_a_run_without_test_has_a_dash(run):
     report = {key: value for key, value in REPORT.items() if key != "test"}
     folder = run("a")

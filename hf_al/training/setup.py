@@ -33,7 +33,7 @@ from ..parallel.placement import Placement, place
 from ..parallel.transport import Alone
 from ..parsing import check_model_keys
 from ..registration import MODEL_CLASSES
-from ..values import available_cores
+from ..values import available_cores, capped
 from . import trackers
 from .checkpoint import clear_leftovers
 from .optim import make_optimizer, make_schedule
@@ -241,9 +241,7 @@ def set_threads(args: TrainingArguments) -> None:
     """Sets the number of threads. It affects rounding, so it follows from the arguments, never from the launcher."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = available_cores()
-    threads = min(args.threads or max(1, cores // local), cores)
-    if args.threads and args.threads > cores:
-        logger.warning("--threads %d is more than this machine has: %d.", args.threads, cores)
+    threads = capped("threads", args.threads) if args.threads else max(1, cores // local)
     torch.set_num_threads(threads)
     each = f", in each of {local} processes here" if local > 1 else ""
     logger.info("Threads: %d of %d cores%s.", threads, cores, each)
