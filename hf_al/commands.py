@@ -251,6 +251,8 @@ def _demo_flags(parser: FlagParser) -> None:
 
 def _demo(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
+    if flags.examples and not Path(flags.examples).is_file():
+        raise ValueError(f"Expected a file at {flags.examples}, found none. Check --examples.")
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .saved.demo import demo
 

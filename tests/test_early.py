@@ -34,6 +34,7 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         (["evaluate", "user/name", "--test_file=none.csv"], "Expected a file at none.csv, found none"),
         (["inspect", "nowhere"], "found nothing at nowhere"),
         (["demo", "nowhere"], "found nothing at nowhere"),
+        (["demo", "user/name", "--examples=none.txt"], "Expected a file at none.txt, found none. Check --examples."),
         (["push", "nowhere", "user/name"], "Expected report.json in nowhere, found none"),
         (["compare", "nowhere"], "Expected report.json in nowhere, found none"),
         (["train", "--output_dir=new"], "Expected data, got none"),
