@@ -48,7 +48,7 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         ([*TWEETS, "--test_file="], "Expected a name as test_file, got an empty one."),
         ([*TWEETS, "--encoder=."], "got .. Pass an encoder, as its save_pretrained writes it."),
         ([*TWEETS, "--encoder=bert-base-uncased"], "have one by now: google-bert/bert-base-uncased."),
-        ([*ROWS, "--text_column_names=mesage"], "Expected column 'mesage', got the columns ['text', 'label']."),
+        ([*ROWS, "--text_column_names=messagge"], "Expected column 'messagge', got the columns ['text', 'label']."),
         ([*ROWS, "--label_column_name=lable"], "Expected column 'lable', got the columns ['text', 'label']."),
         (["evaluate", "user/name", "--test_file=rows.csv", "--label_column_name=lable"], "Expected column 'lable'"),
         ([*ROWS, "--resume_from_checkpoint=none"], "got resume_from_checkpoint=none."),
