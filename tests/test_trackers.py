@@ -204,7 +204,7 @@ def test_standard_output_has_results_alone(tracked):
     assert all(re.fullmatch(r"[\d. ]+", row) for row in rows)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_wandb_asks_nobody_for_a_key(command, tmp_path):
     """On a terminal, without a key: the run goes offline and says so, instead of waiting for an answer."""
     argv, environment = command(tmp_path / "run", "wandb")
