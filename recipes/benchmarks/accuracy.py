@@ -7,13 +7,12 @@ csv or csv.gz. Without --data_dir, the recipes load from the Hub. Every run choo
 and reads test once. Runs that are already in the json are not repeated, so that a long series can be continued.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from common import data_flags, write_results
+from common import data_flags, kept_rows, series_parser, write_results
 
 import hf_al
 from hf_al.commands import set_up_output
@@ -90,22 +89,15 @@ def plot(path: str, lines: list[dict[str, Any]], objectives: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", metavar="FOLDER", help="a folder for each data set")
-    parser.add_argument("--json", metavar="FILE", help="where to keep machine, rows and ratios")
+    parser = series_parser(__doc__, ALL, "1", "out/accuracy")
     parser.add_argument("--plot", metavar="FILE", help="where to draw them")
-    parser.add_argument("--sets", default=ALL, help=f"data sets, comma-separated (default: {ALL})")
     parser.add_argument("--architectures", default="lstm,transformer", help="lstm, transformer or both")
     parser.add_argument("--objectives", default="al_ce,backprop", help="arms of the comparison")
-    parser.add_argument("--seeds", default="1", help="comma-separated")
-    parser.add_argument("--output_dir", default="out/accuracy", help="folder of the runs")
     known, more = parser.parse_known_args()  # further flags are those of hf-al train
     set_up_output()
     names = ("sets", "architectures", "objectives", "seeds")
     sets, architectures, objectives, seeds = (getattr(known, name).split(",") for name in names)
-    rows: list[dict[str, Any]] = []
-    if known.json and Path(known.json).is_file():
-        rows = json.loads(Path(known.json).read_text())["rows"]
+    rows = kept_rows(known.json)
     done = {(row["set"], row["architecture"], row["objective"], row["seed"]) for row in rows}
     for seed in map(int, seeds):
         for name in sets:

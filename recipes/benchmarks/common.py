@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved rounds, peak memory, and the json file."""
 
+import argparse
 import json
 import statistics
 import time
@@ -21,6 +22,22 @@ def data_flags(data_dir: str | None, name: str) -> list[str]:
         raise SystemExit(f"Expected a folder {name}* in {data_dir}, found none. Leave {name} out of --sets.")
     files = {split: sorted(folders[0].glob(f"{split}.csv*")) for split in ("train", "validation", "test")}
     return [f"--{split}_file={found[0]}" for split, found in files.items() if found]
+
+
+def series_parser(doc: str | None, sets: str, seeds: str, output_dir: str) -> argparse.ArgumentParser:
+    """The flags of a series of training runs, with these defaults; `doc` is the help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", metavar="FOLDER", help="a folder for each data set")
+    parser.add_argument("--json", metavar="FILE", help="where to keep machine, rows and ratios")
+    parser.add_argument("--sets", default=sets, help=f"data sets, comma-separated (default: {sets})")
+    parser.add_argument("--seeds", default=seeds, help=f"comma-separated (default: {seeds})")
+    parser.add_argument("--output_dir", default=output_dir, help=f"folder of the runs (default: {output_dir})")
+    return parser
+
+
+def kept_rows(path: str | None) -> list[dict[str, Any]]:
+    """The rows that `write_results` wrote before, so that a series goes on after them."""
+    return json.loads(Path(path).read_text())["rows"] if path and Path(path).is_file() else []
 
 
 def interleaved(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:

@@ -6,43 +6,34 @@ FOLDER has a folder for each data set (its name begins with that of the set), wi
 as csv or csv.gz. Without --data_dir, the sets are Hub ids.
 """
 
-import argparse
 import json
 import statistics
 
-from common import data_flags, write_results
+from common import data_flags, series_parser, write_results
 
 import hf_al
 from hf_al.commands import set_up_output
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 
-AS_IN_THE_PAPERS = {
-    "al_lstm": ["--initialization=xavier", "--learning_rate=1e-3"],
-    "al_transformer": [],
-}  # besides these
-OLD = [
+PAPERS = [
     "--objective=associated", "--embedding_block=true", "--num_blocks=4", "--embedding_dropout_prob=0.1",
     "--word_vectors=none", "--early_stopping_patience=0",
 ]  # fmt: skip
+PAPERS_LSTM = ["--initialization=xavier", "--learning_rate=1e-3"]  # as the transformer's defaults are
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", metavar="FOLDER", help="a folder for each data set")
-    parser.add_argument("--json", metavar="FILE", help="where to keep machine, rows and ratios")
-    parser.add_argument("--sets", default="trec6,mr,sst2", help="data sets, comma-separated")
+    parser = series_parser(__doc__, "trec6,mr,sst2", "1,2,3", "out/defaults")
     parser.add_argument("--architectures", default="al_lstm,al_transformer", help="comma-separated")
-    parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
-    parser.add_argument("--output_dir", default="out/defaults", help="folder of the runs")
     known, more = parser.parse_known_args()  # further flags are those of hf-al train
     set_up_output()
     rows, lines, ratios = [], [], {}
     for name in known.sets.split(","):
         for architecture in known.architectures.split(","):
             accuracies: dict[str, list[float]] = {}
-            arms = {"papers": [*OLD, *AS_IN_THE_PAPERS.get(architecture, [])], "defaults": []}
-            for arm, flags in arms.items():
+            papers = PAPERS + PAPERS_LSTM * (architecture == "al_lstm")
+            for arm, flags in (("papers", papers), ("defaults", [])):
                 for seed in known.seeds.split(","):
                     folder = f"{known.output_dir}/{name}_{architecture}_{arm}_{seed}"
                     run = [f"--model_type={architecture}", f"--seed={seed}", f"--output_dir={folder}"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import data_flags, write_results
+from common import data_flags, kept_rows, series_parser, write_results
 from datasets import load_dataset
 
 import hf_al
@@ -133,23 +133,18 @@ def summary(rows: list[dict[str, Any]], twin: str) -> tuple[list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", metavar="FOLDER", required=True, help="a folder for each data set")
+    parser = series_parser(__doc__, "trec6,sst2,banking77,emotion", "1,2,3", "out/encoders")
     parser.add_argument("--encoder", metavar="NAME", help="folder or Hub id (default: that of the package)")
-    parser.add_argument("--json", metavar="FILE", help="where to keep machine, rows and ratios")
-    parser.add_argument("--sets", default="trec6,sst2,banking77,emotion", help="data sets, comma-separated")
     parser.add_argument("--arms", default=ARMS, help=f"objective:blocks, comma-separated (default: {ARMS})")
-    parser.add_argument("--learning_rates", default="3e-5,1e-4,2e-4", help="tried by every arm")
-    parser.add_argument("--seeds", default="1,2,3", help="comma-separated; the first one chooses")
-    parser.add_argument("--output_dir", default="out/encoders", help="folder of the runs, which are removed again")
+    parser.add_argument("--learning_rates", default="3e-5,1e-4,2e-4", help="tried by every arm, with the first seed")
     known, more = parser.parse_known_args()  # further flags are those of hf-al train
+    if known.data_dir is None:
+        parser.error("expected --data_dir FOLDER, got none")
     set_up_output()
     known.encoder = known.encoder or packaged_encoder()
     seeds = [int(seed) for seed in known.seeds.split(",")]
     arms, sets, rates = (getattr(known, name).split(",") for name in ("arms", "sets", "learning_rates"))
-    rows: list[dict[str, Any]] = []
-    if known.json and Path(known.json).is_file():
-        rows = json.loads(Path(known.json).read_text())["rows"]
+    rows = kept_rows(known.json)
 
     def once(name: str, arm: str, rate: str, seed: int) -> None:
         if (name, arm, rate, seed) not in {(r["set"], r["arm"], r["learning rate"], r["seed"]) for r in rows}:

@@ -19,18 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import interleaved, paired_ratio, peak_bytes, write_results
-from step import CLASSES, random_rows
-from torch.utils.checkpoint import checkpoint
+from datasets import Dataset
+from step import CLASSES, loop_step, random_rows
 from transformers import BertConfig
 
 from hf_al import ALEncoderConfig, ALEncoderForSequenceClassification
-from hf_al.arguments import TrainingArguments
 from hf_al.commands import set_up_output
 from hf_al.data.batching import Collator
 from hf_al.messages import table
-from hf_al.parallel.placement import place
-from hf_al.training.optim import BlockOptimizers
-from hf_al.training.stage import Stage
 
 SIZES = {"vocab_size": 30_522, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 SMALL = {"vocab_size": 30_000, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
@@ -44,34 +40,8 @@ def make_model(sizes: dict[str, int], layers: int, objective: str, blocks: int) 
     return ALEncoderForSequenceClassification(config).train()
 
 
-def checkpoint_every_layer(model: ALEncoderForSequenceClassification) -> None:
-    """Layers keep their input only, and are computed again in the backward pass."""
-    for block in model.model.blocks:
-        for layer in block.encode.backbone.encoder.layer:
-            forward = layer.forward
-            layer.forward = lambda *args, f=forward, **kwargs: checkpoint(f, *args, use_reentrant=False, **kwargs)
-
-
-def loop_step(model: ALEncoderForSequenceClassification, batch: int, tokens: int) -> Step:
-    """A function that takes one step of the training loop."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    args = TrainingArguments(output_dir="unused")
-    units = model.config.units
-    optimizers = BlockOptimizers(dict(enumerate(model.model.blocks)), units, args, total_steps=1_000_000)
-    stage = Stage(model, place(units), 0, device, Collator(0, CLASSES), optimizers)
-    rows = np.arange(batch)
-    batches = stage.batches(random_rows([tokens] * batch), ((n, [rows]) for n in range(1_000_000)))
-
-    def step() -> None:
-        number, parts = next(batches)
-        stage.train_batch(parts, number, seed=0)
-
-    return step
-
-
-def updating_step(model: ALEncoderForSequenceClassification, batch: int, tokens: int) -> Step:
-    """The same where each weight is updated, and its gradient freed, inside the backward pass."""
+def updating_step(model: ALEncoderForSequenceClassification, data: Dataset, batch: int) -> Step:
+    """A step in which each weight is updated, and its gradient freed, inside the backward pass."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
 
@@ -84,7 +54,7 @@ def updating_step(model: ALEncoderForSequenceClassification, batch: int, tokens:
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(update(torch.optim.AdamW([parameter], lr=1e-5)))
-    inputs = Collator(0, CLASSES)(random_rows([tokens] * batch), np.arange(batch))
+    inputs = Collator(0, CLASSES)(data, np.arange(batch))
     inputs = {name: t.to(device) for name, t in inputs.items() if name != "lengths"}
     return lambda: model(**inputs).loss.backward()
 
@@ -100,9 +70,9 @@ def make_arms(sizes: dict[str, int], layers: int, batch: int, tokens: int) -> tu
     ):
         model = make_model(sizes, layers, objective, blocks)
         if name in ("checkpointed", "optimizer in backward"):
-            checkpoint_every_layer(model)
+            model.activation_checkpointing_enable({"use_reentrant": False})
         make = updating_step if name == "optimizer in backward" else loop_step
-        steps[name], counts[name] = make(model, batch, tokens), model.num_parameters()
+        steps[name], counts[name] = make(model, random_rows([tokens] * batch), batch), model.num_parameters()
     return steps, counts
 
 
@@ -135,7 +105,7 @@ def by_depth(depths: list[int]) -> list[dict[str, Any]]:
     for depth in depths:
         row: dict[str, Any] = {"layers": depth}
         for objective in ("backprop", "al_ce"):
-            step = loop_step(make_model(SMALL, depth, objective, depth), batch=8, tokens=64)
+            step = loop_step(make_model(SMALL, depth, objective, depth), random_rows([64] * 8), batch=8)
             step()
             row[objective] = peak_bytes(step) / 2**20
         rows.append(row)

@@ -53,14 +53,22 @@ def make_step(
     sizes = {"vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": TOKENS, "target_size": 128}
     torch.manual_seed(0)
     config = config_class(**values, **sizes, embedding_block=False, objective=objective)
+    return loop_step(model_class(config).train(), data, BATCH, embedding_optimizer, torch_compile)
+
+
+def loop_step(
+    model: Any, data: Dataset, batch: int, embedding_optimizer: str = "same", torch_compile: bool = False
+) -> Callable[[], Any]:
+    """Returns a function that takes one optimizer step of the training loop on the next `batch` rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model_class(config).to(device).train()
+    model.to(device)
+    units = model.config.units
     args = TrainingArguments(output_dir="unused", embedding_optimizer=embedding_optimizer)
-    optimizers = BlockOptimizers(dict(enumerate(model.model.blocks)), config.units, args, total_steps=1_000_000)
-    stage = Stage(model, place(config.units), 0, device, Collator(0, CLASSES), optimizers)
+    optimizers = BlockOptimizers(dict(enumerate(model.model.blocks)), units, args, total_steps=1_000_000)
+    stage = Stage(model, place(units), 0, device, Collator(0, CLASSES), optimizers)
     if torch_compile:
         stage.compile()
-    rows = [np.arange(BATCH) + BATCH * n for n in range(len(data) // BATCH)]
+    rows = [np.arange(batch) + batch * n for n in range(len(data) // batch)]
     batches = stage.batches(data, ((number, [rows[number % len(rows)]]) for number in range(1_000_000)))
 
     def step() -> None:
