@@ -106,6 +106,20 @@ def test_every_weight_of_a_block_learns_but_shared_tables(name):
     assert bool(frozen) == bool(LAYOUTS[name].shared)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_activation_checkpointing_gives_equal_gradients(name):
+    gradients = []
+    for checkpointing in (False, True):
+        model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=3, num_labels=3).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(0)  # of dropout
+        model(**ragged_ids(model.config.pad_token_id), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for n, gradient in gradients[0].items():
+        assert gradient is None or torch.allclose(gradient, gradients[1][n], atol=1e-5), n
+
+
 def test_an_encoder_with_a_head_gives_its_encoder():
     with_head = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SIZES)).eval()
     model = ALEncoderForSequenceClassification.from_encoder(with_head, num_labels=3).eval()

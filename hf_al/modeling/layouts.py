@@ -16,7 +16,7 @@ class Layout:
         shared: tables that every layer reads: each block has a copy, frozen, so that the copies stay equal.
         pre_norm: whether hidden states leave a layer without a layer norm.
         causal: whether a token sees only those before it: then the last one stands for the text.
-        first_position: the number of the first position, counted from the padding id (RoBERTa).
+        positions_after_padding: whether the first position is the one after the padding id (RoBERTa), and not 0.
     """
 
     layers: str = "encoder.layer"

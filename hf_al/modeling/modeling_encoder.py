@@ -8,7 +8,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from .configuration_encoder import ALEncoderConfig
 from .modeling_al import ALForSequenceClassification, ALModel
-from .pretrained import PretrainedEncoder, encoder_weights
+from .pretrained import PretrainedEncoder, empty_encoder, encoder_weights, materialise
 
 
 class ALEncoderModel(ALModel):
@@ -66,13 +66,8 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
 
     def to_encoder(self) -> PreTrainedModel:
         """The encoder in one piece, as a plain model of transformers with the weights of the blocks."""
-        encoder_config: Any = self.config.encoder_config
-        with torch.device("meta"):
-            encoder: Any = AutoModel.from_config(encoder_config)
-        if hasattr(encoder, "pooler"):
-            encoder.pooler = None  # it belongs to a task that the encoder was trained on before
-        encoder.to_empty(device=self.device)
-        encoder.init_weights()
+        encoder = empty_encoder(self.config)
+        materialise(encoder, self.device)
         encoder.load_state_dict(encoder_weights(self.model.blocks))
         return encoder.eval()
 

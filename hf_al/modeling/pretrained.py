@@ -24,6 +24,8 @@ from .objectives import Boundary
 class PassThrough(nn.Module):
     """Stands where a block has no embeddings."""
 
+    word_embeddings = tok_embeddings = None  # transformers' models ask for them by name
+
     def forward(self, input_ids: Any = None, inputs_embeds: Any = None, *args: Any, **kwargs: Any) -> Any:
         return inputs_embeds
 
@@ -45,34 +47,45 @@ class Part:
         return f"{start}{int(number) + self.layers.start}.{rest}"
 
 
+def empty_encoder(config: ALEncoderConfig) -> PreTrainedModel:
+    """The whole encoder that the config describes, without any memory, and without the pooler, which belongs to a task
+    that the encoder was trained on before."""
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(copy.deepcopy(config.encoder_config))
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return model
+
+
+def materialise(model: PreTrainedModel, device: torch.device) -> None:
+    """Random weights on the device, and the buffers that are not saved."""
+    model.to_empty(device=device)
+    model.init_weights()
+
+
 def make_part(config: ALEncoderConfig, index: int) -> tuple[Part, PreTrainedModel]:
     """Block `index` of the encoder that the config describes, with random weights: on the default device, or without
     any memory if that is "meta", as it is while transformers loads a model."""
-    encoder_config: Any = copy.deepcopy(config.encoder_config)
-    layout, depth = LAYOUTS[encoder_config.model_type], encoder_config.num_hidden_layers
-    part = Part(layout, config.layers_of(index), depth)
-    device = torch.get_default_device()
-    with torch.device("meta"):  # all layers: what a layer does may depend on its number
-        model = AutoModel.from_config(encoder_config)
+    model = empty_encoder(config)  # all layers: what a layer does may depend on its number
+    layout = LAYOUTS[model.config.model_type]
+    part = Part(layout, config.layers_of(index), config.depth)
     layers: Any = model.get_submodule(layout.layers)
     _replace(model, layout.layers, nn.ModuleList(layers[part.layers.start : part.layers.stop]))
     model.config.num_hidden_layers = len(part.layers)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[part.layers.start : part.layers.stop]
-    if hasattr(model, "pooler"):
-        model.pooler = None
     if index > 0:
         _replace(model, layout.embeddings, PassThrough())
         for name in layout.first:
             _replace(model, name, nn.Identity())
         for name in layout.first_or_none:
             _replace(model, name, None)
-    if part.layers.stop < depth:
+    if part.layers.stop < part.of:
         for name in layout.last:
             _replace(model, name, nn.Identity())
+    device = torch.get_default_device()
     if device.type != "meta":
-        model.to_empty(device=device)
-        model.init_weights()
+        materialise(model, device)
     for name in layout.shared:
         shared = _get(model, name)
         if shared is not None:
