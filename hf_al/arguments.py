@@ -367,6 +367,11 @@ class TrainingArguments:
             )
 
     @property
+    def tokenizer_source(self) -> str | None:
+        """Whose tokenizer is used; None if the run trains its own."""
+        return self.model_name_or_path or self.encoder or self.tokenizer_name
+
+    @property
     def hub_id(self) -> str:
         """The repository that this run is pushed to."""
         return self.hub_model_id or Path(self.output_dir).absolute().name

@@ -51,6 +51,7 @@ def model_card(
         baseline: the report of a run by backpropagation on the same data, to compare with.
     """
     split = "test" if "test" in report else "validation"
+    differing = _differing(report, baseline) if baseline else []
     exits = [row for row in report[split] if row["block"] in model.config.exits()]
     machine, pairs = report["machine"], bool(report["data"].get("pairs"))
     use = USES[report["problem_type"]].format(
@@ -72,7 +73,7 @@ def model_card(
         exits=exits,
         exits_table=table([{**row, **_cost(model, report, row["block"])} for row in exits], True),
         comparison=table([_in_short(r, split) for r in (report, baseline)], True) if baseline else None,
-        differing=table(_differing(report, baseline), True) if baseline and _differing(report, baseline) else None,
+        differing=table(differing, True) if differing else None,
         tokens=report["exit_speeds"][0]["tokens"],
         pairs=pairs,
         unit="pair" if pairs else "text",

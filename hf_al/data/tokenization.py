@@ -34,12 +34,12 @@ WORD = r"\w+|[^\w\s]"
 
 
 def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokenizerBase:
-    """The run's tokenizer: `tokenizer_name` loaded, or one trained on the texts of `train` (deterministic).
+    """The run's tokenizer: `tokenizer_source` loaded, or one trained on the texts of `train` (deterministic).
 
     Raises:
         ValueError: a name that cannot be loaded, or a tokenizer without a padding token.
     """
-    name = args.tokenizer_name or args.encoder
+    name = args.tokenizer_source
     if name:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)

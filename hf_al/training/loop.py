@@ -116,7 +116,7 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         _check_same("data", plan.identity["data"], transport)
         # everything else about the run follows from the arguments
         run_facts = {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}
-        if args.model_name_or_path or args.encoder or args.word_vectors:  # from files that may differ
+        if args.stages > 1 and (args.model_name_or_path or args.encoder or args.word_vectors):  # files may differ
             run_facts["first weights"] = weights_digest(model)
         _check_same("run", run_facts, transport)
         _check_same("model", plan.identity["model"], transport)

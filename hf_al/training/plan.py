@@ -147,12 +147,7 @@ def make_plan(
             "device": device.type,
             "torch": torch.__version__,
         },
-        warnings=data_warnings(
-            data,
-            config.label_names,
-            tokenizer,
-            is_trained=not (args.model_name_or_path or args.tokenizer_name or args.encoder),
-        ),
+        warnings=data_warnings(data, config.label_names, tokenizer, is_trained=args.tokenizer_source is None),
     )
 
 

@@ -48,7 +48,7 @@ def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
         columns = sources.choose_columns(datasets["train"], args)
     data, fingerprints = sources.load_with_fingerprints(args, datasets)
     about = {"fingerprint": fingerprints, "pairs": "text_pair" in data["train"].column_names}
-    name = args.model_name_or_path or args.encoder or args.tokenizer_name
+    name = args.tokenizer_source
     fields = {f.name: f.default for f in dataclasses.fields(args)}
     unused = [n for n in OF_NEW_TOKENIZERS if getattr(args, n) != fields[n]] if name else []
     if unused:
