@@ -8,6 +8,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from .own import import_own
 from .values import convert, numbers, type_name
 
 DATA = {"section": "data"}  # one data flag on the command line replaces all of a recipe's values in this section
-
-
 # Arguments that may name a file or folder on this machine
 FILES = (
     "train_file", "validation_file", "test_file", "model_name_or_path", "encoder", "tokenizer_name", "word_vectors",
@@ -34,6 +33,14 @@ SHOWING = {
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
+METRIC_NAMES = {  # the first one chooses the checkpoint unless another is named
+    "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
+    "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
+    "regression": ("mse", "pearson"),
+}
+TRACKERS = (  # those of accelerate, and codecarbon
+    "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "codecarbon",
 )  # fmt: skip
 PRETRAINED = "al_encoder"
 LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 1e-4}  # the best on validation; 1e-3 for others
@@ -287,17 +294,11 @@ class TrainingArguments:
             value = getattr(self, name)
             if not all(v > 0 and math.isfinite(v) for v in numbers(value)):
                 raise ValueError(f"Expected {name} above 0, got {value}.")
-        for name in [
-            "weight_decay",
-            "target_weight_decay",
-            "max_grad_norm",
-            "warmup_steps",
-            "word_vectors_extra_words",
-            "embedding_learning_rate_factor",
-            "seed",
-            "validation_seed",
-            "early_stopping_patience",
-        ]:
+        from_zero = (
+            "weight_decay target_weight_decay max_grad_norm warmup_steps word_vectors_extra_words "
+            "embedding_learning_rate_factor seed validation_seed early_stopping_patience"
+        )
+        for name in from_zero.split():
             if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(self, name))):
                 raise ValueError(f"Expected {name} to be 0 or more, got {getattr(self, name)}.")
         for name in ("adam_beta1", "adam_beta2", "validation_fraction"):
@@ -313,15 +314,13 @@ class TrainingArguments:
             "eval_strategy": ("epoch", "steps", "no"),
             "wire_dtype": ("float32", "bf16"),
             "hub_strategy": ("end", "checkpoint"),
-            "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
+            "problem_type": (None, *METRIC_NAMES),
+            "metric_for_best_model": (None, *dict.fromkeys(chain(*METRIC_NAMES.values()))),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                hint = nearest(str(getattr(self, name)), [a for a in allowed if a])
-                raise ValueError(
-                    f"Expected {name} to be one of {', '.join(a for a in allowed if a)}, "
-                    f"got {getattr(self, name)!r}.{hint}"
-                )
+            self._check_choice(name, getattr(self, name), allowed)
+        for tracker in self.trackers:
+            self._check_choice("report_to", tracker, (*TRACKERS, "all", "none"))
         if (self.eval_strategy == "steps") != (self.eval_steps is not None):
             raise ValueError(
                 "Expected eval_steps if, and only if, eval_strategy='steps', got "
@@ -365,6 +364,18 @@ class TrainingArguments:
                 "Expected the name of word_vectors and tokenizer_type='word' with word_vectors_extra_words, got "
                 "others. Leave it out, or pass them."
             )
+
+    def _check_choice(self, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+        if value not in allowed:
+            known = [a for a in allowed if a]
+            raise ValueError(
+                f"Expected {name} to be one of {', '.join(known)}, got {value!r}.{nearest(str(value), known)}"
+            )
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.report_to.split(",") if name.strip()))
 
     @property
     def tokenizer_source(self) -> str | None:

@@ -15,7 +15,7 @@ CONFIG = "config.json"  # to transformers, a folder without it is not a model
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors")
 # The code that travels with a model
 CODE = (
-    "configuration_al.py", "modeling_al.py", "blocks.py", "encoders.py", "lstm.py", "objectives.py",
+    "configuration_al.py", "modeling_al.py", "blocks.py", "encoders.py", "lstm.py", "objectives.py", "limits.py",
     "configuration_encoder.py", "modeling_encoder.py", "pretrained.py", "layouts.py",
 )  # fmt: skip
 EXPORTS = f"export.{'[0-9a-f]' * 8}.tmp"

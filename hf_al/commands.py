@@ -12,8 +12,10 @@ from typing import Any
 import shtab
 
 from .early import (
+    check_can_push,
     check_columns,
     check_destination,
+    check_exit,
     check_input_and_output,
     check_is_new,
     check_model_name,
@@ -172,6 +174,7 @@ def _predict(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     input_format(flags.input, flags.input_format)
     check_input_and_output(flags)
+    check_exit(flags.model, flags.exit_block)
     set_up_output(flags.disable_tqdm)
     from .saved.prediction import predict_file
 
@@ -229,6 +232,7 @@ def _push_flags(parser: FlagParser) -> None:
 def _push(flags: Namespace) -> None:
     check_metadata(flags.language, flags.license)
     read_report(flags.model)
+    check_can_push(flags.repo_id)
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .hub import push
 

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import os
 import tempfile
 import zlib
@@ -37,6 +38,8 @@ def check_training(args: TrainingArguments) -> None:
             checked_file(path, args.csv_delimiter)
     if args.train_file:
         check_columns(args.train_file, args.csv_delimiter, args.text_column_names, args.label_column_name)
+    if args.push_to_hub:
+        check_can_push(args.hub_id)
     resumed = args.resume_from_checkpoint
     if resumed not in (None, "last") and not Path(resumed).is_dir():
         raise ValueError(f"Expected the folder of a checkpoint, or last, got resume_from_checkpoint={resumed}.")
@@ -59,6 +62,40 @@ def check_model_name(name: str, revision: str | None = None, is_encoder: bool = 
     if not folder.exists() and name.count("/") != 1:
         advice = " Old ids without a user have one by now: google-bert/bert-base-uncased." if is_encoder else ""
         raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{advice}")
+
+
+def check_exit(model: str, exit_block: int | None) -> None:
+    """Refuses an exit that a model folder does not have. Of a Hub id this is seen when it is loaded."""
+    try:
+        values = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        exits = range(values["num_blocks"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # for the loader to say
+        return
+    if exit_block is not None and exit_block not in exits:
+        raise ValueError(
+            f"Expected exit_block from 0 to {len(exits) - 1}, the blocks of {model}, got {exit_block}. Leave it out "
+            "for the last one."
+        )
+
+
+def check_can_push(repo_id: str) -> None:
+    """Refuses a push that is known to fail without asking the Hub.
+
+    Raises:
+        ValueError: a name that is no repo id, no token, or HF_HUB_OFFLINE.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if constants.is_offline_mode():
+        raise ValueError("Expected to reach a Hub for a push, got HF_HUB_OFFLINE. Unset it, or push later.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
+    if get_token() is None:
+        raise ValueError("Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN.")
 
 
 def check_output_dir(args: TrainingArguments) -> Path:

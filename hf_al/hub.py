@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
 from .atomic import CODE, WEIGHTS
 from .card import eval_results, model_card, shared_arguments
@@ -96,20 +95,6 @@ def push_or_warn(folder: str, repo_id: str, private: bool) -> None:
         logger.info("Pushed to %s.", push(folder, repo_id, private))
     except Exception as error:
         logger.warning("%s The run is in %s. To push it later: hf-al push %s %s", error, folder, folder, repo_id)
-
-
-def check_can_push(repo_id: str) -> None:
-    """Refuses a push that is known to fail without asking the Hub.
-
-    Raises:
-        ValueError: a name that is no repo id, no token, or HF_HUB_OFFLINE.
-    """
-    if constants.is_offline_mode():
-        raise ValueError("Expected to reach a Hub with push_to_hub, got HF_HUB_OFFLINE. Unset one of them.")
-    with _refusals(repo_id):
-        validate_repo_id(repo_id)
-        if get_token() is None:
-            raise LocalTokenNotFoundError
 
 
 class Checkpoints:

@@ -7,12 +7,9 @@ import datasets
 import evaluate as hf_evaluate
 import numpy as np
 
+from .arguments import METRIC_NAMES
+
 ECE_BINS = 15
-BEST_METRIC = {
-    "single_label_classification": "accuracy",
-    "multi_label_classification": "f1_micro",
-    "regression": "mse",
-}
 SMALLER_IS_BETTER = {"log_loss", "ece", "mse"}
 
 
@@ -92,11 +89,6 @@ COMPUTE = {
     "multi_label_classification": multi_label_metrics,
     "regression": regression_metrics,
 }
-METRIC_NAMES = {
-    "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
-    "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
-    "regression": ("mse", "pearson"),
-}
 
 
 def chosen_metric(name: str | None, problem_type: str) -> str:
@@ -108,9 +100,9 @@ def chosen_metric(name: str | None, problem_type: str) -> str:
     if name is not None and name not in METRIC_NAMES[problem_type]:
         raise ValueError(
             f"Expected metric_for_best_model among {', '.join(METRIC_NAMES[problem_type])} ({problem_type}), got "
-            f"{name!r}. Leave it out to choose by {BEST_METRIC[problem_type]}."
+            f"{name!r}. Leave it out to choose by {METRIC_NAMES[problem_type][0]}."
         )
-    return name or BEST_METRIC[problem_type]
+    return name or METRIC_NAMES[problem_type][0]
 
 
 def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str) -> dict[str, float]:

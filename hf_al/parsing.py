@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections.abc import Callable
@@ -13,11 +14,16 @@ import yaml
 from .arguments import TrainingArguments
 from .config_fields import built_in, config_fields, known_fields
 from .messages import nearest
+from .modeling import limits
 from .values import convert, type_name, union_members
 
 FILE_FLAGS = {"config", "train_file", "validation_file", "test_file"}  # completed with file names in a shell
 FOLDER_FLAGS = {"output_dir", "resume_from_checkpoint"}
 OTHER_NAMES = {"num_hidden_layers": "num_blocks", "--num_hidden_layers": "--num_blocks"}  # those of transformers
+PER_BLOCK = (
+    "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "weight_decay",
+    "target_weight_decay", "max_grad_norm",
+)  # fmt: skip
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "NAME"}
 
 
@@ -136,6 +142,7 @@ def resolve(flags: dict[str, Any]) -> TrainingArguments:
     args = TrainingArguments(**{**values, **flags}, model=model)
     if not args.model_name_or_path:  # its architecture is not known yet
         check_model_keys(args)
+        check_new_model(args)
     if not args.output_dir and not print_only:
         raise ValueError("Expected --output_dir, got none. Pass --output_dir out/my_run, for example.")
     return args
@@ -190,10 +197,8 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def check_model_keys(args: TrainingArguments) -> None:
-    """Refuses config values that the chosen architecture does not have, and more stages than blocks; reads `1e-4`
-    strings as numbers."""
-    fields = config_fields(args.model_type)
-    known = {name: field.kind for name, field in fields.items()}
+    """Refuses config values that the chosen architecture does not have; reads `1e-4` strings as numbers."""
+    known = {name: field.kind for name, field in config_fields(args.model_type).items()}
     for key, value in args.model.items():
         if key not in known:
             name = OTHER_NAMES.get(str(key), str(key))
@@ -202,14 +207,34 @@ def check_model_keys(args: TrainingArguments) -> None:
             args.model[key] = convert(value, known[key])
         except (TypeError, ValueError):
             raise ValueError(f"Expected {key} as {type_name(known[key])}, got {value!r}.") from None
-    blocks, cuts = args.model.get("num_blocks", fields["num_blocks"].default), args.model.get("cuts")
+
+
+def check_new_model(args: TrainingArguments) -> None:
+    """Refuses what a new model cannot be, as far as that is known before its data and its classes: config values out of
+    range, more stages than blocks, lists that do not have one number for each block."""
+    fields = config_fields(args.model_type)
+    values = {**{name: field.default for name, field in fields.items()}, **args.model}
+    blocks, cuts = values["num_blocks"], args.model.get("cuts")
     if cuts and args.model.get("num_blocks", len(cuts) + 1) != len(cuts) + 1:
         raise ValueError(
             f"Expected {len(cuts) + 1} blocks with the cuts {cuts}, got num_blocks={blocks}. Leave one of them out."
         )
+    if args.model_type in limits.OF_ARCHITECTURES:
+        loaded = sys.modules.get(f"{__package__}.modeling.objectives")  # with your own ones, if there are any
+        objectives = getattr(loaded, "OBJECTIVES", limits.OBJECTIVE_NAMES)
+        limits.check_shared(Namespace(**values), tuple(objectives))
+        limits.OF_ARCHITECTURES[args.model_type](Namespace(**values))
     blocks = len(cuts) + 1 if cuts else blocks
-    if blocks > 0:  # else the config says what is wrong
-        check_stages(args.stages, blocks)
+    check_stages(args.stages, blocks)
+    check_lists(args, blocks)
+
+
+def check_lists(args: TrainingArguments, blocks: int) -> None:
+    """Refuses a list that does not have one number for each block."""
+    for name in PER_BLOCK:
+        value = getattr(args, name)
+        if isinstance(value, list) and len(value) != blocks:
+            raise ValueError(f"Expected {name} as one number, or {blocks} of them (num_blocks), got {len(value)}.")
 
 
 def check_stages(stages: int, units: int) -> None:

@@ -1,9 +1,15 @@
 """Mistakes that need no torch are answered before it is imported, with the flag and its value."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
+
+from hf_al.modeling.limits import OBJECTIVE_NAMES
+from hf_al.modeling.objectives import OBJECTIVES
+from hf_al.report import REPORTED
 
 CODE = """
 import sys
@@ -15,6 +21,7 @@ finally:
     slow = {"torch", "transformers", "datasets", "accelerate"} & sys.modules.keys()
     print(f"imported: {sorted(slow)}")
 """
+NO_TOKEN = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": "nowhere"}
 TWEETS = ["train", "--dataset_name=tweets", "--output_dir=new"]
 ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
 
@@ -54,15 +61,40 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         ([*ROWS, "--resume_from_checkpoint=none"], "got resume_from_checkpoint=none."),
         ([*TWEETS, "--seed=-1"], "Expected seed to be 0 or more, got -1."),
         ([*TWEETS, "--validation_seed=-3"], "Expected validation_seed to be 0 or more, got -3."),
+        ([*TWEETS, "--num_blocks=0"], "Expected num_blocks to be at least 1, got 0."),
+        ([*TWEETS, "--num_blocks=1000000"], "Expected num_blocks to be at most 1000, got 1000000."),
+        ([*TWEETS, "--objective=al_c"], "got 'al_c'. Did you mean al_ce?"),
+        ([*TWEETS, "--hidden_size=33"], "Expected an even hidden_size"),
+        ([*TWEETS, "--model_type=al_transformer", "--hidden_size=33"], "multiple of num_attention_heads, got 33 and 4"),
+        ([*TWEETS, "--model_type=al_transformer", "--num_attention_heads=0"], "num_attention_heads to be at least 1"),
+        (
+            [*TWEETS, "--encoder=user/name", "--pooling=final"],
+            "one of mean, max, first, last, got 'final'",
+        ),
+        ([*TWEETS, "--learning_rate=0.1,0.2,0.3"], "learning_rate as one number, or 2 of them (num_blocks), got 3."),
+        ([*TWEETS, "--metric_for_best_model=macrof1"], "got 'macrof1'. Did you mean macro_f1?"),
+        ([*TWEETS, "--report_to=none,tensorbord"], "got 'tensorbord'. Did you mean tensorboard?"),
+        ([*TWEETS, "--push_to_hub"], "Expected a token of the Hub, found none."),
+        (["predict", "model", "--exit_block=9", "a text"], "from 0 to 2, the blocks of model, got 9."),
+        (["push", "model", "user/name"], "Expected a token of the Hub, found none."),
+        (["push", "model", "user name"], "Expected a repo id as user/name, got 'user name'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_answered_without_torch(argv, said, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"num_blocks": 3}')
+    (tmp_path / "model" / "report.json").write_text(json.dumps(dict.fromkeys(REPORTED)))
     command = [sys.executable, "-c", CODE, *argv]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, cwd=tmp_path, env=NO_TOKEN, capture_output=True, text=True, timeout=50)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == "imported: []\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "model"}
+
+
+def test_the_objectives_known_without_torch_are_those_that_come_with_hf_al():
+    ours = {name for name, row in OBJECTIVES.items() if row.local_loss.__module__.startswith("hf_al.")}
+    assert set(OBJECTIVE_NAMES) == ours

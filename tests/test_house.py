@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_al"
 ROOMS = [
-    ("values", "atomic", "messages", "own"), ("modeling",), ("registration",), ("config_fields", "metrics"),
-    ("arguments",),
-    ("parsing", "early"), ("loading",), ("data",), ("parallel",), ("report", "plots", "metadata", "card"), ("hub",),
+    ("values", "atomic", "messages", "own"), ("modeling",), ("registration",), ("config_fields",), ("arguments",),
+    ("parsing", "early", "metrics"), ("loading",), ("data",), ("parallel",),
+    ("report", "plots", "metadata", "card"), ("hub",),
     ("training",), ("saved",), ("evaluation",), ("commands",), ("cli", "__init__"),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}

@@ -76,10 +76,11 @@ def test_disable_tqdm_shows_no_bar_in_python_either(few_tweets, tmp_path, capfd)
     assert "examples/s" in capfd.readouterr().err
 
 
-def test_the_time_to_go_is_told_after_the_first_log(few_tweets, tmp_path, caplog, monkeypatch):
+def test_the_time_to_go_is_told_once_and_does_not_wait_for_a_log(few_tweets, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("hf_al.training.record.WORTH_SAYING", 0)
+    monkeypatch.setattr("hf_al.training.record.SETTLED", 0)
     caplog.set_level(logging.INFO, logger="hf_al")
-    hf_al.train(arguments(tmp_path, max_steps=9, logging_steps=2), few_tweets)
+    hf_al.train(arguments(tmp_path, max_steps=9, logging_steps=9), few_tweets)
     said = [record.message for record in caplog.records if "to go" in record.message]
     assert said
     assert len(said) == 1

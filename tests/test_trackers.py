@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.utils import LoggerType
 
 import hf_al
+from hf_al.arguments import TRACKERS
 from hf_al.training import trackers
 
 STEPS, LOGGED = 12, [4, 8, 12]
@@ -255,13 +257,20 @@ def test_the_message_says_what_to_install(missing, package, monkeypatch):
     installed = [name for name in trackers.get_available_trackers() if str(name) != missing]
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: installed)
     with pytest.raises(ValueError, match=f"Run pip install {package}, or leave it out"):
-        trackers.chosen(f"tensorboard,{missing}")
+        trackers.chosen(["tensorboard", missing])
 
 
 def test_names_are_read_as_users_write_them():
-    assert trackers.chosen("none") == trackers.chosen("") == []
-    assert trackers.chosen(" mlflow, tensorboard,mlflow") == ["mlflow", "tensorboard"]
-    assert {"tensorboard", "wandb", "trackio", "mlflow"} <= set(trackers.chosen("all"))
+    def chosen(report_to):
+        return trackers.chosen(arguments("run", report_to=report_to).trackers)
+
+    assert chosen("none") == chosen("") == []
+    assert chosen(" mlflow, tensorboard,mlflow") == ["mlflow", "tensorboard"]
+    assert {"tensorboard", "wandb", "trackio", "mlflow"} <= set(chosen("all"))
+
+
+def test_every_tracker_of_accelerate_has_its_name():
+    assert set(TRACKERS) - {"codecarbon"} == {str(name) for name in LoggerType.list()} - {"all"}
 
 
 def test_trackers_get_flat_plain_values():

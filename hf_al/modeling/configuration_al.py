@@ -17,49 +17,14 @@ decode_target_1( ... decode_target_k( bridge_k( pool(s_k) ) ) ).
 Sources: Kao & Chen, Neural Computation 33(1), 2021, arXiv 1906.05560; Wu, Lin, Chen & Chen, ICLR 2022.
 """
 
-import difflib
 import math
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .limits import check_lstm, check_shared, check_transformer, one_of
 from .objectives import OBJECTIVES
-
-ACTIVATIONS = ("tanh", "sigmoid", "elu", "gelu", "layer_norm", "identity")
-INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-
-
-def _choice(config, name, allowed):
-    value = getattr(config, name)
-    if value not in allowed:
-        nearest = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-        advice = f"Did you mean {nearest[0]}?" if nearest else f"Pass {allowed[0]!r}, for example."
-        raise ValueError(f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. {advice}")
-
-
-def _at_least(config, name, minimum):
-    value = getattr(config, name)
-    if value is not None and value < minimum:
-        raise ValueError(f"Expected {name} to be at least {minimum}, got {value}. Pass {name}={minimum} or more.")
-
-
-def _at_most(config, name, maximum):
-    value = getattr(config, name)
-    if value > maximum:
-        raise ValueError(f"Expected {name} to be at most {maximum}, got {value}. Pass {name}={maximum} or less.")
-
-
-def _probability(config, name):
-    value = getattr(config, name)
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"Expected {name} in [0, 1), got {value}. Pass {name}=0.1, for example, or 0.0 to switch it off."
-        )
-
-
-MOST_LAYERS = 1000  # each is a module: very many would fill the memory before anybody looks at a weight
 
 
 @strict
@@ -146,35 +111,8 @@ class ALConfig(PreTrainedConfig):
         if self.problem_type is None and self.num_labels == 1:
             self.problem_type = "regression"  # set here, because `pipeline` applies a sigmoid if it is None
 
-    def validate_choices(self):
-        _choice(self, "objective", tuple(OBJECTIVES))
-        _choice(self, "associated_loss", ("mse", "cosine"))
-        _choice(self, "label_activation", ACTIVATIONS)
-        _choice(self, "bridge_activation", ACTIVATIONS)
-        _choice(self, "initialization", INITIALIZATIONS)
-        if self.problem_type is not None:
-            _choice(self, "problem_type", PROBLEM_TYPES)
-
-    def validate_ranges(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "embedding_size",
-            "num_blocks",
-            "layers_per_block",
-            "target_size",
-            "bridge_layers",
-            "max_position_embeddings",
-        ):
-            _at_least(self, name, 1)
-        for name in ("num_blocks", "layers_per_block", "bridge_layers"):
-            _at_most(self, name, MOST_LAYERS)
-        for name in ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing"):
-            _probability(self, name)
-        for name in ("initializer_range", "embedding_std"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"Expected {name} to be a positive number, got {value}. Pass {name}=0.1, for example.")
+    def validate_values(self):
+        check_shared(self, tuple(OBJECTIVES))
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"Expected pad_token_id in [0, {self.vocab_size}), the vocabulary, got {self.pad_token_id}. "
@@ -279,12 +217,7 @@ class ALLstmConfig(ALConfig):
     carry_state: bool = False
 
     def validate_encoder(self):
-        _choice(self, "pooling", ("mean", "max", "final"))
-        if self.hidden_size % 2:
-            raise ValueError(
-                f"Expected an even hidden_size (half for each LSTM direction), got {self.hidden_size}. "
-                f"Pass hidden_size={self.hidden_size + 1}."
-            )
+        check_lstm(self)
 
 
 @strict
@@ -316,29 +249,5 @@ class ALTransformerConfig(ALConfig):
     def validate_encoder(self):
         from transformers.activations import ACT2FN
 
-        _choice(self, "pooling", ("mean", "max", "first"))
-        _choice(self, "position_embedding_type", ("rotary", "learned"))
-        _choice(self, "hidden_act", tuple(ACT2FN))
-        _probability(self, "attention_probs_dropout_prob")
-        for name in ("num_attention_heads", "intermediate_size"):
-            _at_least(self, name, 1)
-        for name in ("num_blocks", "layers_per_block", "bridge_layers"):
-            _at_most(self, name, MOST_LAYERS)
-        for name, usual in (("rotary_base", 10000.0), ("layer_norm_eps", 1e-5)):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(
-                    f"Expected {name} to be a positive number, got {value}. Pass {name}={usual}, for example."
-                )
-        head_size, rest = divmod(self.hidden_size, self.num_attention_heads)
-        if rest:
-            raise ValueError(
-                f"Expected hidden_size to be a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}. Pass hidden_size={self.num_attention_heads * (head_size + 1)}, for "
-                "example."
-            )
-        if self.position_embedding_type == "rotary" and head_size % 2:
-            raise ValueError(
-                f"Expected an even hidden_size / num_attention_heads for rotary positions, got {head_size}. "
-                "Pass fewer heads, or position_embedding_type='learned'."
-            )
+        check_transformer(self)
+        one_of(self, "hidden_act", tuple(ACT2FN))

@@ -8,8 +8,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_al import ALConfig, _choice
+from .configuration_al import ALConfig
 from .layouts import LAYOUTS
+from .limits import check_encoder
 
 
 @strict
@@ -82,7 +83,7 @@ class ALEncoderConfig(ALConfig):
 
     def validate_encoder(self):
         check_layout(self.encoder_config)
-        _choice(self, "pooling", ("mean", "max", "first", "last"))
+        check_encoder(self)
         bounds = [0, *(self.cuts or ()), self.depth]
         if any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(

@@ -8,9 +8,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from ..arguments import METRIC_NAMES
 from ..early import check_model_name
 from ..messages import last_line, some, table
-from ..metrics import BEST_METRIC
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..own import hint
@@ -52,7 +52,7 @@ def inspect(name: str, revision: str | None = None) -> dict[str, Any]:
         "max_length": config.max_position_embeddings,
         "inference_only": config.inference_only,
         "parameters": {kind: sum(block["parameters"][kind] for block in blocks) for kind in kinds},
-        "metric": BEST_METRIC[config.resolved_problem_type],
+        "metric": METRIC_NAMES[config.resolved_problem_type][0],
         "blocks": blocks,
     }
 

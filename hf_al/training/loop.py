@@ -124,7 +124,7 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         run.resume()
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_last else None)
         check_shared(output_dir, transport)
-        with energy.measured(transport.is_last and trackers.ENERGY in trackers.chosen(args.report_to)) as kwh:
+        with energy.measured(transport.is_last and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
             run.fit()
         report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start, kwh)
         if args.push_to_hub and transport.is_last:

@@ -16,7 +16,8 @@ from .plan import Plan
 from .progress import Progress
 from .window import Window
 
-WORTH_SAYING = 20  # seconds
+SETTLED = 3.0  # seconds after the first step, until the pace of a run is known
+WORTH_SAYING = 5.0  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +37,15 @@ class Record:
         self.window = Window()
         self.warned: set[str] = set()
         self.window_start = self.clock = 0.0
-        self.first_step: int | None = None  # until the first log, which tells how long the run will take
+        self.first: tuple[int, float] | None = None  # the first step, which warms up, and the training time at its end
+        self.estimated = False
 
     def start(self) -> None:
         """Starts the trackers and the clock."""
         if self.transport.is_last:
             first = self.progress.step + 1
             trackers.start(self.accelerator, self.plan.output_dir, self.plan.args.to_dict(), first)
-        self.window_start, self.first_step = self.progress.seconds, self.progress.step
+        self.window_start = self.progress.seconds
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -57,6 +59,17 @@ class Record:
     def add(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor], examples: int) -> None:
         """The scalars of one step, and how many examples it had."""
         self.window.add(losses, norms, examples)
+        if self.transport.is_last and not self.estimated:
+            self._estimate(self.progress.seconds + time.perf_counter() - self.clock)
+
+    def _estimate(self, trained: float) -> None:
+        """Says once, after `trained` seconds without evaluations, how long the run will take."""
+        step, before = self.first = self.first or (self.progress.step, trained)
+        if trained - before > SETTLED:
+            self.estimated = True
+            to_go = (trained - before) / (self.progress.step - step) * (self.plan.total_steps - self.progress.step)
+            if to_go > WORTH_SAYING:
+                logger.info("About %s to go, evaluations not counted.", duration(to_go))
 
     def log(self, rates: dict[int, float]) -> dict[str, float]:
         """Writes means since the last log to history and trackers; returns the total of the local losses, for the bar.
@@ -87,11 +100,6 @@ class Record:
             "examples_per_second": examples / max(seconds, 1e-9),
             "peak_memory_mib": max(stage["memory"] for stage in stages),
         }
-        if self.first_step is not None:
-            to_go = seconds / (step - self.first_step) * (self.plan.total_steps - step)
-            self.first_step = None
-            if to_go > WORTH_SAYING:
-                logger.info("About %s to go, evaluations not counted.", duration(to_go))
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}

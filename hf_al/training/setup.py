@@ -22,8 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..arguments import TrainingArguments
 from ..atomic import CODE, EXPORTS, WEIGHTS
-from ..early import check_output_dir
-from ..hub import check_can_push
+from ..early import check_can_push, check_output_dir
 from ..loading import load_encoder_config
 from ..messages import last_line
 from ..modeling.configuration_al import ALConfig
@@ -31,7 +30,7 @@ from ..modeling.objectives import OBJECTIVES
 from ..parallel.launch import ACCELERATE, LOCAL_RANK
 from ..parallel.placement import Placement, place
 from ..parallel.transport import Alone
-from ..parsing import check_model_keys
+from ..parsing import check_model_keys, check_new_model
 from ..registration import MODEL_CLASSES
 from ..values import available_cores, capped
 from . import trackers
@@ -40,10 +39,6 @@ from .optim import make_optimizer, make_schedule
 
 logger = logging.getLogger(__name__)
 
-PER_BLOCK = (
-    "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "weight_decay",
-    "target_weight_decay", "max_grad_norm",
-)  # fmt: skip
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
@@ -70,23 +65,13 @@ def check_model(args: TrainingArguments) -> None:
     if args.model_name_or_path:
         return
     check_model_keys(args)
+    check_new_model(args)
     config = make_config(args, {n: v for n, v in args.model.items() if n not in NEED_LABELS})
-    check_lists(args, config)
     if args.encoder and args.max_seq_length > config.max_position_embeddings:
         raise ValueError(
             f"Expected a max_seq_length of at most {config.max_position_embeddings}, the positions of {args.encoder}, "
             f"got {args.max_seq_length}. Pass --max_seq_length {config.max_position_embeddings} or less."
         )
-
-
-def check_lists(args: TrainingArguments, config: ALConfig) -> None:
-    """Refuses a list that does not have one number for each block."""
-    for name in PER_BLOCK:
-        value = getattr(args, name)
-        if isinstance(value, list) and len(value) != config.num_blocks:
-            raise ValueError(
-                f"Expected {name} as one number, or {config.num_blocks} of them (num_blocks), got {len(value)}."
-            )
 
 
 def make_config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
@@ -147,7 +132,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             tracker that is unknown or not installed.
     """
     _check_world(args, int(os.environ.get("WORLD_SIZE", 1)))
-    log_with = [name for name in trackers.chosen(args.report_to) if name != trackers.ENERGY]
+    log_with = [name for name in trackers.chosen(args.trackers) if name != trackers.ENERGY]
     try:
         accelerator = Accelerator(  # places and tracks only; stage.py sets the precision, whatever an earlier one chose
             cpu=args.use_cpu,

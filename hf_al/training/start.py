@@ -21,10 +21,10 @@ from ..messages import some
 from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
-from ..parsing import check_model_keys
+from ..parsing import check_lists, check_model_keys
 from ..registration import MODEL_CLASSES
 from .local_step import block_randomness
-from .setup import check_lists, make_config
+from .setup import make_config
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def continue_model(
         )  # fmt: skip
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
     config = _config(args, {**saved.config.to_dict(), "_name_or_path": "", **labels, **args.model})
-    check_lists(args, config)
+    check_lists(args, config.num_blocks)
     model = _new_model(config, args.seed)
     kept, wanted = (
         {n: t for n, t in tensors.items() if keeps_labels or not _is_label_side(n, model)}

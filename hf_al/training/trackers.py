@@ -15,41 +15,30 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
-
-from ..messages import nearest
 
 logger = logging.getLogger(__name__)
 
 ENERGY = "codecarbon"  # not a tracker of accelerate: energy.py
-KNOWN = [*(name for name in LoggerType.list() if name != "all"), ENERGY]
 PACKAGES = {"trackio": "trackio gradio_client", "comet_ml": "comet_ml", "mlflow": "mlflow"}  # others: the same name
 
 
-def chosen(report_to: str) -> list[str]:
-    """The trackers that `report_to` names, each once: comma-separated names, `all` (that are installed) or `none`.
+def chosen(names: list[str]) -> list[str]:
+    """The trackers that `report_to` names; `all` are those that are installed, `none` is nobody.
 
     Raises:
-        ValueError: an unknown name (with the nearest one), or a tracker that is not installed (with what to install).
+        ValueError: a tracker that is not installed (with what to install).
     """
     installed = [str(name) for name in get_available_trackers()] + [ENERGY] * bool(importlib.util.find_spec(ENERGY))
-    names = [name.strip() for name in report_to.split(",") if name.strip()]
-    if names in ([], ["none"]):
-        return []
-    if names == ["all"]:
+    if "all" in names:
         return installed
+    names = [name for name in names if name != "none"]
     for name in names:
-        if name not in KNOWN:
-            raise ValueError(
-                f"Expected report_to as none, all, or some of {', '.join(KNOWN)}, got {name!r}."
-                f"{nearest(name, [*KNOWN, 'all', 'none'])}"
-            )
         if name not in installed:
             raise ValueError(
                 f"Expected the tracker {name} to be installed, found none. "
                 f"Run pip install {PACKAGES.get(name, name)}, or leave it out of report_to."
             )
-    return list(dict.fromkeys(names))
+    return names
 
 
 def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], first_step: int) -> None:

@@ -1,0 +1,110 @@
+"""What config values may be. Without torch, so that `hf-al train` answers a mistake before that is imported.
+
+A config is anything with the values as attributes. Those that it lacks, or that are None, are not checked.
+"""
+
+import difflib
+import math
+from typing import Any
+
+ACTIVATIONS = ("tanh", "sigmoid", "elu", "gelu", "layer_norm", "identity")
+INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "backprop")  # those that come with hf_al
+MOST_LAYERS = 1000  # each is a module: very many would fill the memory before anybody looks at a weight
+
+
+def one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """ValueError, with the nearest one, unless the value is one of those allowed."""
+    value = getattr(config, name, None)
+    if value is not None and value not in allowed:
+        nearest = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+        advice = f"Did you mean {nearest[0]}?" if nearest else f"Pass {allowed[0]!r}, for example."
+        raise ValueError(f"Expected {name} to be one of {', '.join(allowed)}, got {value!r}. {advice}")
+
+
+def at_least(config: Any, name: str, minimum: int) -> None:
+    value = getattr(config, name, None)
+    if value is not None and value < minimum:
+        raise ValueError(f"Expected {name} to be at least {minimum}, got {value}. Pass {name}={minimum} or more.")
+
+
+def at_most(config: Any, name: str, maximum: int) -> None:
+    value = getattr(config, name, None)
+    if value is not None and value > maximum:
+        raise ValueError(f"Expected {name} to be at most {maximum}, got {value}. Pass {name}={maximum} or less.")
+
+
+def probability(config: Any, name: str) -> None:
+    value = getattr(config, name, None)
+    if value is not None and not 0 <= value < 1:
+        raise ValueError(
+            f"Expected {name} in [0, 1), got {value}. Pass {name}=0.1, for example, or 0.0 to switch it off."
+        )
+
+
+def positive(config: Any, name: str, usual: float) -> None:
+    value = getattr(config, name, None)
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"Expected {name} to be a positive number, got {value}. Pass {name}={usual}, for example.")
+
+
+def check_shared(config: Any, objectives: tuple[str, ...]) -> None:
+    """The values that all architectures share, each by itself. `objectives`: the names of those that are known."""
+    one_of(config, "objective", objectives)
+    one_of(config, "associated_loss", ("mse", "cosine"))
+    one_of(config, "label_activation", ACTIVATIONS)
+    one_of(config, "bridge_activation", ACTIVATIONS)
+    one_of(config, "initialization", INITIALIZATIONS)
+    one_of(config, "problem_type", PROBLEM_TYPES)
+    for name in ("vocab_size", "hidden_size", "embedding_size", "target_size", "max_position_embeddings"):
+        at_least(config, name, 1)
+    for name in ("num_blocks", "layers_per_block", "bridge_layers"):
+        at_least(config, name, 1)
+        at_most(config, name, MOST_LAYERS)
+    for name in ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing"):
+        probability(config, name)
+    for name in ("initializer_range", "embedding_std"):
+        positive(config, name, 0.1)
+
+
+def check_lstm(config: Any) -> None:
+    """Those of `al_lstm`."""
+    one_of(config, "pooling", ("mean", "max", "final"))
+    if config.hidden_size % 2:
+        raise ValueError(
+            f"Expected an even hidden_size (half for each LSTM direction), got {config.hidden_size}. "
+            f"Pass hidden_size={config.hidden_size + 1}."
+        )
+
+
+def check_transformer(config: Any) -> None:
+    """Those of `al_transformer`."""
+    one_of(config, "pooling", ("mean", "max", "first"))
+    one_of(config, "position_embedding_type", ("rotary", "learned"))
+    probability(config, "attention_probs_dropout_prob")
+    for name in ("num_attention_heads", "intermediate_size"):
+        at_least(config, name, 1)
+    positive(config, "rotary_base", 10000.0)
+    positive(config, "layer_norm_eps", 1e-5)
+    heads = config.num_attention_heads
+    head_size, rest = divmod(config.hidden_size, heads)
+    if rest:
+        raise ValueError(
+            f"Expected hidden_size to be a multiple of num_attention_heads, got {config.hidden_size} and {heads}. "
+            f"Pass hidden_size={heads * (head_size + 1)}, for example."
+        )
+    if config.position_embedding_type == "rotary" and head_size % 2:
+        raise ValueError(
+            f"Expected an even hidden_size / num_attention_heads for rotary positions, got {head_size}. "
+            "Pass fewer heads, or position_embedding_type='learned'."
+        )
+
+
+def check_encoder(config: Any) -> None:
+    """Those of `al_encoder` that do not depend on the encoder."""
+    one_of(config, "pooling", ("mean", "max", "first", "last"))
+    positive(config, "layer_norm_eps", 1e-5)
+
+
+OF_ARCHITECTURES = {"al_lstm": check_lstm, "al_transformer": check_transformer, "al_encoder": check_encoder}
