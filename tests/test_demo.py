@@ -90,6 +90,7 @@ def test_a_model_can_be_tried_in_a_browser(browser, port, trained, start, tmp_pa
     try_the_page(browser, port, tmp_path, "run")
 
 
+@pytest.mark.slow
 def test_a_space_answers_where_hf_al_is_not_installed(browser, port, trained, shell, tmp_path):
     space = tmp_path / "space"
     status, _, err = shell("demo", str(trained[0]), "--space", str(space))

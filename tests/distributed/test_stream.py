@@ -106,8 +106,8 @@ def slow(*values):
     ("case", "stages"),
     [
         ("lstm_associated_state", 4), slow("lstm_associated_state", 2), slow("lstm_associated_state", 3),
-        ("lstm_al_ce", 3), slow("lstm_al_ce", 2), slow("lstm_al_ce", 4),
-        ("transformer_associated", 2), slow("transformer_associated", 3), slow("transformer_associated", 4),
+        slow("lstm_al_ce", 3), slow("lstm_al_ce", 2), slow("lstm_al_ce", 4),
+        slow("transformer_associated", 2), slow("transformer_associated", 3), slow("transformer_associated", 4),
         ("transformer_al_ce_plateau_sparse", 3), slow("transformer_al_ce_plateau_sparse", 2),
         slow("transformer_al_ce_plateau_sparse", 4),
     ],
@@ -152,7 +152,7 @@ def test_a_pretrained_encoder_streams(encoder_folder, tweet_files, tmp_path):
     assert sha256(tmp_path / "3") == sha256(tmp_path / "1")
 
 
-@pytest.mark.parametrize("flags", [["--objective=local_similarity"], ["--model_type=al_conv"]])
+@pytest.mark.parametrize("flags", [["--objective=local_similarity"], slow(["--model_type=al_conv"])])
 def test_an_objective_and_an_encoder_of_a_users_own_stream(flags, run_flags, tmp_path):
     """Those of the documentation: they do not declare what they send."""
     for stages in (1, 3):
@@ -207,7 +207,7 @@ def test_stages_go_on_from_one_trained_model(run_flags, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("more", [["--wire_dtype=bf16"], ["--bf16"]])
+@pytest.mark.parametrize("more", [["--wire_dtype=bf16"], slow(["--bf16"])])
 def test_a_narrow_wire_rounds_in_every_placement(more, run_flags, alone, tmp_path):
     counts = {}
     for stages in (1, 2):
@@ -218,6 +218,7 @@ def test_a_narrow_wire_rounds_in_every_placement(more, run_flags, alone, tmp_pat
     assert sha256(tmp_path / "1")["model.safetensors"] != alone("transformer_associated")["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_early_stopping_is_one_decision(run_flags, tmp_path):
     more = ["--early_stopping_patience=1", "--eval_steps=5", "--learning_rate=1e-6"]
     for stages in (1, 3):
@@ -249,7 +250,7 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
 @pytest.mark.parametrize(
     ("killed", "first", "then"),
     [
-        ("in a step", 3, 2), slow("in a step", 1, 4), ("while saving", 4, 1), slow("while saving", 2, 3),
+        ("in a step", 3, 2), slow("in a step", 1, 4), slow("while saving", 4, 1), slow("while saving", 2, 3),
         slow("in an evaluation", 3, 4),
     ],
 )  # fmt: skip
@@ -286,7 +287,7 @@ def test_an_error_is_said_once_and_ends_all(run_flags, tmp_path):
     assert [words.splitlines()[-1] for words in said[1:]] == ["SystemExit: 2"] * 2
 
 
-@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, 0), slow(signal.SIGTERM, 2), slow(signal.SIGINT, 1)])
 def test_a_signal_at_any_stage_stops_all_after_the_same_step(number, where, run_flags, alone, tmp_path):
     flags = run_flags("lstm_al_ce", 3, tmp_path / "run", "--resume_from_checkpoint=last")
     said = run_world(3, jobs.signalled_in_step, number, 20, where, flags)

@@ -111,6 +111,10 @@ def signal_in_step(patch, step: int, number: signal.Signals) -> None:
     hook(patch, BlockOptimizers, "update", before=send)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 STOPS = {
     "after_the_first_save": (stop_after_save, 1),
     "after_the_fourth_save": (stop_after_save, 4),
@@ -125,11 +129,11 @@ STOPS = {
 @pytest.mark.parametrize(
     ("objective", "stop"),
     [
-        *(("associated", stop) for stop in STOPS),
+        *(slow("associated", stop) if stop.startswith("after") else ("associated", stop) for stop in STOPS),
         ("al_ce", "after_the_fourth_save"),
-        ("al_ce", "between_updates_of_step_20"),
+        slow("al_ce", "between_updates_of_step_20"),
         ("backprop", "after_the_first_save"),
-        ("backprop", "between_updates_of_the_last_step"),
+        slow("backprop", "between_updates_of_the_last_step"),
     ],
 )
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(objective, stop, run_flags, never_stopped, tmp_path):
@@ -157,7 +161,9 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(run_flags, never_
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, slow(signal.SIGTERM), slow(signal.SIGHUP)], ids=["SIGINT", "SIGTERM", "SIGHUP"]
+)
 def test_a_run_that_signals_stopped_at_odd_steps_ends_with_the_same_bits(number, run_flags, never_stopped, tmp_path):
     """Real signals, at a step with neither save nor evaluation, at one with both, and at the last but one."""
     flags = run_flags("al_lstm", "associated", tmp_path / "run", "--resume_from_checkpoint=last")
@@ -301,8 +307,8 @@ def test_a_run_that_goes_on_under_other_conditions_says_which_once(run_flags, ne
     [
         ("--embedding_optimizer=sparse_adam", "--lr_scheduler_type=reduce_lr_on_plateau", "--warmup_steps=0",
          "--lr_scheduler_kwargs=patience=0,factor=0.3", "--learning_rate=5e-3,4e-3,3e-3"),
-        ("--optim=adafactor", "--learning_rate=1e-2"),
-        ("--optim=sgd", "--optim_args=momentum=0.9", "--embedding_learning_rate_factor=0"),
+        slow(("--optim=adafactor", "--learning_rate=1e-2")),
+        slow(("--optim=sgd", "--optim_args=momentum=0.9", "--embedding_learning_rate_factor=0")),
     ],
     ids=["sparse_rows_plateau_and_rates_of_each_block", "adafactor", "sgd_and_frozen_rows"],
 )  # fmt: skip
