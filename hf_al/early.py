@@ -252,10 +252,15 @@ def check_input_and_output(flags: Namespace) -> None:
         check_destination("--output", destination, source, flags.model)
 
 
-def check_destination(flag: str, path: str, source: str | None, model: str) -> None:
-    """Refuses to write in an unknown format, where there is no folder, over what is read, or into the model."""
+def check_ending(flag: str, path: str) -> None:
+    """Refuses to write answers in an unknown format."""
     if Path(path).suffix.lower() not in OUTPUTS:
         raise ValueError(f"Expected a .jsonl, .csv, .tsv or .parquet file as {flag}, got {path}. Pass another ending.")
+
+
+def check_destination(flag: str, path: str, source: str | None, model: str) -> None:
+    """Refuses to write in an unknown format, where there is no folder, over what is read, or into the model."""
+    check_ending(flag, path)
     target = Path(os.path.realpath(path) if Path(path).is_symlink() else path)
     if not target.parent.is_dir():
         raise ValueError(f"Expected a folder for {flag}, found none at {target.parent}. Make it first.")

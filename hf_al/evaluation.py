@@ -11,6 +11,7 @@ from .arguments import TrainingArguments
 from .data import sources, tokenization
 from .data.batching import Collator
 from .data.labels import encode_labels
+from .early import check_ending
 from .loading import best_device, device_of, load_model
 from .metrics import exit_metrics
 from .modeling.configuration_al import ALConfig
@@ -50,8 +51,11 @@ def evaluate(
         The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
 
     Raises:
-        ValueError: ambiguous columns, empty texts, missing labels or labels that the model lacks.
+        ValueError: ambiguous columns, empty texts, missing labels or labels that the model lacks, or another ending of
+            `predictions`.
     """
+    if predictions is not None:
+        check_ending("predictions", predictions)
     if isinstance(model, str):
         model, tokenizer = load_model(model, revision)
         device = device or best_device()

@@ -95,6 +95,7 @@ def write_card(name: str, recipe: str, folder: str, measure: bool) -> None:
     command = f"hf-al train --config recipes/{recipe}.yaml --output_dir {folder} {flags}{own}"
     card.text = card.text.replace("## Versions", f"The command:\n\n```bash\n{command}\n```\n\n## Versions")
     card.text = card.text.replace("## Quick start\n", f"## Quick start\n\n{QUICK_START}\n", 1)
+    card.text = card.text.replace("to check a copy against:", "csv files whose rows need not be the Hub's:")
     card.text = card.text.replace("on the same rows:", "on the same rows, on a machine that did other work as well:")
     card.save(CARDS / f"{name}.md")
 

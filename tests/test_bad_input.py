@@ -274,8 +274,13 @@ MISTAKES = {
     ),
     "unknown_metric": (
         nothing, f"{TRAIN} --train_file=train.csv --metric_for_best_model=accurate",
+        "hf-al train: error: Expected metric_for_best_model to be one of accuracy, macro_f1, log_loss, ece, f1_micro, "
+        "f1_macro, mse, pearson, got 'accurate'. Did you mean accuracy?",
+    ),
+    "metric_of_another_problem": (
+        nothing, f"{TRAIN} --train_file=train.csv --metric_for_best_model=mse",
         "hf-al train: error: Expected metric_for_best_model among accuracy, macro_f1, log_loss, ece "
-        "(single_label_classification), got 'accurate'. Leave it out to choose by accuracy.",
+        "(single_label_classification), got 'mse'. Leave it out to choose by accuracy.",
     ),
     "unknown_command": (
         nothing, "trian",

@@ -220,8 +220,8 @@ def test_a_smaller_loss_is_a_better_checkpoint(topics, tmp_path):
 
 
 def test_a_metric_that_does_not_exist_is_refused_with_those_that_do(topics, tmp_path):
-    with pytest.raises(ValueError, match=r"Expected metric_for_best_model among .*accuracy.*got 'bleu'"):
-        hf_al.train(arguments(tmp_path, max_steps=2, metric_for_best_model="bleu"), topics)
+    with pytest.raises(ValueError, match=r"Expected metric_for_best_model among .*accuracy.*got 'pearson'"):
+        hf_al.train(arguments(tmp_path, max_steps=2, metric_for_best_model="pearson"), topics)
 
 
 def test_test_labels_choose_nothing(few_tweets, tmp_path):

@@ -276,7 +276,7 @@ def test_an_output_that_is_no_plain_file_stays_what_it_is(trained, inputs, tmp_p
         ("in.txt", b"", [], "Expected rows in"),
         ("in.txt.gz", b"no gzip", [], "Expected .* to be a gzip file"),
         ("in.txt.gz", gzip.compress(b"one\n" * 1000, mtime=0)[:-10], [], "Expected .* to be a gzip file"),
-        ("in.txt", b"one\n", ["--exit_block=7"], r"Expected exit_block to be one of \[0, 1\], got 7"),
+        ("in.txt", b"one\n", ["--exit_block=7"], r"Expected exit_block from 0 to 1, the blocks of .*, got 7\."),
     ],
 )
 def test_an_input_that_cannot_be_read_is_one_message_and_status_2(name, content, flags, said, trained, tmp_path, shell):

@@ -242,9 +242,8 @@ def test_wandb_asks_nobody_for_a_key(command, tmp_path):
 def test_a_tracker_that_is_not_there_is_refused_before_anything_is_touched(name, message, tmp_path):
     kept = tmp_path / "report.json"
     kept.write_text("of an earlier run")
-    args = arguments(tmp_path, report_to=name, overwrite_output_dir=True, train_file="nowhere.csv")
     with pytest.raises(ValueError, match="report_to") as error:
-        hf_al.train(args)
+        hf_al.train(arguments(tmp_path, report_to=name, overwrite_output_dir=True, train_file="nowhere.csv"))
     assert message in str(error.value)
     assert str(error.value).startswith("Expected ")
     assert kept.read_text() == "of an earlier run"
