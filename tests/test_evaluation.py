@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn import metrics as sk
 
+import hf_al
 from hf_al import metrics
 from hf_al.metrics import compute_metrics, expected_calibration_error, is_better
 
@@ -189,3 +191,8 @@ def test_every_metric_has_a_known_direction(problem_type):
     larger = {"accuracy", "macro_f1", "f1_micro", "f1_macro", "pearson"}
     assert result.keys() <= larger | metrics.SMALLER_IS_BETTER
     assert metrics.METRIC_NAMES[problem_type] == tuple(result)
+
+
+def test_an_unknown_ending_for_predictions_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="parquet file as predictions, got answers.xlsx"):
+        hf_al.evaluate("nowhere", Dataset.from_dict({"text": ["a"], "label": ["b"]}), predictions="answers.xlsx")
