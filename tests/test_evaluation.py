@@ -194,5 +194,5 @@ def test_every_metric_has_a_known_direction(problem_type):
 
 
 def test_an_unknown_ending_for_predictions_is_refused_before_anything_is_loaded():
-    with pytest.raises(ValueError, match="parquet file as predictions, got answers.xlsx"):
+    with pytest.raises(ValueError, match=r"parquet file as predictions, got answers\.xlsx"):
         hf_al.evaluate("nowhere", Dataset.from_dict({"text": ["a"], "label": ["b"]}), predictions="answers.xlsx")
