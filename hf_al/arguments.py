@@ -153,6 +153,7 @@ class TrainingArguments:
     embedding_learning_rate_factor: float = _arg(
         1.0, "Embedding rows' learning rate = this times learning_rate; 0 = they are frozen."
     )
+    frozen_blocks: int = _arg(0, "The first N blocks keep their encoders' weights; bridges and label sides learn.")
     weight_decay: float | list[float] = _arg(
         0.0, "Weight decay (matrices only; not biases, norms and embeddings); a list has one for each block."
     )
@@ -245,8 +246,7 @@ class TrainingArguments:
             )
         if self.torch_compile and self.model_type == "al_lstm":
             raise ValueError(
-                "Expected another model_type with torch_compile, got al_lstm: its loop over tokens would be unrolled. "
-                "Leave torch_compile out."
+                "Expected another model_type with torch_compile, got al_lstm: its loop over tokens would be unrolled."
             )
         if self.fp16:
             raise ValueError(
@@ -296,7 +296,7 @@ class TrainingArguments:
                 raise ValueError(f"Expected {name} above 0, got {value}.")
         from_zero = (
             "weight_decay target_weight_decay max_grad_norm warmup_steps word_vectors_extra_words "
-            "embedding_learning_rate_factor seed validation_seed early_stopping_patience"
+            "embedding_learning_rate_factor frozen_blocks seed validation_seed early_stopping_patience"
         )
         for name in from_zero.split():
             if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(self, name))):

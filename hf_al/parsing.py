@@ -230,11 +230,13 @@ def check_new_model(args: TrainingArguments) -> None:
 
 
 def check_lists(args: TrainingArguments, blocks: int) -> None:
-    """Refuses a list that does not have one number for each block."""
+    """Refuses a list that does not have one number for each block, and more frozen blocks than there are."""
     for name in PER_BLOCK:
         value = getattr(args, name)
         if isinstance(value, list) and len(value) != blocks:
             raise ValueError(f"Expected {name} as one number, or {blocks} of them (num_blocks), got {len(value)}.")
+    if args.frozen_blocks > blocks:
+        raise ValueError(f"Expected frozen_blocks of at most {blocks} (num_blocks), got {args.frozen_blocks}.")
 
 
 def check_stages(stages: int, units: int) -> None:

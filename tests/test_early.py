@@ -72,6 +72,7 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
             "one of mean, max, first, last, got 'final'",
         ),
         ([*TWEETS, "--learning_rate=0.1,0.2,0.3"], "learning_rate as one number, or 2 of them (num_blocks), got 3."),
+        ([*TWEETS, "--frozen_blocks=3"], "Expected frozen_blocks of at most 2 (num_blocks), got 3."),
         ([*TWEETS, "--metric_for_best_model=macrof1"], "got 'macrof1'. Did you mean macro_f1?"),
         ([*TWEETS, "--report_to=none,tensorbord"], "got 'tensorbord'. Did you mean tensorboard?"),
         ([*TWEETS, "--push_to_hub"], "Expected a token of the Hub, found none."),

@@ -241,6 +241,21 @@ def test_training_starts_from_the_pretrained_weights(encoder_folder, few_tweets,
         torch.testing.assert_close(hidden, encoder(**inputs).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
+def test_frozen_blocks_keep_the_pretrained_weights_and_have_exits(encoder_folder, few_tweets, tmp_path):
+    args = hf_al.TrainingArguments(
+        output_dir=str(tmp_path), encoder=str(encoder_folder), frozen_blocks=2, max_steps=6, learning_rate=1e-2,
+        threads=1, use_cpu=True, model={"cuts": [1, 3]},
+    )  # fmt: skip
+    result = hf_al.train(args, few_tweets)
+    assert result.report["warnings"] == []
+    assert len(result.report["test"]) == 3
+    tuned, encoder = result.model.to_encoder().state_dict(), AutoModel.from_pretrained(encoder_folder).state_dict()
+    kept = {name for name, tensor in tuned.items() if torch.equal(tensor, encoder[name])}
+    below = {name for name in tuned if not name.startswith(("encoder.layer.3", "encoder.layer.4"))}
+    assert kept == below
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
+
+
 def test_pairs_are_trained_with_an_encoder(encoder_folder, tmp_path):
     rows = {"text": ["the plane", "a bag"] * 8, "text_pair": ["is late", "is lost"] * 8, "label": ["x", "y"] * 8}
     data = DatasetDict({"train": Dataset.from_dict(rows), "validation": Dataset.from_dict(rows)})

@@ -64,7 +64,7 @@ def trained(few_tweets, tmp_path_factory):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "supcon", "deinfo", "predsim"])
 def test_every_objective_learns_what_can_be_learned(objective, model_type, topics, tmp_path):
     model = {"objective": objective}
     result = hf_al.train(

@@ -1,6 +1,7 @@
 """Each objective against a few lines of plain arithmetic, written from the equations and not from the code."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -273,10 +274,90 @@ def test_all_objectives_but_local_ce_have_the_same_parameters(make_model):
         assert all(torch.equal(states[objective][name], tensor) for name, tensor in states["associated"].items())
 
 
+# --- objectives that compare examples with each other
+
+
+COMPARING = ("supcon", "deinfo", "predsim")
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    length = (a.norm() * b.norm()).item()
+    return (a @ b).item() / length if length else 0.0
+
+
+def likeness(a: torch.Tensor, b: torch.Tensor, problem: str) -> float:
+    return math.exp(-((a - b) ** 2).sum().item() / 2) if problem == "regression" else cosine(a, b)
+
+
+def compared(objective: str, guess: torch.Tensor, target: torch.Tensor, problem: str) -> dict[str, float]:
+    """The losses of a block from what its bridge says (N, V) and t_0 (N, C), text by text."""
+    rows = range(len(guess))
+    alike = {(i, j): likeness(target[i], target[j], problem) for i in rows for j in rows}
+    if objective == "supcon":
+        total = 0.0
+        for i in rows:
+            powers = {j: math.exp(cosine(guess[i], guess[j]) / 0.1) for j in rows if j != i}
+            weight = sum(alike[i, j] for j in powers)
+            shares = sum(alike[i, j] * math.log(powers[j] / sum(powers.values())) for j in powers)
+            total -= shares / weight if weight else 0.0
+        return {"contrast": total / len(guess)}
+    if objective == "predsim":
+        guess = guess - guess.mean(1, keepdim=True)
+        squares = [(cosine(guess[i], guess[j]) - value) ** 2 for (i, j), value in alike.items()]
+        return {"similarity": 0.99 * sum(squares) / len(squares)}
+    covariance = torch.cov(guess.T)
+    width = len(covariance)
+    return {
+        "variance": sum(max(0.0, 1 - math.sqrt(covariance[d, d].item() + 1e-4)) for d in range(width)) / width,
+        "invariance": sum((cosine(guess[i], guess[j]) - alike[i, j]) ** 2 for i in rows for j in rows)
+        / len(guess) ** 2,
+        "covariance": sum(covariance[d, e].item() ** 2 for d in range(width) for e in range(width) if d != e) / width,
+    }
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("objective", COMPARING)
+def test_texts_are_compared_as_the_papers_say(objective, problem, make_still_model, make_batch):
+    model = make_still_model(objective=objective, **PROBLEMS[problem])
+    batch = {**make_batch(), "labels": labels_of(problem)}
+    exits = {"supcon": 1.0, "deinfo": 0.001, "predsim": 0.01}
+    with torch.no_grad():
+        hidden = copy.deepcopy(model).eval()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        ).hidden_states  # fmt: skip
+        for k, losses in enumerate(named_losses(model, batch)):
+            guess = bridged(model, k, hidden, batch["attention_mask"])
+            head = class_loss(linear(model.model.blocks[k].decode_target, guess), batch["labels"], problem)
+            wanted = {
+                **compared(objective, guess, first_target(batch["labels"], problem), problem),
+                "exit": exits[objective] * head,
+            }
+            assert losses.keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert losses[name].item() == pytest.approx(float(value), rel=1e-4, abs=1e-6), (k, name)
+
+
+def test_only_the_last_head_of_supcon_reaches_its_bridge(make_still_model, make_batch):
+    model = make_still_model(objective="supcon")
+    for k, losses in enumerate(named_losses(model, make_batch())):
+        bridge = model.model.blocks[k].bridge.layers[0].weight
+        (gradient,) = torch.autograd.grad(losses["exit"], bridge, allow_unused=True, retain_graph=True)
+        assert (gradient is not None) == (k == len(model.model.blocks) - 1)
+        assert torch.autograd.grad(losses["contrast"], bridge)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("objective", COMPARING)
+def test_a_text_without_a_partner_gives_finite_losses(objective, make_model, make_batch):
+    model = make_model(objective=objective)
+    batch = {name: tensor[:1] for name, tensor in make_batch().items()}
+    model(**batch).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 # --- weights of examples
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["associated", "al_ce", "local_ce", "backprop"])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_loss_of_a_batch_is_the_weighted_mean_of_its_parts(problem, objective, make_still_model, make_batch):
     model = make_still_model(objective=objective, **PROBLEMS[problem])

@@ -101,6 +101,24 @@ def test_a_factor_of_zero_freezes_the_embedding_rows(make_model):
     assert same == {name for name in before if "word_embeddings" in name}
 
 
+@pytest.mark.parametrize("model_type", ["al_lstm", "al_transformer"])
+def test_frozen_blocks_keep_their_encoders_and_their_exits_learn(model_type, make_model):
+    model = make_model(model_type, embedding_block=False)
+    before = copies(model)
+    optimizers = optimizers_of(model, arguments(frozen_blocks=2, weight_decay=0.1))
+    model.train()
+    encoders = [block.encode for block in model.model.blocks]
+    assert [encoder.training for encoder in encoders] == [False, False, *[True] * (len(encoders) - 2)]
+    assert all(block.bridge.training for block in model.model.blocks)
+    set_gradients(model)
+    update_all(model, optimizers)
+    same = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert same == {name for name in before if ".encode." in name and int(name.split(".")[2]) < 2}
+    optimizers.release()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(encoder.training for encoder in (block.train().encode for block in model.model.blocks))
+
+
 def test_weight_decay_is_for_matrices_only(make_model):
     """With gradients of zero, decay is all that moves a weight."""
     model = make_model("al_transformer", embedding_block=False)

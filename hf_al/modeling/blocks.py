@@ -168,6 +168,7 @@ class ALBlock(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
+        self.frozen = False  # whether `encode` keeps its weights while the rest of the block learns
         self.ends_unit = any(index == unit[-1] for unit in config.units)
         target_codes = OBJECTIVES[config.objective].target_codes
         self.reads_labels = index == 0 or not target_codes
@@ -184,6 +185,13 @@ class ALBlock(nn.Module):
         )
         has_embedding_only = index == 0 and config.embedding_block
         self.pooling = "mean" if has_embedding_only and config.pooling in ("final", "first") else config.pooling
+
+    def train(self, mode: bool = True) -> "ALBlock":
+        """As in torch, but the encoder of a frozen block stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encode.eval()
+        return self
 
     def forward(
         self,

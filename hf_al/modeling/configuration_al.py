@@ -43,8 +43,8 @@ class ALConfig(PreTrainedConfig):
         embedding_block (`bool`, defaults to False): block 0 is the embedding alone, as in the papers; False merges the
             embedding with the first encoder block.
         target_size (`int`, defaults to 128): V, width of the target codes t_k.
-        objective (`str`, defaults to `"al_ce"`): `associated`, `al_ce`, `local_ce`, `backprop` or one of your own,
-            a name in `OBJECTIVES` of `objectives.py`.
+        objective (`str`, defaults to `"al_ce"`): `associated`, `al_ce`, `local_ce`, `supcon`, `deinfo`,
+            `predsim`, `backprop` or one of your own, a name in `OBJECTIVES` of `objectives.py`.
         associated_loss (`str`, defaults to `"mse"`): distance of bridge and target code, `mse` or `cosine`
             (1 - cosine similarity). Read by `associated` and `al_ce`.
         label_activation (`str`, defaults to `"tanh"`): activation of the target codes. Class logits have none.

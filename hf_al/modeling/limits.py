@@ -10,7 +10,7 @@ from typing import Any
 ACTIVATIONS = ("tanh", "sigmoid", "elu", "gelu", "layer_norm", "identity")
 INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "backprop")  # those that come with hf_al
+OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "supcon", "deinfo", "predsim", "backprop")
 MOST_LAYERS = 1000  # each is a module: very many would fill the memory before anybody looks at a weight
 
 

@@ -179,8 +179,13 @@ def al_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple
 
 def local_ce(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
     """A softmax head for each block, no target codes: a control that shows what the codes contribute."""
-    logits_NC = read_out(block.bridge(pooled_ND), block.decoders(received), block.config.label_activation)
-    return {"exit": label_loss(logits_NC, labels, block.config)}, {"target": received["target"]}
+    return {"exit": _head_loss(block, block.bridge(pooled_ND), received, labels)}, {"target": received["target"]}
+
+
+def _head_loss(block, bridged_NV: Tensor, received: Boundary, labels: Tensor) -> Tensor:
+    """Of a block that decodes straight to classes, without target codes; or of the last one of a whole network."""
+    logits_NC = read_out(bridged_NV, block.decoders(received), block.config.label_activation)
+    return label_loss(logits_NC, labels, block.config)
 
 
 def backprop(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
@@ -188,8 +193,80 @@ def backprop(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tu
 
     Only the last block of a unit is asked for a loss; the decoders before it came in the uncut boundary.
     """
-    logits_NC = read_out(block.bridge(pooled_ND), block.decoders(received), block.config.label_activation)
-    return {"exit": label_loss(logits_NC, labels, block.config)}, {}
+    return {"exit": _head_loss(block, block.bridge(pooled_ND), received, labels)}, {}
+
+
+# --- objectives that compare the examples of a micro-batch with each other: their value depends on how a batch is split
+
+
+def _alike(labels: Tensor, config) -> Tensor:
+    """How alike the labels of two examples are (N, N): the cosine of their t_0, for one label 1 or 0; of numbers, which
+    the papers leave out, exp(-d^2 / 2) of their distance d in standard deviations."""
+    target_NC = first_target(labels, config)
+    if config.resolved_problem_type == "regression":
+        return torch.exp(-torch.cdist(target_NC, target_NC).square() / 2)
+    rows_NC = F.normalize(target_NC, dim=1)
+    return rows_NC @ rows_NC.T
+
+
+def _cosines(x_NV: Tensor) -> Tensor:
+    rows_NV = F.normalize(x_NV.float(), dim=1)
+    return rows_NV @ rows_NV.T
+
+
+def supcon(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
+    """Supervised contrast: the bridges' outputs of texts with the same label attract each other, all others repel.
+
+    The head of a block learns from the bridge's output held constant; only in the last block the cross-entropy also
+    reaches bridge and encoder. With several labels, two texts attract each other as far as their labels agree.
+
+    Source: SCPL (Ho, Wang, Lin & Chen, arXiv 2602.00062), temperature 0.1; Khosla et al., 2020, arXiv 2004.11362.
+    """
+    bridged_NV = block.bridge(pooled_ND)
+    others_NN = ~torch.eye(len(bridged_NV), dtype=torch.bool, device=bridged_NV.device)
+    logits_NN = (_cosines(bridged_NV) / 0.1).masked_fill(~others_NN, -torch.inf)
+    weights_NN = _alike(labels, block.config) * others_NN
+    total_N = weights_NN.sum(1)
+    log_share_NN = torch.where(others_NN, logits_NN - logits_NN.logsumexp(1, keepdim=True), 0.0)
+    contrast_N = -(weights_NN * log_share_NN).sum(1) / total_N.clamp(min=1e-6)  # 0 for a text that has no partner
+    is_last = block.index == block.config.num_blocks - 1
+    read_NV = bridged_NV if is_last else cut({"bridged": bridged_NV})["bridged"]
+    losses = {"contrast": contrast_N.mean(), "exit": _head_loss(block, read_NV, received, labels)}
+    return losses, {"target": received["target"]}
+
+
+def deinfo(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
+    """Information regularisation: each feature of the bridge's output keeps its variance, features do not repeat each
+    other, and texts are as alike as their labels; the cross-entropy of the block's own head has the weight 0.001.
+
+    Source: DeInfoReg (Huang, Lin & Chen, Neurocomputing 651, 2025, arXiv 2506.18193).
+    """
+    bridged_NV = block.bridge(pooled_ND)
+    centred_NV = bridged_NV.float() - bridged_NV.float().mean(0)
+    covariance_VV = centred_NV.T @ centred_NV / max(len(centred_NV) - 1, 1)
+    variance_V = covariance_VV.diagonal()
+    losses = {
+        "variance": F.relu(1 - (variance_V + 1e-4).sqrt()).mean(),
+        "invariance": F.mse_loss(_cosines(bridged_NV), _alike(labels, block.config)),
+        "covariance": (covariance_VV.square().sum() - variance_V.square().sum()) / len(variance_V),
+        "exit": 0.001 * _head_loss(block, bridged_NV, received, labels),
+    }
+    return losses, {"target": received["target"]}
+
+
+def predsim(block, pooled_ND: Tensor, received: Boundary, labels: Tensor) -> tuple[Losses, Boundary]:
+    """Prediction and similarity matching: cross-entropy of the block's own head, with the weight 0.01, and with 0.99
+    the distance between how alike the bridge's outputs (centred) and how alike the labels are.
+
+    Source: Nokland & Eidnes, ICML 2019, arXiv 1901.06656.
+    """
+    bridged_NV = block.bridge(pooled_ND)
+    centred_NV = bridged_NV - bridged_NV.mean(1, keepdim=True)
+    losses = {
+        "similarity": 0.99 * F.mse_loss(_cosines(centred_NV), _alike(labels, block.config)),
+        "exit": 0.01 * _head_loss(block, bridged_NV, received, labels),
+    }
+    return losses, {"target": received["target"]}
 
 
 @dataclass(frozen=True)
@@ -221,5 +298,8 @@ OBJECTIVES = {
     "associated": Objective(associated),
     "al_ce": Objective(al_ce),
     "local_ce": Objective(local_ce, target_codes=False),
+    "supcon": Objective(supcon, target_codes=False),
+    "deinfo": Objective(deinfo, target_codes=False),
+    "predsim": Objective(predsim, target_codes=False),
     "backprop": Objective(backprop, end_to_end=True, untrained=("bridge", "encode_target")),
 }

@@ -104,6 +104,8 @@ class BlockOptimizers:
         for table in self.embeddings:
             table.sparse = args.embedding_optimizer == "sparse_adam"
             table.weight.requires_grad_(args.embedding_learning_rate_factor > 0)
+        self.frozen = {k: _freeze(block) for k, block in blocks.items() if k < args.frozen_blocks}
+        self.blocks: dict[int, Any] = blocks
         for unit in units:
             for k in unit:
                 self.names[k] = {n: p for n, p in blocks[k].named_parameters() if p.requires_grad}
@@ -188,6 +190,10 @@ class BlockOptimizers:
         for table in self.embeddings:
             table.sparse = False
             table.weight.requires_grad_(True)
+        for k, parameters in self.frozen.items():
+            self.blocks[k].frozen = False
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     # --- state of one block, by parameter name
 
@@ -233,6 +239,15 @@ class BlockOptimizers:
             self.plateaus[k].optimizer.param_groups[0]["lr"] = value
         else:
             setattr(self.plateaus[k], entry, value if entry == "best" else int(value))
+
+
+def _freeze(block: Any) -> list[nn.Parameter]:
+    """Keeps the weights of a block's encoder. Returns those that could learn until now."""
+    parameters = [p for p in block.encode.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    block.frozen = True
+    return parameters
 
 
 def _word_embeddings(block: nn.Module) -> nn.Embedding | None:
