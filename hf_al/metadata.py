@@ -17,7 +17,7 @@ LICENSES = (
     "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl", "openmdw-1.0",
     "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr",
     "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2",
-    "llama3.3", "llama4", "grok2-community", "gemma", "unknown", "other",
+    "llama3.3", "llama4", "grok2-community", "gemma", "unknown",
 )  # fmt: skip
 # ISO 639-1. A language without such a code has one of three letters (ISO 639-3)
 TWO_LETTERS = (
@@ -38,7 +38,7 @@ def check_metadata(language: str | None, license: str | None) -> None:
     """
     if license is not None and license not in LICENSES:
         raise ValueError(
-            f"Expected a license by its id on the Hub, such as apache-2.0, mit or other, got {license!r}."
+            f"Expected a license by its id on the Hub, such as apache-2.0 or mit, got {license!r}."
             f"{nearest(license.lower(), LICENSES) or ' See https://huggingface.co/docs/hub/repositories-licenses.'}"
         )
     if language is not None and language not in LANGUAGES and not re.fullmatch("[a-z]{3}|multilingual", language):

@@ -34,6 +34,13 @@ def union_members(kind: Any) -> list[Any]:
 
 
 def type_name(kind: Any) -> str:
+    """As a user reads it: `float or list[float]`."""
+    members = [member for member in union_members(kind) if member is not type(None)]
+    if len(members) > 1:
+        return " or ".join(map(type_name, members))
+    kind = members[0]
+    if typing.get_origin(kind):
+        return str(kind)
     return getattr(kind, "__name__", str(kind))
 
 

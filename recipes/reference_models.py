@@ -88,8 +88,8 @@ def write_card(name: str, recipe: str, folder: str, measure: bool) -> None:
         }
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     twin = read(recipe, "_backprop") if report["objective"] != "backprop" else None
-    card = model_card(report, model, folder, [], baseline=twin, complete=False)
-    files = "--train_file train.csv --test_file test.csv"
+    card = model_card(report, model, folder, [], "en", "apache-2.0", baseline=twin, complete=False)
+    files = " ".join(f"--{split}_file {split}.csv" for split in report["data"]["fingerprint"])
     own = f" {files}" if recipe.rsplit("_", 1)[0] in NOT_THE_HUBS else ""
     flags = shlex.join(report.get("flags") or flags_of(recipe, report["objective"]))
     command = f"hf-al train --config recipes/{recipe}.yaml --output_dir {folder} {flags}{own}"

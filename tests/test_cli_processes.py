@@ -16,6 +16,22 @@ from hf_al.cli import main
 
 SCRIPT = str(Path(sys.executable).with_name("hf-al"))
 
+
+@pytest.mark.medium
+@pytest.mark.parametrize("command", ["inspect", "predict", "evaluate", "export"])
+def test_each_command_works_in_a_process_of_its_own(command, trained, files, tmp_path):
+    """In a test's process all modules are there, whoever imported them."""
+    more = {
+        "inspect": [], "predict": ["a fine day"], "evaluate": ["--test_file", str(files / "test.csv")],
+        "export": [str(tmp_path / "copy")],
+    }  # fmt: skip
+    done = subprocess.run(
+        [SCRIPT, command, str(trained[0]), *more[command]], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout or (tmp_path / "copy" / "config.json").exists()
+
+
 # --- stopping
 
 

@@ -72,6 +72,19 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
             "one of mean, max, first, last, got 'final'",
         ),
         ([*TWEETS, "--learning_rate=0.1,0.2,0.3"], "learning_rate as one number, or 2 of them (num_blocks), got 3."),
+        ([*TWEETS, "--class_weights=[1,-2]"], "Expected class_weights that are finite and not negative"),
+        ([*TWEETS, "--model_type=al_lstn"], "got 'al_lstn'. Did you mean al_lstm?"),
+        ([*TWEETS, "--learning_rate=fast"], "expected float or list[float], got 'fast'"),
+        ([*TWEETS, "--report_to=comet_ml"], "Run pip install comet_ml, or leave it out of report_to."),
+        ([*ROWS, "--text_column_names=text,text"], "--text_column_names text,text and --label_column_name None."),
+        ([*ROWS, "--text_column_names=text", "--label_column_name=text"], "Name each column once."),
+        ([*ROWS, "--csv_delimiter=;"], "got only 'text,label'. If these are several, pass what separates them"),
+        (["predict", "user/name", "--input=rows.csv", "--text_column_names=body"], "Expected column 'body', got"),
+        (["predict", "user/name", "--input=rows.csv", "--id_column=number"], "Expected column 'number', got"),
+        (["predict", "user/name", "--input=twice.csv"], "got 'text' 2 times. Rename one of them."),
+        (["predict"], "The following arguments are required: DIR."),
+        (["predict", "some/models"], "found nothing at some/models. Did you mean some/model?"),
+        (["demo", "some/model", "--space=some"], "Expected a new or an empty folder as --space, got some."),
         ([*TWEETS, "--frozen_blocks=3"], "Expected frozen_blocks of at most 2 (num_blocks), got 3."),
         ([*TWEETS, "--metric_for_best_model=macrof1"], "got 'macrof1'. Did you mean macro_f1?"),
         ([*TWEETS, "--report_to=none,tensorbord"], "got 'tensorbord'. Did you mean tensorboard?"),
@@ -84,6 +97,9 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
 )
 def test_a_mistake_is_answered_without_torch(argv, said, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    (tmp_path / "twice.csv").write_text("text,text\na,b\n")
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    (tmp_path / "some" / "model" / "config.json").write_text("{}")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"num_blocks": 3}')
     (tmp_path / "model" / "report.json").write_text(json.dumps(dict.fromkeys(REPORTED)))
@@ -93,7 +109,7 @@ def test_a_mistake_is_answered_without_torch(argv, said, tmp_path):
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == "imported: []\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "model"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "twice.csv", "some", "model"}
 
 
 def test_the_objectives_known_without_torch_are_those_that_come_with_hf_al():

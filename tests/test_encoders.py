@@ -1,11 +1,14 @@
 """A pretrained encoder, cut into blocks: the same hidden states, weights that come back, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import TINY_ENCODER, assert_mistake
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import hf_al
@@ -303,6 +306,43 @@ def test_a_tokenizer_larger_than_the_embedding_is_a_mistake(encoder_folder, file
 def test_an_encoder_that_is_not_there_is_a_mistake(files, shell, tmp_path):
     result = shell("train", "--encoder=nowhere", f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path}")
     assert_mistake(result, "Expected a model folder or a Hub id (user/name), found nothing at nowhere")
+
+
+def spoil(source, folder, how):
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    if how == "pickled":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    elif how == "nan":
+        weights["encoder.layer.1.output.dense.bias"][0] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("pickled", "can run any code when they are read"),
+        ("nan", "Expected finite weights, got nan or inf in encoder.layer.1.output.dense.bias of the encoder"),
+        ("deep", "Expected an encoder of at most 1000 layers, got 1000000000"),
+    ],
+)
+def test_a_hostile_encoder_is_refused(how, said, encoder_folder, files, shell, tmp_path):
+    folder = spoil(encoder_folder, tmp_path / "encoder", how)
+    with pytest.raises((ValueError, StrictDataclassError), match=said):
+        ALEncoderForSequenceClassification.from_encoder(folder, num_labels=2)
+    flags = [f"--encoder={folder}", f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path / 'run'}"]
+    assert_mistake(shell("train", *flags), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_folder_of_this_machine_is_in_the_config(encoder_folder, tmp_path):
+    ALEncoderForSequenceClassification.from_encoder(str(encoder_folder), num_labels=2).save_pretrained(tmp_path)
+    assert str(encoder_folder) not in (tmp_path / "config.json").read_text()
 
 
 def test_the_type_of_an_encoder_without_its_name_is_a_mistake(files, shell, tmp_path):

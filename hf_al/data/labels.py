@@ -31,11 +31,7 @@ def encode_labels(
         ValueError: missing labels, labels that are not among the names, fewer than two classes.
     """
     first = next(iter(data.values()))
-    if isinstance(first.features["label"], dict):
-        raise ValueError(
-            f"Expected labels that are text, numbers or lists, got objects with {', '.join(first.features['label'])}. "
-            "Name another --label_column_name, or take the label out of the object."
-        )
+    _refuse_object(first.features["label"])
     problem_type = problem_type or guess_problem_type(first)
     if problem_type == REGRESSION:
         return {split: _with_labels(rows, _numbers(rows, split), Value("float32")) for split, rows in data.items()}
@@ -138,6 +134,7 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
     class_names = _class_names(rows)
 
     def name(value: Any) -> str:
+        _refuse_object(value)
         if class_names is not None and isinstance(value, int):
             return class_names[value]
         if isinstance(value, float) and value == int(value):
@@ -154,6 +151,14 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
         else:
             result.append([name(value)])
     return result
+
+
+def _refuse_object(value: Any) -> None:
+    if isinstance(value, dict):
+        raise ValueError(
+            f"Expected labels that are text, numbers or lists, got objects with {', '.join(map(str, value))}. "
+            "Name another --label_column_name, or take the label out of the object."
+        )
 
 
 def _numbers(rows: Dataset, split: str) -> list[float]:

@@ -28,7 +28,7 @@ def data_warnings(
                 "little about new text."
             )
     for label in label_names:
-        if label.lower() in ("nan", "null"):
+        if label.lower() in ("nan", "null", "none"):
             messages.append(f"The label {label!r} reads like a missing value, and is learned like any other class.")
     return messages
 

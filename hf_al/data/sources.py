@@ -135,7 +135,7 @@ def _split(data: DatasetDict, split: str, name: str) -> Dataset:
 def _all_hidden(split: Dataset, args: TrainingArguments) -> bool:
     """Benchmarks publish test labels as -1."""
     column = args.label_column_name or next((n for n in LABEL_NAMES if n in split.column_names), None)
-    return column is not None and len(split) > 0 and set(split.unique(column)) == {-1}
+    return column in split.column_names and len(split) > 0 and set(split.unique(column)) == {-1}
 
 
 def load_tweets() -> DatasetDict:

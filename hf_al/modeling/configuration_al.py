@@ -133,11 +133,6 @@ class ALConfig(PreTrainedConfig):
                     f"Expected {self.num_labels} class_weights (num_labels), got {len(self.class_weights)}. "
                     "Pass one weight per class."
                 )
-            if any(not (w >= 0 and math.isfinite(w)) for w in self.class_weights) or not any(self.class_weights):
-                raise ValueError(
-                    f"Expected class_weights that are finite and not negative, got {self.class_weights}. "
-                    "Pass a weight of 0 or more for each class, not all 0."
-                )
         if self.label_smoothing and kind != "single_label_classification":
             raise ValueError(
                 f"Expected label_smoothing=0.0 with problem_type={kind!r}, got {self.label_smoothing}. "

@@ -10,7 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_al import ALConfig
 from .layouts import LAYOUTS
-from .limits import check_encoder
+from .limits import MOST_LAYERS, check_encoder
 
 
 @strict
@@ -46,6 +46,7 @@ class ALEncoderConfig(ALConfig):
         super().__post_init__(**kwargs)
         encoder: Any = self.encoder_config
         encoder.dtype = None  # that of the whole model
+        encoder._name_or_path = ""  # perhaps a folder of this machine
         self.hidden_size, self.vocab_size = encoder.hidden_size, encoder.vocab_size
         self.embedding_block, self.layers_per_block, self.embedding_size = False, 1, None
         if self.cuts is not None:
@@ -84,6 +85,8 @@ class ALEncoderConfig(ALConfig):
     def validate_encoder(self):
         check_layout(self.encoder_config)
         check_encoder(self)
+        if self.depth > MOST_LAYERS:
+            raise ValueError(f"Expected an encoder of at most {MOST_LAYERS} layers, got {self.depth}.")
         bounds = [0, *(self.cuts or ()), self.depth]
         if any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(

@@ -66,6 +66,12 @@ def check_shared(config: Any, objectives: tuple[str, ...]) -> None:
         probability(config, name)
     for name in ("initializer_range", "embedding_std"):
         positive(config, name, 0.1)
+    weights = getattr(config, "class_weights", None)
+    if weights is not None and (any(not (w >= 0 and math.isfinite(w)) for w in weights) or not any(weights)):
+        raise ValueError(
+            f"Expected class_weights that are finite and not negative, got {weights}. Pass a weight of 0 or more for "
+            "each class, not all 0."
+        )
 
 
 def check_lstm(config: Any) -> None:

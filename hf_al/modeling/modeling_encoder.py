@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .configuration_encoder import ALEncoderConfig
 from .modeling_al import ALForSequenceClassification, ALModel
-from .pretrained import PretrainedEncoder, empty_encoder, encoder_weights, materialise
+from .pretrained import PretrainedEncoder, empty_encoder, encoder_weights, load_pretrained, materialise
 
 
 class ALEncoderModel(ALModel):
@@ -45,20 +45,28 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
             values: those of [`ALEncoderConfig`]: `num_blocks` or `cuts`, `objective`, `num_labels`, ...
 
         Raises:
-            ValueError: an encoder that cannot be cut, or values that do not fit it.
+            ValueError: an encoder that cannot be cut, values that do not fit it, or weights that are pickled or not
+                finite.
         """
-        pretrained: Any = encoder
-        if isinstance(encoder, str):
-            pretrained = AutoModel.from_pretrained(encoder, dtype=torch.float32)
-        model = cls(ALEncoderConfig.from_encoder(pretrained.base_model.config, **values))
-        model.copy_encoder(pretrained)
+        source: Any = encoder
+        is_name = isinstance(encoder, str)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False) if is_name else source.base_model.config
+        model = cls(ALEncoderConfig.from_encoder(config, **values))
+        model.copy_encoder(load_pretrained(source) if is_name else source)
         return model
 
     @torch.no_grad()
     def copy_encoder(self, encoder: PreTrainedModel) -> None:
-        """Copies the weights of an encoder of the same config into the blocks."""
+        """Copies the weights of an encoder of the same config into the blocks.
+
+        Raises:
+            ValueError: weights that are not finite.
+        """
         base: Any = encoder.base_model
         weights = base.state_dict()
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"Expected finite weights, got nan or inf in {name} of the encoder. Copy them again.")
         for block in self.model.blocks:
             part, backbone = block.encode.part, block.encode.backbone
             for name, tensor in backbone.state_dict().items():

@@ -57,6 +57,24 @@ def empty_encoder(config: ALEncoderConfig) -> PreTrainedModel:
     return model
 
 
+def load_pretrained(name: str) -> PreTrainedModel:
+    """An encoder in float32, without its head, from a folder or a Hub id.
+
+    Raises:
+        ValueError: no safetensors weights.
+        OSError: nothing there.
+    """
+    try:
+        return AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise ValueError(
+            f"Expected the weights of {name} as safetensors, found none. Others are pickles, which can run any code "
+            "when they are read: save the encoder as safetensors."
+        ) from error
+
+
 def materialise(model: PreTrainedModel, device: torch.device) -> None:
     """Random weights on the device, and the buffers that are not saved."""
     model.to_empty(device=device)

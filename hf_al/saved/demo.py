@@ -31,8 +31,7 @@ README = """---
 
 # {{ name }}
 
-A page on which to try {{ model }}, a text classifier trained block by block with Associated Learning. It shows the
-answer at every exit.
+A page on which to try {{ model }}, a text classifier of hf_al. It shows the answer at every exit.
 """
 
 

@@ -8,6 +8,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from .. import registration  # noqa: F401  without it the Auto classes do not know the models
 from ..arguments import METRIC_NAMES
 from ..early import check_model_name
 from ..messages import last_line, some, table

@@ -168,6 +168,11 @@ def _csv_rows(
         raise ValueError(f"Expected a header in UTF-8 in the first line, got something else: {error}.") from None
     if not header:
         raise ValueError("Expected a header line with the names of the columns, got an empty input.")
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"Expected columns with names of their own, got {twice!r} {header.count(twice)} times. Rename one of them."
+        )
     if id_column is not None and id_column not in header:
         raise ValueError(f"Expected column {id_column!r}, got the columns {header}. Check --id_column.")
     where = [header.index(name) for name in choose_text_columns([c for c in header if c != id_column], names)]
@@ -175,8 +180,11 @@ def _csv_rows(
     def parse(row: list[str]) -> Texts | None:
         if not row or row == [END]:
             return None
-        if row[-1].endswith(END):  # training refuses such a file
-            raise RowError("Expected a quote that is closed, got the end of the file.")
+        if row[-1].endswith(END):  # it took all rows behind it for one cell
+            raise ValueError(
+                "Expected a quote that is closed, got the end of the input: close it, or write two for one in a text. "
+                f"The row begins with {row[0][:40]!r}."
+            )
         if len(row) != len(header):
             raise RowError(f"Expected {len(header)} cells, as the header has, got {len(row)}.")
         texts = (row[i] for i in where)

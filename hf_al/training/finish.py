@@ -55,7 +55,8 @@ def finish(
     results = _results(plan, stage)
     codes = health.code_health(model, torch.as_tensor(plan.labels["validation"]), transport)
     warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, at_start)
-    all_warnings = plan.warnings + (transport.pass_on(warnings) or [])
+    changes = [f"The run went on under other conditions: {change}." for change in progress.changes]
+    all_warnings = plan.warnings + changes + (transport.pass_on(warnings) or [])
     if "confusion_matrix" in results:
         split, names = ("test" if "test" in plan.data else "validation"), model.config.label_names
         all_warnings += health.answer_warnings(np.asarray(results["confusion_matrix"]), names, split)

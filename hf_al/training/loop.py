@@ -207,18 +207,19 @@ class Run:
         def load() -> str | None:
             try:
                 manifest = checkpoint.open_checkpoint(path)
-                self._check_run(manifest, path)
+                changed = self._check_run(manifest, path)
                 checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers, manifest)
                 history = checkpoint.read_history(path, manifest) if self.transport.is_last else []
             except checkpoint.Damaged as damage:
                 return damage.reason
             vars(self.progress).update(manifest["progress"], history=history)
+            self.progress.changes += [f"after step {self.progress.step}, {change}" for change in changed]
             return None
 
         return next(filter(None, self.transport.gather(self.transport.together(load))), None)
 
-    def _check_run(self, manifest: dict[str, Any], path: Path) -> None:
-        """Refuses another run's checkpoint; warns about other differences."""
+    def _check_run(self, manifest: dict[str, Any], path: Path) -> list[str]:
+        """Refuses another run's checkpoint; warns about other differences, and returns them."""
         for what, now in self.plan.identity.items():
             differences = checkpoint.differences(manifest["identity"][what], now)
             if differences:
@@ -244,6 +245,7 @@ class Run:
                 "The run continues under other conditions, so its result will not be that of an uninterrupted run: %s.",
                 "; ".join(changed),
             )
+        return changed
 
     def fit(self) -> None:
         """Runs the remaining optimizer steps, with evaluations, checkpoints and logs."""

@@ -18,6 +18,7 @@ class Progress:
     best_metric: float | None = None
     evaluations_without_gain: int = 0
     seconds: float = 0.0
+    changes: list[str] = field(default_factory=list)  # of conditions, with the steps after which they came
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def judge(self, metric: str, value: float) -> bool:

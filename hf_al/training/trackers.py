@@ -16,10 +16,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from ..early import check_installed
+
 logger = logging.getLogger(__name__)
 
 ENERGY = "codecarbon"  # not a tracker of accelerate: energy.py
-PACKAGES = {"trackio": "trackio gradio_client", "comet_ml": "comet_ml", "mlflow": "mlflow"}  # others: the same name
 
 
 def chosen(names: list[str]) -> list[str]:
@@ -31,14 +32,8 @@ def chosen(names: list[str]) -> list[str]:
     installed = [str(name) for name in get_available_trackers()] + [ENERGY] * bool(importlib.util.find_spec(ENERGY))
     if "all" in names:
         return installed
-    names = [name for name in names if name != "none"]
-    for name in names:
-        if name not in installed:
-            raise ValueError(
-                f"Expected the tracker {name} to be installed, found none. "
-                f"Run pip install {PACKAGES.get(name, name)}, or leave it out of report_to."
-            )
-    return names
+    check_installed(names, lambda name: name in installed)
+    return [name for name in names if name != "none"]
 
 
 def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], first_step: int) -> None:
