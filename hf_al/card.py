@@ -198,9 +198,10 @@ def _cost(model: ALForSequenceClassification, report: dict[str, Any], k: int) ->
 def exit_parameters(model: ALForSequenceClassification, last: int) -> int:
     """The number of parameters needed to answer at exit `last`: encoders and decoders up to there, and its bridge."""
     blocks = list(model.model.blocks[: last + 1])
-    decoding = [blocks[-1]] if blocks[-1].reads_labels else blocks
-    parts = [*(block.encode for block in blocks), blocks[-1].bridge, *(block.decode_target for block in decoding)]
-    return sum(p.numel() for part in parts for p in part.parameters())
+    last_one = blocks[-1]
+    decoding = [block.decode_target for block in ([last_one] if last_one.reads_labels else blocks)]
+    parts = [*(block.encode for block in blocks), last_one.lookahead, last_one.bridge, *decoding]
+    return sum(p.numel() for part in parts if part is not None for p in part.parameters())
 
 
 def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 
 import hf_al
 from hf_al import ALEncoderConfig, ALEncoderForSequenceClassification
-from hf_al.card import model_card
+from hf_al.card import exit_parameters, model_card
 from hf_al.loading import load_model
+from hf_al.modeling.blocks import pool
 from hf_al.modeling.layouts import LAYOUTS
 
 SIZES = {k: v for k, v in TINY_ENCODER.items() if k != "model_type"} | {"num_hidden_layers": 5, "pad_token_id": 0}
@@ -121,6 +122,59 @@ def test_activation_checkpointing_gives_equal_gradients(name):
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     for n, gradient in gradients[0].items():
         assert gradient is None or torch.allclose(gradient, gradients[1][n], atol=1e-5), n
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_bridge_that_looks_ahead_reads_the_states_of_later_layers(name):
+    encoder = tiny_encoder(name)
+    model = ALEncoderForSequenceClassification.from_encoder(encoder, cuts=[1, 3], lookahead=2, num_labels=3).eval()
+    inputs = ragged_ids(encoder.config.pad_token_id or 0)
+    states = encoder(**inputs, output_hidden_states=True)
+    at = [*states.hidden_states[:-1], states.last_hidden_state]
+    ready = model.model.prepare_inputs(**inputs)
+    boundary = {}
+    for block, stop in zip(model.model.blocks, (3, 5, 5), strict=True):
+        boundary = block.encode(boundary, ready)
+        pooled = block.pool(boundary["hidden"], ready)
+        wanted = pool(at[stop], inputs["attention_mask"], model.config.pooling)
+        torch.testing.assert_close(pooled, wanted, atol=0, rtol=0)
+    assert [block.lookahead is None for block in model.model.blocks] == [False, False, True]
+
+
+def test_a_bridge_that_looks_ahead_gives_no_gradient_to_another_block(make_model, make_batch):
+    model = make_model("al_encoder", num_blocks=3, lookahead=1)
+    losses = model(**make_batch()).local_losses
+    for k, loss in enumerate(losses):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        reached = {int(n.split(".")[2]) for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert reached == {k}
+        learned = [p for n, p in model.model.blocks[k].named_parameters() if n.startswith("lookahead")]
+        assert all(p.grad is not None for p in learned if p.requires_grad)
+
+
+def test_a_model_that_looks_ahead_is_saved_whole_or_without_what_only_training_needs(encoder_folder, tmp_path):
+    model = ALEncoderForSequenceClassification.from_encoder(
+        str(encoder_folder), num_blocks=2, lookahead=1, num_labels=2
+    )
+    model.eval().save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "lean", inference_only=True)
+    inputs = ragged_ids(0)
+    logits = model(**inputs).logits
+    for name, looks in (("whole", True), ("lean", False)):
+        again = ALEncoderForSequenceClassification.from_pretrained(tmp_path / name)
+        assert torch.equal(again(**inputs).logits, logits)
+        assert (again.model.blocks[0].lookahead is not None) == looks
+    plain = ALEncoderForSequenceClassification.from_encoder(str(encoder_folder), num_blocks=2, num_labels=2)
+    copies = sum(p.numel() for p in model.model.blocks[0].lookahead.parameters())
+    assert [exit_parameters(model, k) - exit_parameters(plain, k) for k in (0, 1)] == [copies, 0]
+
+
+def test_the_baseline_of_a_model_that_looks_ahead_has_no_copies(encoder_folder):
+    model = ALEncoderForSequenceClassification.from_encoder(
+        str(encoder_folder), num_blocks=2, lookahead=1, objective="backprop", num_labels=2
+    )
+    assert all(block.lookahead is None for block in model.model.blocks)
 
 
 def test_an_encoder_with_a_head_gives_its_encoder():

@@ -103,6 +103,9 @@ def layout(mask_NT: Tensor, lengths_N: Tensor | None = None) -> Inputs:
     return {"lengths": lengths_N, "padding": "none" if is_full else "right"}
 
 
+PARTS = ("encode", "lookahead", "bridge", "encode_target", "decode_target")  # of a block
+
+
 class Bridge(nn.Module):
     """Pooled hidden state (N, D = `input_size`) -> a guess of the target code (N, V): `bridge_layers` linear layers
     with activation, after a layer norm if `normalize` is true (for pre-norm encoders)."""
@@ -158,7 +161,8 @@ class BlockOutput(NamedTuple):
 
 
 class ALBlock(nn.Module):
-    """Block k = `index`, from 0: `encode`, `bridge`, `encode_target`, `decode_target`, as drawn in configuration_al.py.
+    """Block k = `index`, from 0: `encode`, `bridge`, `encode_target`, `decode_target`, as drawn in configuration_al.py,
+    and `lookahead`, through which the bridge reads (None in most models).
 
     With `inference_only`, `encode_target` and the bridges before the last one are None. With an objective without
     target codes (`local_ce`) each block decodes straight to classes and has no `encode_target`.
@@ -178,6 +182,8 @@ class ALBlock(nn.Module):
         has_bridge = is_last or not config.inference_only
         normalize = self.encode.normalize_pooled
         self.bridge = Bridge(config, self.encode.output_size, normalize) if has_bridge else None
+        has_lookahead = has_bridge and not OBJECTIVES[config.objective].end_to_end
+        self.lookahead = encoder_class.look_ahead(config, index) if has_lookahead else None
         has_code = not config.inference_only and target_codes
         self.encode_target = TargetLayer(label_size, config.target_size, config.label_activation) if has_code else None
         self.decode_target = TargetLayer(
@@ -227,7 +233,10 @@ class ALBlock(nn.Module):
         return BlockOutput({**encoded, **sent}, losses, logits_NC, attentions)
 
     def pool(self, hidden_NTD: Tensor, inputs: Inputs) -> Tensor:
-        """One vector per text (N, D) from its hidden states (N, T, D), pooled as in the config."""
+        """One vector per text (N, D) for the bridge, from the hidden states (N, T, D) that leave `encode`, pooled as in
+        the config."""
+        if self.lookahead is not None:
+            hidden_NTD = self.lookahead({"hidden": hidden_NTD}, inputs)["hidden"]
         return pool(hidden_NTD, inputs["attention_mask"], self.pooling)
 
     def decoders(self, boundary: Boundary) -> Boundary:

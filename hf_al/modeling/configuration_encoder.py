@@ -24,6 +24,9 @@ class ALEncoderConfig(ALConfig):
         encoder_config (`PreTrainedConfig` or `dict`, *optional*): the config of the encoder; a BERT if None.
         cuts (`list[int]`, *optional*): after how many layers each block but the last ends, for example `[2, 4]` for
             three blocks; if None, `num_blocks` blocks with equal numbers of layers.
+        lookahead (`int`, defaults to 0): layers through which the bridge of a block reads what leaves the block: copies
+            of those that follow it in the encoder, which start from the pretrained weights and learn with the block.
+            They cost their compute and memory in training and for an earlier exit; the last block has none.
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norm of a bridge.
         pooling: `mean`, `max`, `first` (the first token), or `last`, for encoders whose tokens see only those before.
 
@@ -40,6 +43,7 @@ class ALEncoderConfig(ALConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     cuts: list[int] | None = None
+    lookahead: int = 0
     layer_norm_eps: float | int = 1e-5
 
     def __post_init__(self, **kwargs):

@@ -75,6 +75,12 @@ class Encoder(nn.Module):
         `attentions`, a tuple of weights (N, heads, T, T), which stays in the block."""
         raise NotImplementedError
 
+    @staticmethod
+    def look_ahead(config, index: int) -> "Encoder | None":
+        """Layers of its own through which the bridge of block `index` reads the hidden states; none if not
+        overridden."""
+        return None
+
     def in_words(self) -> str:
         """A description for people."""
         return type(self).__name__

@@ -111,6 +111,7 @@ def check_encoder(config: Any) -> None:
     """Those of `al_encoder` that do not depend on the encoder."""
     one_of(config, "pooling", ("mean", "max", "first", "last"))
     positive(config, "layer_norm_eps", 1e-5)
+    at_least(config, "lookahead", 0)
 
 
 OF_ARCHITECTURES = {"al_lstm": check_lstm, "al_transformer": check_transformer, "al_encoder": check_encoder}

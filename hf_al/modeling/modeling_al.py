@@ -144,7 +144,8 @@ class ALPreTrainedModel(PreTrainedModel):
         """Whether the parameter `name` (as in `state_dict`) does not contribute to the model's answer."""
         parts = name.removeprefix("model.").split(".")
         last = str(self.config.num_blocks - 1)
-        return "encode_target" in parts or ("bridge" in parts and parts[1] != last)
+        is_read = "bridge" in parts or "lookahead" in parts
+        return "encode_target" in parts or (is_read and parts[1] != last)
 
 
 class ALModel(ALPreTrainedModel):

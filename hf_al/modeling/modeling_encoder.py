@@ -67,10 +67,9 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
         for name, tensor in weights.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"Expected finite weights, got nan or inf in {name} of the encoder. Copy them again.")
-        for block in self.model.blocks:
-            part, backbone = block.encode.part, block.encode.backbone
-            for name, tensor in backbone.state_dict().items():
-                tensor.copy_(weights[part.name_in_encoder(name)])
+        for encoder_part in [part for block in self.model.blocks for part in (block.encode, block.lookahead) if part]:
+            for name, tensor in encoder_part.backbone.state_dict().items():
+                tensor.copy_(weights[encoder_part.part.name_in_encoder(name)])
 
     def to_encoder(self) -> PreTrainedModel:
         """The encoder in one piece, as a plain model of transformers with the weights of the blocks."""

@@ -81,18 +81,18 @@ def materialise(model: PreTrainedModel, device: torch.device) -> None:
     model.init_weights()
 
 
-def make_part(config: ALEncoderConfig, index: int) -> tuple[Part, PreTrainedModel]:
-    """Block `index` of the encoder that the config describes, with random weights: on the default device, or without
-    any memory if that is "meta", as it is while transformers loads a model."""
+def make_part(config: ALEncoderConfig, layers: range) -> tuple[Part, PreTrainedModel]:
+    """These layers of the encoder that the config describes, with random weights: on the default device, or without
+    any memory if that is "meta", as it is while transformers loads a model. The embeddings belong to the first one."""
     model = empty_encoder(config)  # all layers: what a layer does may depend on its number
     layout = LAYOUTS[model.config.model_type]
-    part = Part(layout, config.layers_of(index), config.depth)
-    layers: Any = model.get_submodule(layout.layers)
-    _replace(model, layout.layers, nn.ModuleList(layers[part.layers.start : part.layers.stop]))
-    model.config.num_hidden_layers = len(part.layers)
+    part = Part(layout, layers, config.depth)
+    every: Any = model.get_submodule(layout.layers)
+    _replace(model, layout.layers, nn.ModuleList(every[layers.start : layers.stop]))
+    model.config.num_hidden_layers = len(layers)
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[part.layers.start : part.layers.stop]
-    if index > 0:
+        model.config.layer_types = model.config.layer_types[layers.start : layers.stop]
+    if layers.start > 0:
         _replace(model, layout.embeddings, PassThrough())
         for name in layout.first:
             _replace(model, name, nn.Identity())
@@ -126,15 +126,22 @@ def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
 
 class PretrainedEncoder(Encoder):
     """The layers of block `index` of a pretrained encoder; block 0 also has its embeddings. Arguments: see
-    [`Encoder`]."""
+    [`Encoder`]; `layers`: others than those of the block."""
 
     has_attention = True
 
-    def __init__(self, config: ALEncoderConfig, index: int):
+    def __init__(self, config: ALEncoderConfig, index: int, layers: range | None = None):
         super().__init__()
-        self.part, self.backbone = make_part(config, index)
+        self.part, self.backbone = make_part(config, config.layers_of(index) if layers is None else layers)
         self.normalize_pooled = self.part.layout.pre_norm  # type: ignore[misc]
-        self.output_size, self.is_first = config.hidden_size, index == 0
+        self.output_size, self.is_first = config.hidden_size, self.part.layers.start == 0
+
+    @classmethod
+    def look_ahead(cls, config: ALEncoderConfig, index: int) -> "PretrainedEncoder | None":
+        """Copies of the layers that follow block `index`, `config.lookahead` of them; None if there are none."""
+        stop = config.layers_of(index).stop
+        layers = range(stop, min(stop + config.lookahead, config.depth))
+        return cls(config, index, layers) if layers else None
 
     @staticmethod
     def prepare_inputs(config: ALEncoderConfig, inputs: Inputs) -> Inputs:

@@ -12,12 +12,11 @@ from .. import registration  # noqa: F401  without it the Auto classes do not kn
 from ..arguments import METRIC_NAMES
 from ..early import check_model_name
 from ..messages import last_line, some, table
+from ..modeling.blocks import PARTS
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..own import hint
 from ..report import read_report
-
-PARTS = ("encode", "bridge", "encode_target", "decode_target")
 
 
 def inspect(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -101,7 +100,10 @@ def _block(model: ALForSequenceClassification, k: int, validation: dict[str, Any
 
 def encoder_in_words(model: ALForSequenceClassification, k: int) -> str:
     """What `encode` of block k does, in one line."""
-    words = [model.model.blocks[k].encode.in_words()]
+    block = model.model.blocks[k]
+    words = [block.encode.in_words()]
+    if block.lookahead is not None:
+        words.append(f"its exit through a copy of {block.lookahead.in_words()}")
     if k == 0:
         rows: Any = model.get_input_embeddings().weight
         words.insert(0, f"{rows.shape[0]:,} embedding rows of {rows.shape[1]}")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import TrainingArguments
+from ..modeling.blocks import PARTS
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES, first_target
 from ..parallel.transport import ALONE, Alone
@@ -119,7 +120,7 @@ def part_sums(model: ALForSequenceClassification, frozen_embeddings: bool = Fals
     """
     sums: dict[str, tuple[float, float]] = {}
     for block in here(model):
-        for part in ("encode", "bridge", "encode_target", "decode_target"):
+        for part in PARTS:
             named = dict(getattr(block, part).named_parameters()) if getattr(block, part) is not None else {}
             if (part == "encode" and block.frozen) or (
                 frozen_embeddings and all("word_embeddings" in name for name in named)

@@ -145,9 +145,14 @@ def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets
 
 def test_a_pretrained_encoder_streams(encoder_folder, tweet_files, tmp_path):
     decided = ("--hidden_size", "--hidden_dropout", "--embedding_dropout")
-    flags = [*tweet_files, *(flag for flag in FLAGS if not flag.startswith(decided)), f"--encoder={encoder_folder}"]
+    flags = [
+        *tweet_files,
+        *(flag for flag in FLAGS if not flag.startswith(decided)),
+        f"--encoder={encoder_folder}",
+        "--lookahead=1",
+    ]
     for stages in (1, 3):
-        more = ["--max_steps=20", f"--stages={stages}", f"--output_dir={tmp_path / str(stages)}"]
+        more = ["--max_steps=20", "--lookahead=1", f"--stages={stages}", f"--output_dir={tmp_path / str(stages)}"]
         run_world(stages, jobs.train, [*flags, *more])
     assert sha256(tmp_path / "3") == sha256(tmp_path / "1")
 
