@@ -25,7 +25,8 @@ from .early import (
 from .messages import table
 from .metadata import check_metadata
 from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
-from .parsing import FlagParser, add_training_flags, reader, resolve
+from .parallel.placement import check_placement
+from .parsing import FlagParser, add_training_flags, planned_blocks, reader, resolve
 from .report import read_report
 from .values import capped
 
@@ -70,6 +71,8 @@ def _train(flags: Namespace) -> None:
         print(args.to_yaml(), end="")
         return
     said_once(lambda: check_training(args))
+    if not args.model_name_or_path:
+        said_once(lambda: check_placement(args.placement, planned_blocks(args), args.stages))
     if args.stages > 1 and not is_for_others_to_start():
         launch(args.to_yaml(), args.stages, args.use_cpu)
         return

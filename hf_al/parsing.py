@@ -214,19 +214,26 @@ def check_new_model(args: TrainingArguments) -> None:
     range, more stages than blocks, lists that do not have one number for each block."""
     fields = config_fields(args.model_type)
     values = {**{name: field.default for name, field in fields.items()}, **args.model}
-    blocks, cuts = values["num_blocks"], args.model.get("cuts")
-    if cuts and args.model.get("num_blocks", len(cuts) + 1) != len(cuts) + 1:
+    cuts, blocks = values.get("cuts"), planned_blocks(args)
+    if cuts and args.model.get("num_blocks", blocks) != blocks:
         raise ValueError(
-            f"Expected {len(cuts) + 1} blocks with the cuts {cuts}, got num_blocks={blocks}. Leave one of them out."
+            f"Expected {blocks} blocks with the cuts {cuts}, got num_blocks={values['num_blocks']}. Leave one of them "
+            "out."
         )
     if args.model_type in limits.OF_ARCHITECTURES:
         loaded = sys.modules.get(f"{__package__}.modeling.objectives")  # with your own ones, if there are any
         objectives = getattr(loaded, "OBJECTIVES", limits.OBJECTIVE_NAMES)
         limits.check_shared(Namespace(**values), tuple(objectives))
         limits.OF_ARCHITECTURES[args.model_type](Namespace(**values))
-    blocks = len(cuts) + 1 if cuts else blocks
     check_stages(args.stages, blocks)
     check_lists(args, blocks)
+
+
+def planned_blocks(args: TrainingArguments) -> int:
+    """How many blocks a new model gets."""
+    cuts = args.model.get("cuts")
+    blocks: int = args.model.get("num_blocks", config_fields(args.model_type)["num_blocks"].default)
+    return len(cuts) + 1 if cuts else blocks
 
 
 def check_lists(args: TrainingArguments, blocks: int) -> None:

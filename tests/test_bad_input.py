@@ -251,7 +251,8 @@ MISTAKES = {
     ),
     "unknown_objective": (
         nothing, f"{TRAIN} --train_file=train.csv --objective=associate",
-        "hf-al train: error: Expected objective to be one of associated, al_ce, local_ce, backprop, got 'associate'. "
+        "hf-al train: error: Expected objective to be one of associated, al_ce, local_ce, supcon, deinfo, predsim, "
+        "backprop, got 'associate'. "
         "Did you mean associated?",
     ),
     "unknown_schedule": (

@@ -85,6 +85,8 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         (["predict"], "The following arguments are required: DIR."),
         (["predict", "some/models"], "found nothing at some/models. Did you mean some/model?"),
         (["demo", "some/model", "--space=some"], "Expected a new or an empty folder as --space, got some."),
+        ([*TWEETS, "--stages=2", "--placement=0-5"], "the blocks 0 to 1 of 2 stages, each block once and in order"),
+        ([*TWEETS, "--placement=spread"], "Expected placement as balanced, equal, or the blocks 0 to 1 of 1 stages"),
         ([*TWEETS, "--frozen_blocks=3"], "Expected frozen_blocks of at most 2 (num_blocks), got 3."),
         ([*TWEETS, "--metric_for_best_model=macrof1"], "got 'macrof1'. Did you mean macro_f1?"),
         ([*TWEETS, "--report_to=none,tensorbord"], "got 'tensorbord'. Did you mean tensorboard?"),

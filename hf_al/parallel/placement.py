@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..messages import table
 from ..parsing import check_stages
+
+if TYPE_CHECKING:  # a placement can be checked without it
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Placement:
     def blocks_by_stage(self) -> list[list[int]]:
         return [self.blocks(stage) for stage in range(len(self.stages))]
 
-    def table(self, blocks: Sequence[nn.Module], devices: Sequence[str] | None = None) -> str:
+    def table(self, blocks: "Sequence[nn.Module]", devices: Sequence[str] | None = None) -> str:
         """The placement as text: stage, rank, blocks, number and share of parameters, and the device if given."""
         stages = range(len(self.stages))
         counts = [sum(p.numel() for k in self.blocks(s) for p in blocks[k].parameters()) for s in stages]
@@ -75,6 +77,11 @@ def place(
     else:
         cuts = balanced_cuts(seconds, num_stages, wire or [0.0] * len(units))
     return Placement(tuple(tuple(units[a:b]) for a, b in pairwise(cuts)))
+
+
+def check_placement(how: str, blocks: int, num_stages: int) -> None:
+    """Refuses a `how` of `place` that blocks trained one by one do not allow."""
+    place([range(k, k + 1) for k in range(blocks)], num_stages, how)
 
 
 def balanced_cuts(seconds: Sequence[float], num_stages: int, wire: Sequence[float]) -> list[int]:

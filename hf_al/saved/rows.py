@@ -183,7 +183,7 @@ def _csv_rows(
         if row[-1].endswith(END):  # it took all rows behind it for one cell
             raise ValueError(
                 "Expected a quote that is closed, got the end of the input: close it, or write two for one in a text. "
-                f"The row begins with {row[0][:40]!r}."
+                f"The row begins with {row[0].removesuffix(END)[:40]!r}."
             )
         if len(row) != len(header):
             raise RowError(f"Expected {len(header)} cells, as the header has, got {len(row)}.")
