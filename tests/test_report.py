@@ -16,6 +16,7 @@ from PIL import Image
 
 import hf_al
 from hf_al import plots, report
+from hf_al.card import shared_arguments
 from hf_al.training import checkpoint, record
 from hf_al.training.stage import Stage
 
@@ -319,3 +320,14 @@ def test_the_highest_memory_so_far_never_falls(content):
     figure = plots.memory({**content, "history": rows})
     (line,) = figure.axes[0].get_lines()
     assert line.get_ydata().tolist() == [700.0, 700.0]
+
+
+def test_shared_arguments_name_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    given = {"dataset_name": "data/mine", "tokenizer_name": "/gone/tokenizer", "output_dir": str(tmp_path / "out")}
+    shared = shared_arguments({**hf_al.TrainingArguments(**given).to_dict(), "test_file": "gone/test.csv"})
+    names = [shared[name] for name in ("dataset_name", "tokenizer_name", "output_dir", "test_file")]
+    assert names == ["mine", "tokenizer", "", "test.csv"]
+    kept = shared_arguments(hf_al.TrainingArguments(dataset_name="user/data", encoder="user/encoder").to_dict())
+    assert (kept["dataset_name"], kept["encoder"]) == ("user/data", "user/encoder")
