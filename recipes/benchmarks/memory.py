@@ -8,7 +8,7 @@ most bytes that activations and gradients hold during a step of the training loo
     backprop                  the whole network is one unit
     checkpointed              the same, with activation checkpointing of every layer
     optimizer in backward     the same again, and each weight is updated as soon as its gradient is there
-    al_ce, 3 or 6 blocks      block by block, as `hf-al train --encoder` does
+    al_ce, 3 or 6 blocks      block by block, as `hf-al train --encoder` does; also with bridges that look ahead
 """
 
 import argparse
@@ -33,10 +33,10 @@ SMALL = {"vocab_size": 30_000, "hidden_size": 128, "num_attention_heads": 4, "in
 Step = Callable[[], Any]
 
 
-def make_model(sizes: dict[str, int], layers: int, objective: str, blocks: int) -> ALEncoderForSequenceClassification:
+def make_model(sizes: dict[str, int], layers: int, **values: Any) -> ALEncoderForSequenceClassification:
     torch.manual_seed(0)
     encoder = BertConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=512)
-    config = ALEncoderConfig.from_encoder(encoder, objective=objective, num_blocks=blocks, num_labels=CLASSES)
+    config = ALEncoderConfig.from_encoder(encoder, num_labels=CLASSES, **values)
     return ALEncoderForSequenceClassification(config).train()
 
 
@@ -62,13 +62,17 @@ def updating_step(model: ALEncoderForSequenceClassification, data: Dataset, batc
 def make_arms(sizes: dict[str, int], layers: int, batch: int, tokens: int) -> tuple[dict[str, Step], dict[str, int]]:
     """The steps by name, and how many parameters each arm has."""
     steps, counts = {}, {}
-    for name, objective, blocks in (
-        ("backprop", "backprop", layers),
-        ("checkpointed", "backprop", layers),
-        ("optimizer in backward", "backprop", layers),
-        *((f"al_ce, {k} blocks", "al_ce", k) for k in (3, 6) if k <= layers),
-    ):
-        model = make_model(sizes, layers, objective, blocks)
+    for name, values in {
+        "backprop": {"objective": "backprop", "num_blocks": layers},
+        "checkpointed": {"objective": "backprop", "num_blocks": layers},
+        "optimizer in backward": {"objective": "backprop", "num_blocks": layers},
+        "al_ce, 3 blocks": {"num_blocks": 3},
+        "al_ce, 3 blocks, lookahead 1": {"num_blocks": 3, "lookahead": 1},
+        "al_ce, 3 blocks, lookahead 2": {"num_blocks": 3, "lookahead": 2},
+        "al_ce, 6 blocks": {"num_blocks": 6},
+        "al_ce, 6 blocks, lookahead 1": {"num_blocks": 6, "lookahead": 1},
+    }.items():
+        model = make_model(sizes, layers, **values)
         if name in ("checkpointed", "optimizer in backward"):
             model.activation_checkpointing_enable({"use_reentrant": False})
         make = updating_step if name == "optimizer in backward" else loop_step
@@ -105,7 +109,8 @@ def by_depth(depths: list[int]) -> list[dict[str, Any]]:
     for depth in depths:
         row: dict[str, Any] = {"layers": depth}
         for objective in ("backprop", "al_ce"):
-            step = loop_step(make_model(SMALL, depth, objective, depth), random_rows([64] * 8), batch=8)
+            model = make_model(SMALL, depth, objective=objective, num_blocks=depth)
+            step = loop_step(model, random_rows([64] * 8), batch=8)
             step()
             row[objective] = peak_bytes(step) / 2**20
         rows.append(row)
