@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,11 @@ def push(
         prepare(report, folder, repo_id, Path(made), inference_only, language, license, twin)
         with _refusals(repo_id):
             _create(api, repo_id, private)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=made, revision=revision, create_pr=create_pr, delete_patterns=STALE,
-                commit_message=commit_message or f"{report['model_type']}, objective {report['objective']}",
-            )  # fmt: skip
+            with nullcontext() if revision is None else _branch(api, repo_id, revision):
+                commit = api.upload_folder(
+                    repo_id=repo_id, folder_path=made, revision=revision, create_pr=create_pr, delete_patterns=STALE,
+                    commit_message=commit_message or f"{report['model_type']}, objective {report['objective']}",
+                )  # fmt: skip
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -155,6 +154,24 @@ def _create(api: HfApi, repo_id: str, private: bool) -> str:
             "Make it private in its settings, leave the flag out, or push to another name."
         )
     return found
+
+
+@contextmanager
+def _branch(api: HfApi, repo_id: str, name: str) -> Iterator[None]:
+    """A branch to commit to: it is created if there is none, and goes again if nothing comes of the commit."""
+    try:
+        api.create_branch(repo_id, branch=name)
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code != 409:
+            raise
+        yield  # it was there before
+        return
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            api.delete_branch(repo_id, branch=name)
+        raise
 
 
 @contextmanager

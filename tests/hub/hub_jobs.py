@@ -73,6 +73,12 @@ def commits(repo_id: str, revision: str | None = None) -> list[str]:
     return [commit.commit_id for commit in HfApi().list_repo_commits(repo_id, revision=revision)]
 
 
+def branches(repo_id: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    return sorted(branch.name for branch in HfApi().list_repo_refs(repo_id).branches)
+
+
 def answers(name: str, texts: list[str], revision: str | None = None) -> dict[str, Any]:
     """The answers of the Auto classes and of a pipeline for a folder or a repo id."""
     import torch

@@ -394,6 +394,15 @@ def make_app(root: str | Path, token: str = TOKEN, user: str = "tester") -> Fast
             at = c["parent"]
         return out
 
+    @app.delete("/api/{kinds}/{ns}/{name}/branch/{ref:path}")
+    def delete_branch(kinds: str, ns: str, name: str, ref: str, request: Request):
+        authed(request)
+        with store.lock:
+            refs = store.refs(PLURAL[kinds], f"{ns}/{name}")
+            del refs["branches"][ref]
+            store.save_refs(PLURAL[kinds], f"{ns}/{name}", refs)
+        return {}
+
     @app.post("/api/{kinds}/{ns}/{name}/{what}/{ref:path}")
     async def post_ref(kinds: str, ns: str, name: str, what: str, ref: str, request: Request):
         kind, repo = PLURAL[kinds], f"{ns}/{name}"

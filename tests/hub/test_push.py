@@ -260,6 +260,23 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, shared, trained):
     assert hub.run(jobs.answers, shared, TEXTS, "small")["inference_only"]
 
 
+def test_a_push_that_fails_leaves_no_new_branch(hub, shared, trained):
+    folder = str(trained[0])
+    hub.state.log.clear()
+    hub.run(jobs.push, folder, shared, revision="first", inference_only=True)
+    upload = next(i for i, (_, path, _) in enumerate(hub.state.log) if "/commit/" in path)
+    before = hub.run(jobs.branches, shared)
+    hub.state.log.clear()
+    hub.state.faults[upload] = "401"
+    status, _, err = hub.run(jobs.shell, "push", folder, shared, "--revision", "second")
+    hub.state.faults.clear()
+    assert status == 2, err
+    assert hub.run(jobs.branches, shared) == before
+    hub.run(jobs.push, folder, shared, revision="first")
+    assert hub.run(jobs.branches, shared) == before
+    assert not hub.run(jobs.answers, shared, TEXTS, "first")["inference_only"]
+
+
 def test_a_private_repository_needs_the_token(hub, trained):
     hub.run(jobs.push, str(trained[0]), "tester/hidden", private=True)
     hub.run(jobs.set_token, None)
