@@ -20,6 +20,7 @@ from .early import (
     check_labelled,
     check_model_name,
     check_training,
+    columns_of,
     input_format,
 )
 from .messages import table
@@ -120,7 +121,8 @@ def _evaluate_flags(parser: FlagParser) -> None:
 def _evaluate(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     if flags.test_file:
-        check_labelled(flags.test_file, flags.csv_delimiter, flags.text_column_names, flags.label_column_name)
+        columns = columns_of(flags.test_file, flags.csv_delimiter)
+        check_labelled(columns, flags.text_column_names, flags.label_column_name, flags.test_file)
     if flags.predictions:
         check_destination("--predictions", flags.predictions, flags.test_file, flags.model)
     set_up_output(flags.disable_tqdm)

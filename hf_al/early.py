@@ -37,11 +37,11 @@ def check_training(args: TrainingArguments) -> None:
     if args.word_vectors not in (None, "auto"):
         check_word_vectors(args.word_vectors)
     check_data_arguments(args)
-    for path in (args.train_file, args.validation_file, args.test_file):
-        if path:
-            checked_file(path, args.csv_delimiter)
-    if args.train_file:
-        check_labelled(args.train_file, args.csv_delimiter, args.text_column_names, args.label_column_name)
+    known = {"tweets": ["text", "label"]} if args.dataset_name == "tweets" else {}
+    for path in filter(None, (args.train_file, args.validation_file, args.test_file)):
+        known[path] = columns_of(path, args.csv_delimiter)
+    for where, columns in known.items():
+        check_labelled(columns, args.text_column_names, args.label_column_name, where)
     check_installed(args.trackers, is_installed)
     if args.push_to_hub:
         check_can_push(args.hub_id)
@@ -200,22 +200,25 @@ def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, di
     return file, kind, {"delimiter": delimiter, "keep_default_na": False}
 
 
-def check_columns(path: str, delimiter: str | None, names: list[str]) -> list[str]:
-    """The columns of a csv file. Refuses names that it lacks. Other kinds of files, of which the columns are not known
-    here (an empty list), are for their readers to look into."""
+def columns_of(path: str, delimiter: str | None) -> list[str]:
+    """The columns of a csv file; none of other kinds, or if the header cannot be read, which is for a reader to say."""
     file, kind, options = checked_file(path, delimiter)
     columns = _header(file, kind, options["delimiter"])[0] if options else []
+    return columns if all(columns) else []  # a column without a name gets one when read
+
+
+def check_columns(columns: list[str], names: list[str]) -> None:
+    """Refuses names that are not among the columns, unless those are not known."""
     for name in names:
-        if all(columns) and columns and name not in columns:  # a column without a name gets one when read
+        if columns and name not in columns:
             raise ValueError(f"Expected column {name!r}, got the columns {columns}. Check the column flags.")
-    return columns
 
 
-def check_labelled(path: str, delimiter: str | None, text: str | None, label: str | None) -> None:
-    """Refuses columns of text and label that a csv file lacks, or that are named twice."""
+def check_labelled(columns: list[str], text: str | None, label: str | None, where: str) -> None:
+    """Refuses columns of text and label that `where` lacks, or that are named twice."""
     texts = [name.strip() for name in (text or "").split(",") if name.strip()]
     names = [*texts, *([label] if label else [])]
-    columns = check_columns(path, delimiter, names)
+    check_columns(columns, names)
     if len(texts) > 2 or len(set(names)) < len(names):
         raise ValueError(
             f"Expected one or two text columns and another label column, got --text_column_names {','.join(texts)} and "
@@ -223,7 +226,7 @@ def check_labelled(path: str, delimiter: str | None, text: str | None, label: st
         )
     if len(columns) == 1:
         raise ValueError(
-            f"Expected columns of text and label in {path}, got only {columns[0]!r}. If these are several, pass what "
+            f"Expected columns of text and label in {where}, got only {columns[0]!r}. If these are several, pass what "
             "separates them: --csv_delimiter."
         )
 
@@ -303,7 +306,7 @@ def check_input_and_output(flags: Namespace) -> None:
         check_destination("--output", destination, source, flags.model)
     if source is not None and Path(source).is_file() and not flags.input_format and not source.endswith(".txt"):
         named = [*(flags.text_column_names or "").split(","), flags.id_column]
-        check_columns(source, flags.csv_delimiter, [name.strip() for name in named if name])
+        check_columns(columns_of(source, flags.csv_delimiter), [name.strip() for name in named if name])
 
 
 def check_ending(flag: str, path: str) -> None:

@@ -76,6 +76,8 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         ([*TWEETS, "--model_type=al_lstn"], "got 'al_lstn'. Did you mean al_lstm?"),
         ([*TWEETS, "--learning_rate=fast"], "expected float or list[float], got 'fast'"),
         ([*TWEETS, "--report_to=comet_ml"], "Run pip install comet_ml, or leave it out of report_to."),
+        ([*TWEETS, "--label_column_name=mood"], "Expected column 'mood', got the columns ['text', 'label']."),
+        ([*ROWS, "--test_file=other.csv", "--label_column_name=label"], "'label', got the columns ['text', 'mood']."),
         ([*ROWS, "--text_column_names=text,text"], "--text_column_names text,text and --label_column_name None."),
         ([*ROWS, "--text_column_names=text", "--label_column_name=text"], "Name each column once."),
         ([*ROWS, "--csv_delimiter=;"], "got only 'text,label'. If these are several, pass what separates them"),
@@ -99,6 +101,7 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
 )
 def test_a_mistake_is_answered_without_torch(argv, said, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    (tmp_path / "other.csv").write_text("text,mood\na,b\n")
     (tmp_path / "twice.csv").write_text("text,text\na,b\n")
     (tmp_path / "some" / "model").mkdir(parents=True)
     (tmp_path / "some" / "model" / "config.json").write_text("{}")
@@ -111,7 +114,7 @@ def test_a_mistake_is_answered_without_torch(argv, said, tmp_path):
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == "imported: []\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "twice.csv", "some", "model"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "twice.csv", "other.csv", "some", "model"}
 
 
 def test_the_objectives_known_without_torch_are_those_that_come_with_hf_al():

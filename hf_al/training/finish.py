@@ -55,13 +55,14 @@ def finish(
     results = _results(plan, stage)
     codes = health.code_health(model, torch.as_tensor(plan.labels["validation"]), transport)
     warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, at_start)
-    changes = [f"The run went on under other conditions: {change}." for change in progress.changes]
-    all_warnings = plan.warnings + changes + (transport.pass_on(warnings) or [])
+    all_warnings = plan.warnings + (transport.pass_on(warnings) or [])
     if "confusion_matrix" in results:
         split, names = ("test" if "test" in plan.data else "validation"), model.config.label_names
         all_warnings += health.answer_warnings(np.asarray(results["confusion_matrix"]), names, split)
     codes = transport.pass_on(codes) or []
     record.warn(all_warnings)
+    # said when the run went on
+    changes = [f"The run went on under other conditions: {change}." for change in progress.changes]
 
     def write() -> dict[str, Any]:
         elsewhere = [k for k in range(model.config.num_blocks) if k not in stage.blocks]
@@ -72,7 +73,7 @@ def finish(
                 model.model.blocks[k] = block
         speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
         found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh}
-        report = _report(plan, progress, model, stage.device, found, all_warnings)
+        report = _report(plan, progress, model, stage.device, found, changes + all_warnings)
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)

@@ -292,13 +292,15 @@ def test_a_run_that_goes_on_under_other_conditions_says_which_once(run_flags, ne
     shutil.copytree(never_stopped("al_lstm", "associated"), tmp_path / "run")
     more = ["--resume_from_checkpoint=last", "--learning_rate=1e-3", "--max_grad_norm=1", f"--max_steps={STEPS + 1}"]
     with caplog.at_level(logging.WARNING, "hf_al"):
-        hf_al.train(parse_arguments(run_flags("al_lstm", "associated", tmp_path / "run", *more)))
+        report = hf_al.train(parse_arguments(run_flags("al_lstm", "associated", tmp_path / "run", *more))).report
     said = [r.message for r in caplog.records if "other conditions" in r.message]
     assert said == [
         "The run continues under other conditions, so its result will not be that of an uninterrupted run: "
         "learning_rate was 0.005 and is now 0.001; max_grad_norm was 0.5 and is now 1.0; "
         f"total_steps was {STEPS} and is now {STEPS + 1}."
     ]
+    changed = [message for message in report["warnings"] if f"other conditions: after step {STEPS}, " in message]
+    assert len(changed) == 3
 
 
 @pytest.mark.medium
