@@ -16,7 +16,18 @@ from typing import Any
 TABLE = Path(__file__).with_suffix(".json")
 KINDS: dict[str, Any] = {
     str(getattr(kind, "__name__", kind)): kind
-    for kind in (int, float, bool, str, int | None, float | int, str | None, list[float] | None, list[int] | None)
+    for kind in (
+        int,
+        float,
+        bool,
+        str,
+        int | None,
+        float | int,
+        str | None,
+        list[float] | None,
+        list[int] | None,
+        list[str] | None,
+    )
 }
 # Decided by the data, the tokenizer, or the way a model is saved
 DECIDED = {

@@ -17,6 +17,7 @@ decode_target_1( ... decode_target_k( bridge_k( pool(s_k) ) ) ).
 Sources: Kao & Chen, Neural Computation 33(1), 2021, arXiv 1906.05560; Wu, Lin, Chen & Chen, ICLR 2022.
 """
 
+import copy
 import math
 from typing import ClassVar
 
@@ -189,6 +190,12 @@ class ALConfig(PreTrainedConfig):
         if OBJECTIVES[self.objective].end_to_end or self.inference_only:
             return [self.num_blocks - 1]
         return list(range(self.num_blocks))
+
+    def for_inference(self):
+        """The config of a model that is saved with `inference_only=True`."""
+        config = copy.deepcopy(self)
+        config.inference_only = True
+        return config
 
     def validate_encoder(self):
         """Checks of one architecture; overridden below."""

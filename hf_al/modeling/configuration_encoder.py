@@ -27,6 +27,12 @@ class ALEncoderConfig(ALConfig):
         lookahead (`int`, defaults to 0): layers through which the bridge of a block reads what leaves the block: copies
             of those that follow it in the encoder, which start from the pretrained weights and learn with the block.
             They cost their compute and memory in training and for an earlier exit; the last block has none.
+        lora_r (`int`, defaults to 0): rank of LoRA matrices; above 0, they are all that learns of the encoder (needs
+            the package `peft`). `save_pretrained(..., inference_only=True)` and `to_encoder()` merge them.
+        lora_alpha (`int`, defaults to 16): LoRA's product is scaled by `lora_alpha / lora_r`.
+        lora_dropout (`float`, defaults to 0.0): dropout on the input of LoRA's matrices.
+        lora_target_modules (`list[str]`, *optional*): names of the linear layers that get them, such as
+            `["query", "value"]`; all if None.
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norm of a bridge.
         pooling: `mean`, `max`, `first` (the first token), or `last`, for encoders whose tokens see only those before.
 
@@ -44,6 +50,10 @@ class ALEncoderConfig(ALConfig):
     encoder_config: dict | PreTrainedConfig | None = None
     cuts: list[int] | None = None
     lookahead: int = 0
+    lora_r: int = 0
+    lora_alpha: int = 16
+    lora_dropout: float | int = 0.0
+    lora_target_modules: list[str] | None = None
     layer_norm_eps: float | int = 1e-5
 
     def __post_init__(self, **kwargs):
@@ -72,6 +82,11 @@ class ALEncoderConfig(ALConfig):
         decided = {"pad_token_id": padding, "max_position_embeddings": longest}
         decided |= {"pooling": "last"} if layout.causal else {}
         return cls(encoder_config=copy.deepcopy(encoder_config), **{**decided, **values})
+
+    def for_inference(self) -> "ALEncoderConfig":
+        config = super().for_inference()
+        config.lora_r = 0
+        return config
 
     def layers_of(self, block: int) -> range:
         """The layers of the encoder that a block has, counted from 0."""

@@ -112,6 +112,9 @@ def check_encoder(config: Any) -> None:
     one_of(config, "pooling", ("mean", "max", "first", "last"))
     positive(config, "layer_norm_eps", 1e-5)
     at_least(config, "lookahead", 0)
+    at_least(config, "lora_r", 0)
+    at_least(config, "lora_alpha", 1)
+    probability(config, "lora_dropout")
 
 
 OF_ARCHITECTURES = {"al_lstm": check_lstm, "al_transformer": check_transformer, "al_encoder": check_encoder}

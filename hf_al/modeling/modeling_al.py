@@ -3,7 +3,6 @@
 Legend: N batch, T tokens, D hidden size, C classes, K blocks.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -131,21 +130,23 @@ class ALPreTrainedModel(PreTrainedModel):
         if not inference_only:
             super().save_pretrained(save_directory, **kwargs)
             return
-        state_dict = {n: t for n, t in self.state_dict().items() if not self.is_training_only(n)}
+        state_dict = {n: t for n, t in self.plain_state_dict().items() if not self.is_training_only(n)}
         full = self.config
-        self.config = copy.deepcopy(full)
-        self.config.inference_only = True
+        self.config = full.for_inference()
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.config = full
 
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """`state_dict`, with what was only added for training merged into the weights."""
+        return self.state_dict()
+
     def is_training_only(self, name: str) -> bool:
         """Whether the parameter `name` (as in `state_dict`) does not contribute to the model's answer."""
         parts = name.removeprefix("model.").split(".")
         last = str(self.config.num_blocks - 1)
-        is_read = "bridge" in parts or "lookahead" in parts
-        return "encode_target" in parts or (is_read and parts[1] != last)
+        return "encode_target" in parts or (parts[1] != last and ("bridge" in parts or "lookahead" in parts))
 
 
 class ALModel(ALPreTrainedModel):

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .configuration_encoder import ALEncoderConfig
 from .modeling_al import ALForSequenceClassification, ALModel
-from .pretrained import PretrainedEncoder, empty_encoder, encoder_weights, load_pretrained, materialise
+from .pretrained import PretrainedEncoder, empty_encoder, encoder_weights, load_pretrained, materialise, plain_weights
 
 
 class ALEncoderModel(ALModel):
@@ -19,6 +19,10 @@ class ALEncoderModel(ALModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.blocks[0].encode.backbone.get_input_embeddings()
+
+    @torch.no_grad()
+    def plain_state_dict(self) -> dict[str, torch.Tensor]:
+        return plain_weights(self)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.blocks[0].encode.backbone.set_input_embeddings(value)
@@ -56,6 +60,10 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
         return model
 
     @torch.no_grad()
+    def plain_state_dict(self) -> dict[str, torch.Tensor]:
+        return plain_weights(self)
+
+    @torch.no_grad()
     def copy_encoder(self, encoder: PreTrainedModel) -> None:
         """Copies the weights of an encoder of the same config into the blocks.
 
@@ -69,8 +77,10 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
                 raise ValueError(f"Expected finite weights, got nan or inf in {name} of the encoder. Copy them again.")
         for encoder_part in [part for block in self.model.blocks for part in (block.encode, block.lookahead) if part]:
             for name, tensor in encoder_part.backbone.state_dict().items():
-                tensor.copy_(weights[encoder_part.part.name_in_encoder(name)])
+                if ".lora_" not in name:
+                    tensor.copy_(weights[encoder_part.part.name_in_encoder(name.replace(".base_layer.", "."))])
 
+    @torch.no_grad()
     def to_encoder(self) -> PreTrainedModel:
         """The encoder in one piece, as a plain model of transformers with the weights of the blocks."""
         encoder = empty_encoder(self.config)

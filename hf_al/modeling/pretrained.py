@@ -108,7 +108,44 @@ def make_part(config: ALEncoderConfig, layers: range) -> tuple[Part, PreTrainedM
         shared = _get(model, name)
         if shared is not None:
             shared.requires_grad_(False)
+    if config.lora_r:
+        add_adapters(config, model)
     return part, model
+
+
+def add_adapters(config: ALEncoderConfig, model: PreTrainedModel) -> None:
+    """LoRA matrices in the linear layers; everything else is frozen.
+
+    Raises:
+        ValueError: peft is not installed, or no layer has one of the names.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError("Expected the package peft for lora_r, found none. Run: pip install peft") from None
+    names = config.lora_target_modules
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=names or "all-linear",
+    )
+    known = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    if names and not set(names) & set(known):
+        raise ValueError(f"Expected lora_target_modules among {', '.join(known)}, got {', '.join(names)}.")
+    inject_adapter_in_model(lora, model)
+    for name, module in model.named_modules():
+        if ".lora_" in name:  # or they would get the weights of our own layers
+            module._is_hf_initialized = True
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without LoRA's matrices, which are added to the weights."""
+    weights = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight("default")
+    return weights
 
 
 def _get(model: nn.Module, path: str) -> Any:
@@ -183,5 +220,5 @@ def encoder_weights(blocks: Any) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for block in reversed(blocks):  # tables that all blocks have: those of block 0
         part = block.encode.part
-        weights |= {part.name_in_encoder(name): t for name, t in block.encode.backbone.state_dict().items()}
+        weights |= {part.name_in_encoder(name): t for name, t in plain_weights(block.encode.backbone).items()}
     return weights

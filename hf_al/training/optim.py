@@ -103,9 +103,14 @@ class BlockOptimizers:
         self.embeddings = [m for k in blocks if k == 0 for m in [_word_embeddings(blocks[k])] if m is not None]
         for table in self.embeddings:
             table.sparse = args.embedding_optimizer == "sparse_adam"
-            table.weight.requires_grad_(args.embedding_learning_rate_factor > 0)
-        self.frozen = {k: _freeze(block) for k, block in blocks.items() if k < args.frozen_blocks}
-        self.blocks: dict[int, Any] = blocks
+        frozen = [table.weight for table in self.embeddings if args.embedding_learning_rate_factor == 0]
+        self.frozen_blocks: list[Any] = [block for k, block in blocks.items() if k < args.frozen_blocks]
+        for block in self.frozen_blocks:
+            block.frozen = True
+            frozen += block.encode.parameters()
+        self.frozen = [parameter for parameter in frozen if parameter.requires_grad]
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
         for unit in units:
             for k in unit:
                 self.names[k] = {n: p for n, p in blocks[k].named_parameters() if p.requires_grad}
@@ -186,14 +191,13 @@ class BlockOptimizers:
         return norm
 
     def release(self) -> None:
-        """Restores dense gradients for all parameters."""
+        """Restores dense gradients, and those of what was frozen for this run."""
         for table in self.embeddings:
             table.sparse = False
-            table.weight.requires_grad_(True)
-        for k, parameters in self.frozen.items():
-            self.blocks[k].frozen = False
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        for block in self.frozen_blocks:
+            block.frozen = False
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
 
     # --- state of one block, by parameter name
 
@@ -239,15 +243,6 @@ class BlockOptimizers:
             self.plateaus[k].optimizer.param_groups[0]["lr"] = value
         else:
             setattr(self.plateaus[k], entry, value if entry == "best" else int(value))
-
-
-def _freeze(block: Any) -> list[nn.Parameter]:
-    """Keeps the weights of a block's encoder. Returns those that could learn until now."""
-    parameters = [p for p in block.encode.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    block.frozen = True
-    return parameters
 
 
 def _word_embeddings(block: nn.Module) -> nn.Embedding | None:
