@@ -102,7 +102,7 @@ def card_data(
     args = report["arguments"]
     dataset = _hub_id(args["dataset_name"])
     local = [] if OBJECTIVES[report["objective"]].end_to_end else ["associated-learning", "local-learning"]
-    metrics = {hub: last[ours] for ours, hub in HUB_METRICS.items() if ours in last}
+    metrics = {ours: last[ours] for ours in HUB_METRICS if ours in last}
     return ModelCardData(
         model_name=repo_id.split("/")[-1],
         library_name="transformers",
@@ -112,14 +112,15 @@ def card_data(
         datasets=[dataset] if dataset else None,
         language=language,
         license=license,
-        metrics=list(metrics),
+        metrics=[HUB_METRICS[name] for name in metrics],
         eval_results=[
             EvalResult(
                 task_type="text-classification",
                 dataset_type=dataset or "text",
                 dataset_name=report["data"]["name"],
                 dataset_split=split,
-                metric_type=name,
+                metric_type=HUB_METRICS[name],
+                metric_name=name,  # which of several averages
                 metric_value=value,
             )
             for name, value in metrics.items()

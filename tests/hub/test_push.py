@@ -143,7 +143,7 @@ def test_the_card_has_valid_metadata_and_no_empty_part(hub, shared, trained):
     report = json.loads((trained[0] / "report.json").read_text())
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-classification")
     (result,) = data["model-index"][0]["results"]
-    assert result["metrics"][0] == {"type": "accuracy", "value": report["test"][-1]["accuracy"]}
+    assert result["metrics"][0] == {"type": "accuracy", "name": "accuracy", "value": report["test"][-1]["accuracy"]}
     assert "language" not in data
     for row in report["test"]:
         assert f"| {row['block']} | {row['accuracy']:.4f} |" in body
