@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, OBJECTIVES
+from conftest import ARCHITECTURES, EVERY_OBJECTIVE
 
 from hf_al.modeling import blocks, objectives
 from hf_al.modeling.blocks import walk
 from hf_al.training import local_step
 
-CUTTING = [name for name in OBJECTIVES if name != "backprop"]
+CUTTING = [name for name in EVERY_OBJECTIVE if name != "backprop"]
 VARIANTS = {
     "default": {},
     "merged_embedding": {"embedding_block": False},
