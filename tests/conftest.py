@@ -48,6 +48,11 @@ TINY_ENCODER = {
 }  # fmt: skip
 
 
+def slow(*values):
+    """A case that differs from a quick one in little: `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Small tensors are faster on one thread, and rounding is the same for all tests."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import assert_mistake, run_program, wait_for_a_checkpoint
+from conftest import assert_mistake, run_program, slow, wait_for_a_checkpoint
 
 from hf_al import cli, commands
 from hf_al.training import checkpoint
@@ -150,7 +150,7 @@ def test_a_run_of_no_stages_is_refused(stages, data, shell, tmp_path):
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("number", "status"),
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+    [slow(signal.SIGINT, 130), (signal.SIGTERM, 143)],
     ids=["SIGINT", "SIGTERM"],
 )
 def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, data, tmp_path):

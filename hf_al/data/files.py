@@ -21,7 +21,7 @@ def read_file(path: str, delimiter: str | None = None) -> Dataset:
     Raises:
         ValueError: a file that is missing, empty, of another kind, not UTF-8, or not in the format of its ending.
     """
-    file, kind, options = checked_file(path, delimiter)
+    file, kind, options, _ = checked_file(path, delimiter)
     try:
         if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
             file = Path(DownloadManager().extract(str(file)))
@@ -48,7 +48,7 @@ def stream_file(path: str, delimiter: str | None = None) -> IterableDataset:
     Raises:
         ValueError: a file that is missing, empty or of another kind.
     """
-    file, kind, options = checked_file(path, delimiter)
+    file, kind, options, _ = checked_file(path, delimiter)
     return load_dataset(READERS[kind], data_files=glob.escape(str(file)), split="train", streaming=True, **options)
 
 

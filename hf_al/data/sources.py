@@ -15,7 +15,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from ..arguments import TrainingArguments
-from ..early import check_data_arguments
+from ..early import check_data_arguments, check_named
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
 from .labels import SINGLE, encode_labels, label_names, problem_type_of, written_labels
@@ -208,15 +208,7 @@ def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], 
         ValueError: columns that do not exist, are named twice or are ambiguous, with the flag to pass.
     """
     columns = split.column_names
-    named = [name.strip() for name in (args.text_column_names or "").split(",") if name.strip()]
-    for name in [*named, *([args.label_column_name] if args.label_column_name else [])]:
-        if name not in columns:
-            raise ValueError(f"Expected column {name!r}, got the columns {columns}. Check the column flags.")
-    if len(named) > 2 or len({*named, args.label_column_name}) < len(named) + 1:
-        raise ValueError(
-            f"Expected one or two text columns and another label column, got {named} and {args.label_column_name}. "
-            "Name each column once."
-        )
+    named = check_named(columns, args.text_column_names, args.label_column_name)
     label = args.label_column_name or guess_label([c for c in columns if c not in named])
     if label is None:
         raise ValueError(f"Cannot tell the label column among {columns}. Pass --label_column_name NAME.")

@@ -103,9 +103,6 @@ def layout(mask_NT: Tensor, lengths_N: Tensor | None = None) -> Inputs:
     return {"lengths": lengths_N, "padding": "none" if is_full else "right"}
 
 
-PARTS = ("encode", "lookahead", "bridge", "encode_target", "decode_target")  # of a block
-
-
 class Bridge(nn.Module):
     """Pooled hidden state (N, D = `input_size`) -> a guess of the target code (N, V): `bridge_layers` linear layers
     with activation, after a layer norm if `normalize` is true (for pre-norm encoders)."""
@@ -158,6 +155,9 @@ class BlockOutput(NamedTuple):
     def loss(self) -> Tensor:
         """The loss of the unit that ends here: the sum of its local losses."""
         return torch.stack(list(self.losses.values())).sum()
+
+
+PARTS = ("encode", "lookahead", "bridge", "encode_target", "decode_target")  # of a block
 
 
 class ALBlock(nn.Module):
@@ -300,3 +300,10 @@ def refuse_gradients(outputs: Iterable[Tensor], objective: str) -> None:
     for output in outputs:
         if output.requires_grad:
             output.register_hook(refuse)
+
+
+def refuse_not_finite(weights: dict[str, Tensor], advice: str) -> None:
+    """ValueError for nan or inf in weights that were just read; `advice` ends its first sentence."""
+    for name, tensor in weights.items():
+        if not (tensor.is_meta or tensor.isfinite().all()):
+            raise ValueError(f"Expected finite weights, got nan or inf in {name}{advice}")

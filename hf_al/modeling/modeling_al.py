@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import ALBlock, layout, refuse_gradients, truncate, walk
+from .blocks import ALBlock, layout, refuse_gradients, refuse_not_finite, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
@@ -111,9 +111,7 @@ class ALPreTrainedModel(PreTrainedModel):
             raise ValueError("Expected use_safetensors=True, got False: pickled weights can run any code when read.")
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, tensor in model.state_dict().items():
-            if not (tensor.is_meta or tensor.isfinite().all()):
-                raise ValueError(f"Expected finite weights, got nan or inf in {name}. Copy them again, or train again.")
+        refuse_not_finite(model.state_dict(), ". Copy them again, or train again.")
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()

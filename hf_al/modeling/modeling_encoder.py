@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from .blocks import refuse_not_finite
 from .configuration_encoder import ALEncoderConfig
 from .modeling_al import ALForSequenceClassification, ALModel
 from .pretrained import PretrainedEncoder, empty_encoder, encoder_weights, load_pretrained, materialise, plain_weights
@@ -16,13 +17,10 @@ class ALEncoderModel(ALModel):
 
     config: ALEncoderConfig
     encoder_class = PretrainedEncoder
+    plain_state_dict = plain_weights
 
     def get_input_embeddings(self) -> nn.Module:
         return self.blocks[0].encode.backbone.get_input_embeddings()
-
-    @torch.no_grad()
-    def plain_state_dict(self) -> dict[str, torch.Tensor]:
-        return plain_weights(self)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.blocks[0].encode.backbone.set_input_embeddings(value)
@@ -39,6 +37,7 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
 
     config: ALEncoderConfig
     base_class = ALEncoderModel
+    plain_state_dict = plain_weights
 
     @classmethod
     def from_encoder(cls, encoder: str | PreTrainedModel, **values) -> "ALEncoderForSequenceClassification":
@@ -60,10 +59,6 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
         return model
 
     @torch.no_grad()
-    def plain_state_dict(self) -> dict[str, torch.Tensor]:
-        return plain_weights(self)
-
-    @torch.no_grad()
     def copy_encoder(self, encoder: PreTrainedModel) -> None:
         """Copies the weights of an encoder of the same config into the blocks.
 
@@ -72,15 +67,12 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
         """
         base: Any = encoder.base_model
         weights = base.state_dict()
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"Expected finite weights, got nan or inf in {name} of the encoder. Copy them again.")
+        refuse_not_finite(weights, " of the encoder. Copy them again.")
         for encoder_part in [part for block in self.model.blocks for part in (block.encode, block.lookahead) if part]:
             for name, tensor in encoder_part.backbone.state_dict().items():
                 if ".lora_" not in name:
                     tensor.copy_(weights[encoder_part.part.name_in_encoder(name.replace(".base_layer.", "."))])
 
-    @torch.no_grad()
     def to_encoder(self) -> PreTrainedModel:
         """The encoder in one piece, as a plain model of transformers with the weights of the blocks."""
         encoder = empty_encoder(self.config)

@@ -139,6 +139,7 @@ def add_adapters(config: ALEncoderConfig, model: PreTrainedModel) -> None:
             module._is_hf_initialized = True
 
 
+@torch.no_grad()
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without LoRA's matrices, which are added to the weights."""
     weights = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}

@@ -11,7 +11,7 @@ from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
 from ..data.columns import LABEL_NAMES, guess_text
-from ..early import guess_delimiter
+from ..early import check_once, guess_delimiter
 
 END = "\0end of file"  # behind the last line of a csv file: in a cell of its own, unless a quote is still open
 LONGEST_ROW = 2**20  # bytes per line, characters per csv cell
@@ -168,11 +168,7 @@ def _csv_rows(
         raise ValueError(f"Expected a header in UTF-8 in the first line, got something else: {error}.") from None
     if not header:
         raise ValueError("Expected a header line with the names of the columns, got an empty input.")
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(
-            f"Expected columns with names of their own, got {twice!r} {header.count(twice)} times. Rename one of them."
-        )
+    check_once(header)
     if id_column is not None and id_column not in header:
         raise ValueError(f"Expected column {id_column!r}, got the columns {header}. Check --id_column.")
     where = [header.index(name) for name in choose_text_columns([c for c in header if c != id_column], names)]

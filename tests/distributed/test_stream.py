@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+from conftest import slow
 from world import run_world
 
 from hf_al.training import checkpoint
@@ -95,11 +96,6 @@ def alone(run_flags, tmp_path_factory):
         return found[case]
 
     return of
-
-
-def slow(*values):
-    """A case that differs from a quick one in little: `make test-slow`."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import hub_jobs as jobs
 import pytest
 import yaml
-from conftest import assert_mistake
+from conftest import assert_mistake, slow
 from huggingface_hub import SpaceCard
 from server import TOKEN
 
@@ -320,9 +320,7 @@ def test_a_mistake_is_one_line_and_makes_no_repository(argv, token, said, hub, t
     assert not (Path(hub.state.store.root) / "model" / "tester--mine").exists()
 
 
-@pytest.mark.parametrize(
-    "fault", [*(pytest.param(fault, marks=pytest.mark.slow) for fault in ("500", "429", "401")), "dropped"]
-)
+@pytest.mark.parametrize("fault", [*map(slow, ("500", "429", "401")), "dropped"])
 def test_a_push_that_fails_anywhere_leaves_the_old_commit_or_the_new_one(fault, hub, trained):
     folder = str(trained[0])
     hub.run(jobs.push, folder, f"tester/undisturbed-{fault}")

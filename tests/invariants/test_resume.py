@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import wait_for_a_checkpoint
+from conftest import slow, wait_for_a_checkpoint
 from hooks import hook
 
 import hf_al
@@ -109,10 +109,6 @@ def signal_in_step(patch, step: int, number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
 
     hook(patch, BlockOptimizers, "update", before=send)
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 STOPS = {
