@@ -7,7 +7,7 @@ FAST_INSTALL = $(BIN)/uv pip install --quiet --python .venv $(1) || $(INSTALL) $
 comma := ,
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart reference-models test test-fast test-slow test-lowest conformance check format docs clean
+.PHONY: quickstart reference-models test test-fast test-slow test-gpu test-lowest conformance check format docs clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,10 @@ test-fast: .venv/all
 
 test-slow: .venv/all
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a GPU and a build of torch for it
+test-gpu:
+	HF_AL_TEST_GPU=1 $(PYTHON) -m pytest tests/gpu/checks.py
 
 .venv/conformance: .venv/all
 	$(INSTALL) --constraint constraints.txt --editable '.[conformance]'

@@ -203,6 +203,9 @@ class TrainingArguments:
     threads: int | None = _arg(None, "CPU threads per process; default: cores // processes on this machine.")
     bf16: bool = _arg(False, "Forward passes in bfloat16 (autocast).")
     fp16: bool = _arg(False, "Refused: one loss scaler cannot serve blocks that are updated separately. Use bf16.")
+    offload: bool = _arg(
+        False, "Weights and optimizer state are on the GPU (or in RAM) only while their block computes."
+    )
     torch_compile: bool = _arg(False, "torch.compile for training steps (al_transformer; needs a C++ compiler).")
     use_cpu: bool = _arg(False, "Train on the CPU even if there is a GPU.")
 

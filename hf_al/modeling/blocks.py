@@ -132,8 +132,11 @@ class TargetLayer(nn.Linear):
 
     def forward(self, x: Tensor | None = None):
         """The layer's output; without an input, its weight and bias, which travel to later blocks. They are read
-        here, because offloaded parameters (`device_map`) exist only inside a forward."""
-        return (self.weight, self.bias) if x is None else activate(super().forward(x), self.activation)
+        here, because offloaded parameters (`device_map`) exist only inside a forward; and are views, so that they stay
+        on the device when the parameters leave it (`--offload`)."""
+        if x is None:
+            return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+        return activate(super().forward(x), self.activation)
 
 
 class BlockOutput(NamedTuple):

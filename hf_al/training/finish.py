@@ -71,7 +71,9 @@ def finish(
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), blocks, None)
             for k, block in blocks.items():
                 model.model.blocks[k] = block
-        speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
+        whole: torch.nn.Module = model.eval()
+        whole.to(stage.device)  # also what was offloaded: an answer needs no optimizer state
+        speeds = exit_speeds(model, stage.device, token_lengths(plan.data["validation"]))
         found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh}
         report = _report(plan, progress, model, stage.device, found, changes + all_warnings)
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:

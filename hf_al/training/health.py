@@ -66,7 +66,7 @@ def code_health(model: ALForSequenceClassification, labels: Tensor, transport: A
     blocks = here(model)
     received = transport.take()
     first_NC = first_target(labels.to(next(blocks[0].parameters()).device), model.config)
-    target_NV = received.get("target", first_NC)
+    target_NV = received.get("target", first_NC).to(first_NC.device)  # offloaded weights are on the CPU
     # entries of a layer_norm code sum to zero
     directions = model.config.target_size - (model.config.label_activation == "layer_norm")
     possible = min(len(labels) - 1 if single else _rank(first_NC), directions)

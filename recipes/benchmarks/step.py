@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from hf_al.data import tokenization
 from hf_al.data.batching import BatchOrder, Collator, token_lengths
 from hf_al.messages import table
 from hf_al.parallel.placement import place
+from hf_al.training.offload import Offload
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
 
@@ -45,7 +47,12 @@ def random_rows(lengths: list[int]) -> Dataset:
 
 
 def make_step(
-    shape: dict[str, Any], objective: str, data: Dataset, embedding_optimizer: str = "same", torch_compile: bool = False
+    shape: dict[str, Any],
+    objective: str,
+    data: Dataset,
+    embedding_optimizer: str = "same",
+    torch_compile: bool = False,
+    bf16: bool = False,
 ) -> Callable[[], Any]:
     """Returns a function that takes one optimizer step of the training loop on the next batch."""
     config_class, _, model_class = hf_al.MODEL_CLASSES[shape["model_type"]]
@@ -53,19 +60,28 @@ def make_step(
     sizes = {"vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": TOKENS, "target_size": 128}
     torch.manual_seed(0)
     config = config_class(**values, **sizes, embedding_block=False, objective=objective)
-    return loop_step(model_class(config).train(), data, BATCH, embedding_optimizer, torch_compile)
+    return loop_step(model_class(config).train(), data, BATCH, embedding_optimizer, torch_compile, bf16)
 
 
 def loop_step(
-    model: Any, data: Dataset, batch: int, embedding_optimizer: str = "same", torch_compile: bool = False
+    model: Any,
+    data: Dataset,
+    batch: int,
+    embedding_optimizer: str = "same",
+    torch_compile: bool = False,
+    bf16: bool = False,
+    offload_to: Path | None = None,
 ) -> Callable[[], Any]:
     """Returns a function that takes one optimizer step of the training loop on the next `batch` rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    if offload_to is None:
+        model.to(device)
     units = model.config.units
     args = TrainingArguments(output_dir="unused", embedding_optimizer=embedding_optimizer)
-    optimizers = BlockOptimizers(dict(enumerate(model.model.blocks)), units, args, total_steps=1_000_000)
-    stage = Stage(model, place(units), 0, device, Collator(0, CLASSES), optimizers)
+    blocks = dict(enumerate(model.model.blocks))
+    optimizers = BlockOptimizers(blocks, units, args, total_steps=1_000_000)
+    offload = Offload(blocks, optimizers, device, offload_to) if offload_to else None
+    stage = Stage(model, place(units), 0, device, Collator(0, CLASSES), optimizers, bf16=bf16, offload=offload)
     if torch_compile:
         stage.compile()
     rows = [np.arange(batch) + batch * n for n in range(len(data) // batch)]
@@ -79,7 +95,7 @@ def loop_step(
 
 
 def flops(step: Callable[[], Any]) -> int:
-    """Floating-point operations of the matmuls of a step."""
+    """Floating-point operations of the matmuls of a step; those inside cuDNN's LSTM are not seen."""
 
     def in_place(_: Any, a: torch.Size, b: torch.Size, **kwargs: Any) -> int:  # LSTM layers use in-place matmuls
         return 2 * a.numel() * b[-1]
@@ -89,10 +105,12 @@ def flops(step: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def compare(name: str, rounds: int, objectives: list[str], embedding_optimizer: str) -> tuple[list[dict], dict]:
+def compare(
+    name: str, rounds: int, objectives: list[str], embedding_optimizer: str, bf16: bool
+) -> tuple[list[dict], dict]:
     """Rows and ratios of one architecture."""
     data = random_rows([TOKENS] * BATCH * BATCHES)
-    steps = {o: make_step(SHAPES[name], o, data, embedding_optimizer) for o in [*objectives, "backprop"]}
+    steps = {o: make_step(SHAPES[name], o, data, embedding_optimizer, bf16=bf16) for o in [*objectives, "backprop"]}
     work = {o: flops(step) for o, step in steps.items()}
     seconds = interleaved(steps, rounds)
     memory = {o: peak_bytes(step) for o, step in steps.items()}
@@ -213,6 +231,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="steps of each arm that are timed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--networks", default="transformer,lstm", help="networks to time, comma-separated")
+    parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16 (autocast)")
     parser.add_argument("--torch_compile", action="store_true", help="also time the transformer under torch.compile")
     args = parser.parse_args()
     set_up_output()
@@ -228,7 +247,7 @@ def main() -> None:
 
     for name in args.networks.split(","):
         for embedding_optimizer in ("sparse_adam", "same"):
-            add(compare(name, args.rounds, ["associated", "al_ce"], embedding_optimizer))
+            add(compare(name, args.rounds, ["associated", "al_ce"], embedding_optimizer, args.bf16))
     if args.torch_compile:
         add(compare_compiled(args.rounds))
     add(data_side())
