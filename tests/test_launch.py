@@ -63,7 +63,7 @@ def test_a_launch_that_fails_says_why_in_one_line_and_leaves_its_process_as_it_w
     assert (end.value.code, out) == (2, "")
     assert [line for line in err.splitlines() if "Threads" not in line] == [
         "hf-al train: error: Expected a local objective with --stages 2, got backprop: its gradients cross all blocks. "
-        "Train it in one process, or pass another --objective."
+        "Leave --stages 2 out, or pass another --objective."
     ]
     assert not (tmp_path / "run").exists()
     assert [signal.getsignal(number) for number in numbers] == before

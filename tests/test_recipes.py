@@ -24,19 +24,20 @@ PER_BLOCK = ("layers_per_block", "target_size", "bridge_layers", "hidden_size", 
 
 
 SETS = "tweets trec6 sst2 mr emotion banking77 ag_news dbpedia imdb"
+ENCODED = "tweets trec6 sst2 banking77 emotion ag_news imdb mrpc"
 
 
 def test_the_promised_recipes_are_there():
     assert {path.stem for path in YAMLS} == {
         *(f"{name}_{kind}" for name in SETS.split() for kind in ("lstm", "transformer")),
-        "trec6_encoder",
+        *(f"{name}_encoder" for name in ENCODED.split()),
     }
 
 
 @pytest.fixture
 def data_flags(tweet_files, encoder_folder):
     """Files to use instead of a recipe's data set and encoder, which are on the Hub; the tweets are local."""
-    encoder = [f"--encoder={encoder_folder}"]
+    encoder = [f"--encoder={encoder_folder}", "--max_seq_length=64"]  # it has 128 positions
 
     def flags(path: Path) -> list[str]:
         files = [] if path.stem.startswith("tweets") else tweet_files

@@ -9,7 +9,10 @@ group has anyway: writing there never waits, and its content outlives a process 
 
 import itertools
 import json
+import os
 import re
+import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -118,6 +121,7 @@ class Neighbours(Alone):
         self.next_question = 0.0
         self.at = "the start"
         self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each so far
+        self.processes: list[Any] = []  # of all stages: the name of the machine, and the process there
         self.count = dict.fromkeys(("sent_later_bytes", "received_bytes", "told_bytes"), 0)
         self.waited = {"receive": 0.0, "send": 0.0}
 
@@ -291,7 +295,7 @@ class Neighbours(Alone):
             while not self.store.check([key]):  # not `wait`, which prints on a timeout
                 self._end_with_failed()
                 if time.monotonic() > deadline:
-                    raise self._lost(peer, f"no word for {self.timeout:g} seconds")
+                    raise self._silent(peer)
                 time.sleep(pause)
                 pause = min(0.05, 1.2 * pause)
             return bytes(self.store.get(key))
@@ -309,7 +313,8 @@ class Neighbours(Alone):
         try:
             work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            raise self._lost(peer, error) from None
+            silent = time.perf_counter() - start > 0.9 * self.timeout
+            raise self._silent(peer) if silent else self._lost(peer, error) from None
         self.waited[what] += time.perf_counter() - start
 
     def _end_with_failed(self) -> None:
@@ -320,6 +325,16 @@ class Neighbours(Alone):
                 leave_the_word(int(self.store.get("failure")))
         except RuntimeError:  # each further query would print a stack trace
             self.store_is_gone = True
+
+    def _silent(self, peer: int) -> ConnectionError:
+        """The error for a peer that neither works nor ends. It is killed if it is on this machine: it may not be able
+        to hear the launcher, which would wait for half a minute."""
+        lost = self._lost(peer, f"no word for {self.timeout:g} seconds")
+        machine, process = self.processes[peer] if self.processes else ("", 0)
+        if machine == socket.gethostname():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        return lost
 
     def _lost(self, peer: int, error: Exception | str) -> ConnectionError:
         """Ends silently if another process has reported, or soon reports, what went wrong; else returns the error."""
@@ -353,4 +368,8 @@ class _Ring:
 
 def connect(stages: int, device: torch.device, timeout: float) -> Alone:
     """The transport of this process; accelerate has already started its process group."""
-    return ALONE if stages == 1 else Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)
+    if stages == 1:
+        return ALONE
+    transport = Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)
+    transport.processes = transport.gather([socket.gethostname(), os.getpid()])
+    return transport

@@ -33,6 +33,7 @@ from ..parallel.transport import Alone, connect
 from . import checkpoint, energy, health, trackers
 from .finish import finish
 from .measure import unit_seconds
+from .memory import shortage_explained
 from .offload import Offload
 from .optim import BlockOptimizers
 from .plan import Plan, make_plan
@@ -268,9 +269,10 @@ class Run:
             self.model.train()
             watched = sys.stderr.isatty() and self.transport.is_last and not self.args.disable_tqdm
             objective = self.model.config.objective
-            self._train_steps(
-                tqdm(total=plan.total_steps, initial=progress.step, disable=not watched, desc=objective), stop
-            )
+            with shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}"):
+                self._train_steps(
+                    tqdm(total=plan.total_steps, initial=progress.step, disable=not watched, desc=objective), stop
+                )
             if self.shared:
                 self.shared.finish()
             self.transport.tell(lambda: None)  # the last stage has everything, and its checkpoint has its name

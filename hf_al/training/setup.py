@@ -242,6 +242,6 @@ def place_blocks(args: TrainingArguments, config: ALConfig, times: list[list[flo
     if split and OBJECTIVES[config.objective].end_to_end:
         raise ValueError(
             f"Expected a local objective with {split[0]}, got {config.objective}: its gradients cross all blocks. "
-            "Train it in one process with everything in memory, or pass another --objective."
+            f"Leave {split[0]} out, or pass another --objective."
         )
     return place(config.units, args.stages, args.placement, *(times or []))

@@ -17,7 +17,6 @@ model (on a GPU, the bytes that its allocator gave out). Times steps in turns. T
 import argparse
 import gc
 import multiprocessing
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -125,8 +124,6 @@ def held_alone(make: Callable[[], Step]) -> int:
         gc.collect()
         before = torch.cuda.memory_allocated()
         return held_by_step(make) - before
-    # malloc gives freed memory back at once, so that the process holds what its tensors need
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(held_by_step, make).result()
 

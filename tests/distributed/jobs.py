@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import os
+import resource
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from hooks import hook, named
 
@@ -17,7 +19,7 @@ from hf_al import plots
 from hf_al.parallel import launch, transport
 from hf_al.parallel.transport import Neighbours
 from hf_al.parsing import parse_arguments
-from hf_al.training import checkpoint, loop
+from hf_al.training import checkpoint, finish, loop
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
 
@@ -89,15 +91,18 @@ def read_by_the_last_stage(stage: int, flags: list[str]) -> dict:
     return {"read": [name for names in read for name in names]}
 
 
-DEATHS = {  # what the first stage is doing, and which call of it is its last
+DEATHS = {  # what the stage is doing, and which call of it is its last
+    "at the start": (loop, "load", lambda call, number: True),
     "in a step": (BlockOptimizers, "update", lambda call, number: call.step == 31),
     "while saving": (checkpoint, "save_file", lambda call, number: "00000026" in str(call.filename)),
     "in an evaluation": (Stage, "evaluate", lambda call, number: number == 2),
+    "while exporting": (finish, "export", lambda call, number: True),
 }
 
 
 def dies(stage: int, when: str, how: str, flags: list[str]) -> dict:
-    """The first stage ends, with an error or silently; if while saving, with half of a file written."""
+    """The first stage (while exporting: the last one) ends with an error, silently or for lack of memory, or hangs; if
+    while saving, with half of a file written."""
     owner, name, is_last = DEATHS[when]
     number = itertools.count(1)
 
@@ -108,9 +113,15 @@ def dies(stage: int, when: str, how: str, flags: list[str]) -> dict:
             Path(call.filename).write_bytes(b"half of")
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "memory":
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+            torch.empty(2**34)
         raise ValueError("Died on purpose")
 
-    if stage == 0:
+    if stage == (parse_arguments(flags).stages - 1 if when == "while exporting" else 0):
         hook(PATCH, owner, name, before=die)
     return train(stage, flags)
 

@@ -1,37 +1,16 @@
 """The stream: any number of stages gives the same bits; nothing goes back; disturbances are noticed."""
 
-import hashlib
 import json
-import signal
-from pathlib import Path
 
 import jobs
 import pytest
 from conftest import slow
+from runs import CASES, FLAGS, STEPS, alone, run_flags, sha256
 from world import run_world
 
 from hf_al.training import checkpoint
 
 pytestmark = pytest.mark.medium
-STEPS = 60
-FLAGS = [
-    f"--max_steps={STEPS}", "--max_train_samples=397", "--per_device_train_batch_size=8",
-    "--gradient_accumulation_steps=2", "--max_grad_norm=0.5", "--warmup_steps=0.2", "--learning_rate=5e-3",
-    "--weight_decay=0.01", "--save_steps=13", "--eval_strategy=steps", "--eval_steps=22", "--num_blocks=4",
-    "--hidden_size=16", "--target_size=12", "--hidden_dropout_prob=0.2", "--embedding_dropout_prob=0.2",
-    "--bridge_dropout_prob=0.2", "--threads=1", "--use_cpu", "--disable_tqdm", "--max_seq_length=24",
-    "--logging_steps=5", "--placement=equal",
-]  # fmt: skip
-CASES = {
-    "lstm_associated_state": ["--model_type=al_lstm", "--objective=associated", "--carry_state"],
-    "lstm_al_ce": ["--model_type=al_lstm", "--objective=al_ce"],
-    "transformer_associated": ["--model_type=al_transformer", "--num_attention_heads=2", "--objective=associated"],
-    "transformer_al_ce_plateau_sparse": [
-        "--model_type=al_transformer", "--num_attention_heads=2", "--objective=al_ce", "--embedding_block=false",
-        "--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_kwargs=patience=0,factor=0.3", "--warmup_steps=0",
-        "--embedding_optimizer=sparse_adam", "--position_embedding_type=rotary",
-    ],
-}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -62,40 +41,6 @@ KINDS = {
     "regression": lambda row: {"label": len(row["text"]) / 7},
     "pairs": lambda row: {"text": row["text"][:40], "text_pair": row["text"][40:] or "nothing"},
 }
-
-
-@pytest.fixture(scope="module")
-def run_flags(tweet_files):
-    """Flags of a run on real tweets: run_flags("lstm_al_ce", stages, output_dir, *more) -> argv."""
-
-    def flags(case: str, stages: int, output_dir: Path, *more: str) -> list[str]:
-        return [*tweet_files, *FLAGS, *CASES[case], f"--stages={stages}", f"--output_dir={output_dir}", *more]
-
-    return flags
-
-
-def sha256(folder: Path, step: int = STEPS) -> dict[str, str]:
-    """Hashes of every file of the model, and of the weights and optimizer state at the last step."""
-    last = folder / "checkpoints" / f"checkpoint-{step:08d}"
-    model = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".md"]
-    model = [p for p in model if p.name not in ("report.json", "training_config.yaml")]
-    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {p.name for p in model}
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in [*model, *last.glob("*.safetensors")]}
-
-
-@pytest.fixture(scope="module")
-def alone(run_flags, tmp_path_factory):
-    """The result of one process: alone(case) -> sha256 by file."""
-    found: dict[str, dict[str, str]] = {}
-
-    def of(case: str) -> dict[str, str]:
-        if case not in found:
-            folder = tmp_path_factory.mktemp("alone") / "run"
-            run_world(1, jobs.train, run_flags(case, 1, folder))
-            found[case] = sha256(folder)
-        return found[case]
-
-    return of
 
 
 @pytest.mark.parametrize(
@@ -254,64 +199,9 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
     assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize(
-    ("killed", "first", "then"),
-    [
-        ("in a step", 3, 2), slow("in a step", 1, 4), slow("while saving", 4, 1), slow("while saving", 2, 3),
-        slow("in an evaluation", 3, 4),
-    ],
-)  # fmt: skip
-def test_a_resumed_run_may_have_another_number_of_stages(killed, first, then, run_flags, alone, tmp_path):
-    case = "lstm_associated_state"
-    flags = run_flags(case, first, tmp_path / "run", "--ddp_timeout=4")  # no launcher ends processes that still wait
-    said = run_world(first, jobs.dies, killed, "killed", flags, check=False)
-    assert said[0] == "ended with status -9"
-    assert all("Error: Stage" in words or "SystemExit" in words for words in said[1:])
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-    last = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
-    assert 13 <= int(last.name[-8:]) < {"in a step": 31, "while saving": 26, "in an evaluation": 44}[killed]
-    more = run_flags(case, then, tmp_path / "run", "--resume_from_checkpoint=last")
-    run_world(then, jobs.train, more)
-    assert sha256(tmp_path / "run") == alone(case)
-
-
 def test_a_boundary_sent_after_the_update_is_noticed(run_flags, alone, tmp_path):
     run_world(2, jobs.sends_after_the_update, run_flags("lstm_al_ce", 2, tmp_path / "run"))
     assert sha256(tmp_path / "run")["model.safetensors"] != alone("lstm_al_ce")["model.safetensors"]
-
-
-def test_a_killed_stage_ends_the_others_with_its_name(run_flags, tmp_path):
-    said = run_world(3, jobs.dies, "in a step", "killed", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
-    assert said[0] == "ended with status -9"
-    assert "ConnectionError: Stage 1 lost stage 0 at step 3" in said[1]
-    assert "--resume_from_checkpoint last continues from the last checkpoint." in said[1]
-    assert "lost stage 1 at step" in said[2] or "SystemExit" in said[2]
-
-
-def test_an_error_is_said_once_and_ends_all(run_flags, tmp_path):
-    said = run_world(3, jobs.dies, "in a step", "error", run_flags("lstm_al_ce", 3, tmp_path / "run"), check=False)
-    assert "ValueError: Died on purpose" in said[0]
-    assert [words.splitlines()[-1] for words in said[1:]] == ["SystemExit: 2"] * 2
-
-
-@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, 0), slow(signal.SIGTERM, 2), slow(signal.SIGINT, 1)])
-def test_a_signal_at_any_stage_stops_all_after_the_same_step(number, where, run_flags, alone, tmp_path):
-    flags = run_flags("lstm_al_ce", 3, tmp_path / "run", "--resume_from_checkpoint=last")
-    said = run_world(3, jobs.signalled_in_step, number, 20, where, flags)
-    assert len(set(said)) == 1
-    status, step = said[0]
-    assert status == 128 + number
-    assert 20 < step < STEPS
-    run_world(2, jobs.train, run_flags("lstm_al_ce", 2, tmp_path / "run", "--resume_from_checkpoint=last"))
-    assert sha256(tmp_path / "run") == alone("lstm_al_ce")
-
-
-def test_a_signal_while_the_last_checkpoint_is_written_stops_all(run_flags, alone, tmp_path):
-    flags = run_flags("lstm_al_ce", 2, tmp_path / "run")
-    assert run_world(2, jobs.signalled_at_the_end, STEPS, flags) == [143, 143]
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-    run_world(1, jobs.train, run_flags("lstm_al_ce", 1, tmp_path / "run", "--resume_from_checkpoint=last"))
-    assert sha256(tmp_path / "run") == alone("lstm_al_ce")
 
 
 def test_the_wrong_batch_is_noticed(run_flags, tmp_path):
