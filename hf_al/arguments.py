@@ -267,7 +267,7 @@ class TrainingArguments:
             "model_name_or_path": self.model_name_or_path,
             "tokenizer_name": self.tokenizer_name,
             "word_vectors": self.word_vectors not in (None, "none", "auto"),
-            f"a model_type other than {PRETRAINED}": self.model_type not in ("", PRETRAINED),
+            f"model_type other than {PRETRAINED}": self.model_type not in ("", PRETRAINED),
         }
         for name in [name for name, given in others.items() if given]:
             raise ValueError(

@@ -20,6 +20,7 @@ from .values import convert, type_name, union_members
 FILE_FLAGS = {"config", "train_file", "validation_file", "test_file"}  # completed with file names in a shell
 FOLDER_FLAGS = {"output_dir", "resume_from_checkpoint"}
 OTHER_NAMES = {"num_hidden_layers": "num_blocks", "--num_hidden_layers": "--num_blocks"}  # those of transformers
+BALANCED = "balanced"  # cuts of an encoder, by measured time
 PER_BLOCK = (
     "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "weight_decay",
     "target_weight_decay", "max_grad_norm",
@@ -88,7 +89,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
         group.add_argument(
             f"--{name}",
             *short,
-            type=reader(kind),
+            type=reader(kind | str if name == "cuts" else kind),  # or `balanced`
             default=SUPPRESS,
             help=(help + shown).replace("%", "%%"),
             metavar=metavar,
@@ -203,6 +204,8 @@ def check_model_keys(args: TrainingArguments) -> None:
         if key not in known:
             name = OTHER_NAMES.get(str(key), str(key))
             raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{nearest(name, list(known))}")
+        if (key, value) == ("cuts", BALANCED):  # measured when the run starts
+            continue
         try:
             args.model[key] = convert(value, known[key])
         except (TypeError, ValueError):
@@ -215,11 +218,13 @@ def check_new_model(args: TrainingArguments) -> None:
     fields = config_fields(args.model_type)
     values = {**{name: field.default for name, field in fields.items()}, **args.model}
     cuts, blocks = values.get("cuts"), planned_blocks(args)
-    if cuts and args.model.get("num_blocks", blocks) != blocks:
+    if isinstance(cuts, list) and args.model.get("num_blocks", blocks) != blocks:
         raise ValueError(
             f"Expected {blocks} blocks with the cuts {cuts}, got num_blocks={values['num_blocks']}. Leave one of them "
             "out."
         )
+    if cuts == BALANCED:
+        values["cuts"] = None
     if args.model_type in limits.OF_ARCHITECTURES:
         loaded = sys.modules.get(f"{__package__}.modeling.objectives")  # with your own ones, if there are any
         objectives = getattr(loaded, "OBJECTIVES", limits.OBJECTIVE_NAMES)
@@ -233,7 +238,7 @@ def planned_blocks(args: TrainingArguments) -> int:
     """How many blocks a new model gets."""
     cuts = args.model.get("cuts")
     blocks: int = args.model.get("num_blocks", config_fields(args.model_type)["num_blocks"].default)
-    return len(cuts) + 1 if cuts else blocks
+    return len(cuts) + 1 if isinstance(cuts, list) else blocks
 
 
 def check_lists(args: TrainingArguments, blocks: int) -> None:

@@ -71,9 +71,10 @@ def convert(value: Any, kind: Any) -> Any:
             if origin is str and isinstance(value, (str, Path)):
                 return str(value)
             if origin is list:
+                read = value
                 if isinstance(value, str):  # 1,2 or [1, 2]
-                    value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
-                items = value if isinstance(value, list) else [value]
+                    read = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+                items = read if isinstance(read, list) else [read]
                 return [convert(item, typing.get_args(member)[0]) for item in items]
             if origin is dict:
                 if isinstance(value, str):  # a=1,b=true or {"a": 1}

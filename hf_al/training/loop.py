@@ -30,9 +30,10 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.launch import said_once
 from ..parallel.schema import PROTOCOL
 from ..parallel.transport import Alone, connect
+from ..parsing import BALANCED
 from . import checkpoint, energy, health, trackers
 from .finish import finish
-from .measure import unit_seconds
+from .measure import measured_cuts, unit_seconds
 from .memory import shortage_explained
 from .offload import Offload
 from .optim import BlockOptimizers
@@ -107,6 +108,8 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         transport.together(partial(check_arguments, args, look=transport.is_last))
         set_threads(args)
         set_seed(args.seed)
+        if args.model.get("cuts") == BALANCED:
+            args.model["cuts"] = transport.tell(partial(measured_cuts, args, device))
         model, tokenizer, data, order, about = transport.together(partial(load, args, datasets), main_first=True)
         times = None
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):

@@ -1,8 +1,10 @@
 """How long things take on this machine: a step of each unit, on throw-away copies, and an answer at each exit."""
 
 import copy
+import logging
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,15 @@ from torch import Tensor
 from ..arguments import TrainingArguments
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
+from ..parallel.placement import balanced_cuts
+from ..parsing import planned_blocks
+from . import checkpoint
 from .local_step import local_steps
 from .optim import BlockOptimizers
+from .setup import known_values, make_config
+from .start import new_model
+
+logger = logging.getLogger(__name__)
 
 ROUNDS = 4  # the first one warms up
 ANSWERS = 6  # of each exit; the first one warms up
@@ -56,6 +65,24 @@ def unit_seconds(
         copies.append(min(_copy_seconds(out.boundary, device) for _ in range(ROUNDS)))
         boundary = out.boundary
     return steps, copies
+
+
+def measured_cuts(args: TrainingArguments, device: torch.device) -> list[int]:
+    """After which layers to cut the encoder of a new run, so that the slowest block is as fast as possible; of a
+    resumed run, where it was cut."""
+    if args.resume_from_checkpoint:
+        for path in checkpoint.candidates(args.resume_from_checkpoint, Path(args.output_dir)):
+            manifest = checkpoint.read_manifest(path)
+            if manifest is not None:
+                cuts: list[int] = manifest["identity"]["model"]["cuts"]
+                return cuts
+    values = {**known_values(args), "lookahead": 0}
+    depth = make_config(args, values).depth
+    model = new_model(make_config(args, {**values, "num_blocks": depth}), args.seed)
+    steps, _ = unit_seconds(model, args, device, np.array([args.max_seq_length]))
+    found = balanced_cuts(steps, planned_blocks(args), [0.0] * depth)[1:-1]
+    logger.info("Layers take %s ms: cut after %s.", ", ".join(f"{1000 * s:.1f}" for s in steps), found)
+    return found
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from ..modeling.objectives import OBJECTIVES
 from ..parallel.launch import ACCELERATE, LOCAL_RANK
 from ..parallel.placement import Placement, place
 from ..parallel.transport import Alone
-from ..parsing import check_model_keys, check_new_model
+from ..parsing import BALANCED, check_model_keys, check_new_model
 from ..registration import MODEL_CLASSES
 from ..values import available_cores, capped
 from . import trackers
@@ -66,12 +66,17 @@ def check_model(args: TrainingArguments) -> None:
         return
     check_model_keys(args)
     check_new_model(args)
-    config = make_config(args, {n: v for n, v in args.model.items() if n not in NEED_LABELS})
+    config = make_config(args, known_values(args))
     if args.encoder and args.max_seq_length > config.max_position_embeddings:
         raise ValueError(
             f"Expected a max_seq_length of at most {config.max_position_embeddings}, the positions of {args.encoder}, "
             f"got {args.max_seq_length}. Pass --max_seq_length {config.max_position_embeddings} or less."
         )
+
+
+def known_values(args: TrainingArguments) -> dict[str, Any]:
+    """The config values that are known before the data: without those that need labels, and cuts to be measured."""
+    return {n: v for n, v in args.model.items() if n not in NEED_LABELS and v != BALANCED}
 
 
 def make_config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:

@@ -99,7 +99,7 @@ def build_model(
             raise ValueError(
                 f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
             )
-    model = _new_model(_config(args, values), args.seed)
+    model = new_model(_config(args, values), args.seed, args.offload)
     if rows is not None:
         embedding: Any = model.get_input_embeddings()
         with torch.no_grad():
@@ -116,7 +116,7 @@ def _from_encoder(args: TrainingArguments, values: dict[str, Any]) -> ALForSeque
             f"Expected a tokenizer of at most {config.vocab_size} tokens, the embedding rows of {args.encoder}, got "
             f"{values['vocab_size']}. Tokenizer and encoder are from different models."
         )
-    model: Any = _new_model(config, args.seed)
+    model: Any = new_model(config, args.seed, args.offload)
     model.copy_encoder(load_encoder(args.encoder))
     return model
 
@@ -162,7 +162,7 @@ def continue_model(
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
     config = _config(args, {**saved.config.to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
-    model = _new_model(config, args.seed)
+    model = new_model(config, args.seed, args.offload)
     kept, wanted = (
         {n: t for n, t in tensors.items() if keeps_labels or not _is_label_side(n, model)}
         for tensors in (saved.state_dict(), model.state_dict())
@@ -212,28 +212,34 @@ def _config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
     return make_config(args, values)
 
 
-def _new_model(config: ALConfig, seed: int) -> ALForSequenceClassification:
+def new_model(config: ALConfig, seed: int, offload: bool = False) -> ALForSequenceClassification:
+    """A model whose weights follow from the seed. With `offload`, only they need to fit this machine.
+
+    Raises:
+        ValueError: it does not fit.
+    """
     with torch.device("meta"):
         model: Any = MODEL_CLASSES[config.model_type][2](config)
-    _check_fits(model)
+    _check_fits(model, offload)
     for k in range(config.num_blocks):
         model.model.blocks[k] = new_block(model, k, seed)
     return model
 
 
-def _check_fits(model: ALForSequenceClassification) -> None:
+def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
     """Refuses a model whose training cannot fit this machine, before any memory is taken.
 
     Raises:
         ValueError: weights, gradients and two moments of an optimizer that are more than the machine has.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
-    needed, there = 4 * 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = 4 * (1 if offload else 4) * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
+        state = "" if offload else " with gradients and optimizer state"
         raise ValueError(
             f"Expected a model whose training fits the {there / 2**30:.0f} GiB of this machine, got one of {count:,} "
-            f"parameters, which needs {needed / 2**30:,.0f} GiB with gradients and optimizer state. Pass a smaller "
-            "hidden_size, num_blocks or vocabulary."
+            f"parameters, which needs {needed / 2**30:,.0f} GiB{state}. Pass a smaller hidden_size, num_blocks or "
+            f"vocabulary{'' if offload else ', or --offload'}."
         )
 
 
