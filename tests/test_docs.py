@@ -164,6 +164,7 @@ SHORT = [
     "--max_steps=3", "--max_train_samples=60", "--max_eval_samples=30", "--max_predict_samples=30", "--threads=1",
     "--use_cpu",
 ]  # fmt: skip
+MEMORY_ARMS = "backprop;checkpointed;al_ce, 6 blocks;al_ce, 6 blocks, offload"
 RUN_BY_TEST_README = {"README"}  # its Python block
 NOT_RUN = ("pip install", "make ")  # installs; make targets are looked up instead
 ON_A_HUB = " user/name"  # tests/hub runs these, with a Hub
@@ -215,12 +216,13 @@ def run(line: str, monkeypatch) -> None:
     if program == "python":
         step = ["--rounds=1", "--networks=lstm", "--threads=1"]
         accuracy = ["--objectives=al_ce", "--seeds=1", "--sets=tweets", *SHORT]
+        encoders = ["--encoder=encoders/minilm", "--arms=backprop:3,al_ce:3:2"]
         short = {
             "step.py": step,
             "accuracy.py": accuracy,
             "defaults.py": ["--seeds=1", "--sets=tweets", *SHORT],
-            "memory.py": ["--batch=2", "--tokens=8", "--rounds=1", "--depths=1,2"],
-            "encoders.py": ["--encoder=encoders/minilm", "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],
+            "memory.py": ["--batch=2", "--tokens=8", "--rounds=1", "--depths=1,2", f"--arms={MEMORY_ARMS}"],
+            "encoders.py": [*encoders, "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],
         }.get(Path(argv[0]).name, SHORT)
         monkeypatch.setattr(sys, "argv", [*argv, *short])
         monkeypatch.syspath_prepend(Path(argv[0]).parent)

@@ -71,7 +71,7 @@ def test_a_launch_that_fails_says_why_in_one_line_and_leaves_its_process_as_it_w
     assert logging.root.manager.disable == logging.NOTSET
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_accelerate_launch_takes_stages(data, shell, tmp_path):
     flags = [*data, *SMALL, "--max_steps=6"]
     config = ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"

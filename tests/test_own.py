@@ -28,7 +28,7 @@ def conv(tweet_files, tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("own") / "conv"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_an_own_architecture_is_trained_and_asked_for_on_the_command_line(conv, start, tweet_files, tmp_path):
     module = ["--import", str(EXAMPLES / "own_encoder.py")]
     flags = ["--model_type=al_conv", "--kernel_size=5", *SMALL, f"--output_dir={conv}"]

@@ -46,7 +46,7 @@ KINDS = {
 @pytest.mark.parametrize(
     ("case", "stages"),
     [
-        ("lstm_associated_state", 4), slow("lstm_associated_state", 2), slow("lstm_associated_state", 3),
+        slow("lstm_associated_state", 4), slow("lstm_associated_state", 2), slow("lstm_associated_state", 3),
         slow("lstm_al_ce", 3), slow("lstm_al_ce", 2), slow("lstm_al_ce", 4),
         slow("transformer_associated", 2), slow("transformer_associated", 3), slow("transformer_associated", 4),
         ("transformer_al_ce_plateau_sparse", 3), slow("transformer_al_ce_plateau_sparse", 2),
@@ -70,7 +70,7 @@ def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone
     [
         slow("multi_label", "lstm_al_ce"),
         slow("regression", "transformer_associated"),
-        ("pairs", "lstm_associated_state"),
+        slow("pairs", "lstm_associated_state"),
     ],
 )
 def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets, tmp_path):
@@ -112,6 +112,7 @@ def test_an_objective_and_an_encoder_of_a_users_own_stream(flags, run_flags, tmp
         assert sha256(tmp_path / f"{stages}") == sha256(tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_running_statistics_see_no_throw_away_batch(run_flags, tmp_path):
     for stages in (1, 2):
         run_world(stages, jobs.train_with_statistics, run_flags("lstm_al_ce", stages, tmp_path / f"{stages}"))
@@ -143,6 +144,7 @@ def test_stages_with_folders_of_their_own_are_refused_before_training(run_flags,
     assert not list(tmp_path.glob("*/run/*"))
 
 
+@pytest.mark.slow
 def test_stages_go_on_from_one_trained_model(run_flags, tmp_path):
     for seed, name in enumerate(["first", "other"]):
         more = ["--max_steps=5", f"--seed={seed}", "--eval_strategy=no"]

@@ -379,6 +379,7 @@ def test_a_large_upload_that_breaks_leaves_the_old_commit_or_the_new_one(fault, 
     assert hub.run(jobs.files, repo_id)["model.safetensors"] == (large / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_slow_download_is_whole(hub, shared, trained):
     hub.state.log.clear()
     hub.state.faults.update(dict.fromkeys(range(1000), "slow"))
