@@ -205,6 +205,8 @@ def check_model_keys(args: TrainingArguments) -> None:
             name = OTHER_NAMES.get(str(key), str(key))
             raise ValueError(f"Unknown config value {key!r} for {args.model_type}.{nearest(name, list(known))}")
         if (key, value) == ("cuts", BALANCED):  # measured when the run starts
+            if not args.encoder:
+                raise ValueError("Expected --encoder with cuts=balanced, got none: a trained model has its cuts.")
             continue
         try:
             args.model[key] = convert(value, known[key])

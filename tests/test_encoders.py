@@ -304,6 +304,20 @@ def test_cuts_are_balanced_by_a_real_measurement(encoder_folder, files, shell, t
     assert json.loads((tmp_path / "config.json").read_text())["cuts"] in ([1], [2], [3], [4])
 
 
+def test_balanced_cuts_go_with_rates_by_block_frozen_blocks_and_backpropagation(encoder_folder, few_tweets, tmp_path):
+    for more in ({"learning_rate": [1e-5, 1e-4], "frozen_blocks": 1}, {"offload": True}, {"objective": "backprop"}):
+        objective = more.pop("objective", "al_ce")
+        args = hf_al.TrainingArguments(
+            output_dir=str(tmp_path / objective / str(len(more))), encoder=str(encoder_folder), max_steps=1, threads=1,
+            use_cpu=True, model={"num_blocks": 2, "cuts": "balanced", "objective": objective}, **more,
+        )  # fmt: skip
+        assert hf_al.train(args, few_tweets).model.config.num_blocks == 2
+    shared = {"use_cpu": True, "threads": 1, "max_steps": 1, "model": {"cuts": "balanced"}}
+    args = hf_al.TrainingArguments(output_dir=str(tmp_path / "o"), model_name_or_path=args.output_dir, **shared)
+    with pytest.raises(ValueError, match="Expected --encoder with cuts=balanced, got none"):
+        hf_al.train(args, few_tweets)
+
+
 @pytest.mark.parametrize("cuts", [[0, 2], [2, 2], [3, 2], [2, 5], [9], [-1]])
 def test_cuts_out_of_order_or_beyond_the_depth_are_refused(cuts):
     with pytest.raises(Exception, match=r"Expected cuts that rise, each between 1 and 4, .* 5 layers, got"):

@@ -9,10 +9,7 @@ group has anyway: writing there never waits, and its content outlives a process 
 
 import itertools
 import json
-import os
 import re
-import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -121,7 +118,6 @@ class Neighbours(Alone):
         self.next_question = 0.0
         self.at = "the start"
         self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each so far
-        self.processes: list[Any] = []  # of all stages: the name of the machine, and the process there
         self.count = dict.fromkeys(("sent_later_bytes", "received_bytes", "told_bytes"), 0)
         self.waited = {"receive": 0.0, "send": 0.0}
 
@@ -327,14 +323,8 @@ class Neighbours(Alone):
             self.store_is_gone = True
 
     def _silent(self, peer: int) -> ConnectionError:
-        """The error for a peer that neither works nor ends. It is killed if it is on this machine: it may not be able
-        to hear the launcher, which would wait for half a minute."""
-        lost = self._lost(peer, f"no word for {self.timeout:g} seconds")
-        machine, process = self.processes[peer] if self.processes else ("", 0)
-        if machine == socket.gethostname():
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
-        return lost
+        """The error for a peer that should have said something long ago."""
+        return self._lost(peer, f"no word for {self.timeout:g} seconds")
 
     def _lost(self, peer: int, error: Exception | str) -> ConnectionError:
         """Ends silently if another process has reported, or soon reports, what went wrong; else returns the error."""
@@ -368,8 +358,4 @@ class _Ring:
 
 def connect(stages: int, device: torch.device, timeout: float) -> Alone:
     """The transport of this process; accelerate has already started its process group."""
-    if stages == 1:
-        return ALONE
-    transport = Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)
-    transport.processes = transport.gather([socket.gethostname(), os.getpid()])
-    return transport
+    return ALONE if stages == 1 else Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)

@@ -108,7 +108,7 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         transport.together(partial(check_arguments, args, look=transport.is_last))
         set_threads(args)
         set_seed(args.seed)
-        if args.model.get("cuts") == BALANCED:
+        if args.model.get("cuts") == BALANCED and args.encoder:
             args.model["cuts"] = transport.tell(partial(measured_cuts, args, device))
         model, tokenizer, data, order, about = transport.together(partial(load, args, datasets), main_first=True)
         times = None
@@ -217,7 +217,10 @@ class Run:
             try:
                 manifest = checkpoint.open_checkpoint(path)
                 changed = self._check_run(manifest, path)
-                checkpoint.load_checkpoint(path, self.stage.blocks, self.optimizers, manifest)
+                for k, block in self.stage.blocks.items():
+                    checkpoint.load_checkpoint(path, {k: block}, self.optimizers, manifest)
+                    if self.stage.offload:
+                        self.stage.offload.put_away(block)
                 history = checkpoint.read_history(path, manifest) if self.transport.is_last else []
             except checkpoint.Damaged as damage:
                 return damage.reason
@@ -272,7 +275,7 @@ class Run:
             self.model.train()
             watched = sys.stderr.isatty() and self.transport.is_last and not self.args.disable_tqdm
             objective = self.model.config.objective
-            with shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}"):
+            with shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}", self.args, "train"):
                 self._train_steps(
                     tqdm(total=plan.total_steps, initial=progress.step, disable=not watched, desc=objective), stop
                 )
@@ -330,7 +333,8 @@ class Run:
     def _evaluate(self) -> bool:
         """Computes validation metrics of every exit; returns whether the last exit is the best so far."""
         plan, progress = self.plan, self.progress
-        logits = self.stage.evaluate(plan.data["validation"], self.args.per_device_eval_batch_size)
+        with shortage_explained(lambda: f"the evaluation after step {progress.step}", self.args, "eval"):
+            logits = self.stage.evaluate(plan.data["validation"], self.args.per_device_eval_batch_size)
         exits = exit_metrics(logits, plan.labels["validation"], plan.problem_type)
         self.optimizers.observe({int(row["block"]): row[plan.metric] for row in exits})
         try:

@@ -1,6 +1,7 @@
 """How long things take on this machine: a step of each unit, on throw-away copies, and an answer at each exit."""
 
 import copy
+import dataclasses
 import logging
 import statistics
 import time
@@ -15,7 +16,7 @@ from ..arguments import TrainingArguments
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
 from ..parallel.placement import balanced_cuts
-from ..parsing import planned_blocks
+from ..parsing import PER_BLOCK, planned_blocks
 from . import checkpoint
 from .local_step import local_steps
 from .optim import BlockOptimizers
@@ -67,19 +68,21 @@ def unit_seconds(
     return steps, copies
 
 
-def measured_cuts(args: TrainingArguments, device: torch.device) -> list[int]:
-    """After which layers to cut the encoder of a new run, so that the slowest block is as fast as possible; of a
-    resumed run, where it was cut."""
+def measured_cuts(args: TrainingArguments, device: torch.device) -> list[int] | None:
+    """After which layers to cut the encoder of a new run, so that the slowest run of layers is as fast as possible; of
+    a resumed run, where it was cut. Each layer is measured as a block of its own, without looking ahead."""
     if args.resume_from_checkpoint:
         for path in checkpoint.candidates(args.resume_from_checkpoint, Path(args.output_dir)):
             manifest = checkpoint.read_manifest(path)
             if manifest is not None:
-                cuts: list[int] = manifest["identity"]["model"]["cuts"]
+                cuts: list[int] | None = manifest["identity"]["model"].get("cuts")
                 return cuts
-    values = {**known_values(args), "lookahead": 0}
+    alike = {n: v[0] for n in PER_BLOCK if isinstance(v := getattr(args, n), list)}
+    layered = dataclasses.replace(args, **alike, frozen_blocks=0)
+    values = {**known_values(args), "lookahead": 0, "objective": "al_ce"}
     depth = make_config(args, values).depth
-    model = new_model(make_config(args, {**values, "num_blocks": depth}), args.seed)
-    steps, _ = unit_seconds(model, args, device, np.array([args.max_seq_length]))
+    model = new_model(make_config(args, {**values, "num_blocks": depth}), args.seed, args.offload)
+    steps, _ = unit_seconds(model, layered, device, np.array([args.max_seq_length]))
     found = balanced_cuts(steps, planned_blocks(args), [0.0] * depth)[1:-1]
     logger.info("Layers take %s ms: cut after %s.", ", ".join(f"{1000 * s:.1f}" for s in steps), found)
     return found

@@ -5,15 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
-CPU_ALLOCATOR = "can't allocate memory"  # torch raises a plain RuntimeError there
+from ..arguments import TrainingArguments
+
+SHORTAGES = ("can't allocate memory", "CUDA error: out of memory")  # where torch raises a plain RuntimeError
 
 
 @contextmanager
-def shortage_explained(where: Callable[[], str]) -> Iterator[None]:
+def shortage_explained(where: Callable[[], str], args: TrainingArguments, kind: str) -> Iterator[None]:
     """Turns the errors of torch's and Python's allocators into one that says what to change.
 
     Args:
         where: what the run was doing.
+        args: of the run.
+        kind: of its batches: train or eval.
 
     Raises:
         ValueError: there was not enough memory.
@@ -21,10 +25,13 @@ def shortage_explained(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_ALLOCATOR not in str(error):
+        is_shortage = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_shortage and not any(text in str(error) for text in SHORTAGES):
             raise
-        raise ValueError(
-            f"Ran out of memory at {where()}. Pass a smaller --per_device_train_batch_size (with "
-            "--gradient_accumulation_steps the batch stays the same), a shorter --max_seq_length, more --num_blocks, "
-            "or --offload."
-        ) from error
+        advice = [f"a smaller --per_device_{kind}_batch_size"]
+        if kind == "train":
+            advice[0] += " (with --gradient_accumulation_steps the batch stays the same)"
+        advice.append("a shorter --max_seq_length")
+        if args.model.get("objective") != "backprop" and not args.offload:
+            advice.append("--offload")
+        raise ValueError(f"Ran out of memory at {where()}. Pass {', '.join(advice[:-1])} or {advice[-1]}.") from error

@@ -3,7 +3,7 @@
 On a GPU they wait in pinned host memory: those of the next block come in on a stream of their own while this one
 computes, and go back on it. On a CPU they live in a file that is mapped into memory, so that nothing is copied: the
 kernel is asked to read the next block's pages ahead and to let go of those of the block that is done. The file has no
-name from the start, and is gone with the process, however it ends.
+name from the start, and is gone with the model or the process, however that ends.
 
 Gradients stay until the update: with several micro-batches per step, those of all blocks.
 """
@@ -32,7 +32,7 @@ class Offload:
         blocks: of the stage, by number.
         optimizers: of the same blocks.
         device: where they compute.
-        folder: on which disk they are if that is a CPU; it needs space for weights and optimizer state.
+        folder: on which disk they are if that is a CPU: the weights at once, optimizer state after its first update.
 
     Raises:
         OSError: no room there.
@@ -40,6 +40,7 @@ class Offload:
 
     def __init__(self, blocks: dict[int, ALBlock], optimizers: BlockOptimizers, device: torch.device, folder: Path):
         self.optimizers = optimizers
+        optimizers.device = device
         self.place: Any = PinnedMemory(device) if device.type == "cuda" else MappedFile(folder)
         for block in blocks.values():
             for module in block.modules():  # buffers are small: they stay on the device
@@ -68,6 +69,10 @@ class Offload:
         finally:
             self._go(here, learning)
             self.place.settle()
+
+    def put_away(self, block: ALBlock) -> None:
+        """Takes what was just read into the block and its optimizer, from a checkpoint."""
+        self.place.go(self._tensors(block, learning=True), changed=True)
 
     def _tensors(self, block: ALBlock, learning: bool) -> list[Tensor]:
         """Weights, and with `learning` the optimizer's tensors, without the step numbers."""
@@ -117,17 +122,26 @@ class MappedFile:
             size += -(-t.nbytes // ALIGNED) * ALIGNED
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash at a later write
+                reserve(file.fileno(), size)
                 region = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise OSError(
-                f"Expected {size / 2**20:.0f} MiB in {self.folder} for --offload: {error.strerror}. Make room there."
+                f"Expected {size / 2**20:.0f} MiB in {self.folder} for --offload: {error.strerror}. Make room "
+                "there, or make it writable."
             ) from None
         for t, start in zip(tensors, starts, strict=True):
             there = torch.frombuffer(region, dtype=t.dtype, count=t.numel(), offset=start).view(t.shape)
             there.copy_(t.detach())
             t.data = there
             self.regions[t.data_ptr()] = region
+
+
+def reserve(file: int, size: int) -> None:
+    """Gives a file its size, where possible with its space: a full disk is an error now, not a crash at a write."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
 
 
 class PinnedMemory:

@@ -96,6 +96,7 @@ class BlockOptimizers:
         larger_is_better: bool = True,
     ):
         self.args = args
+        self.device: torch.device | None = None  # where blocks compute, if it is not where they are (offload)
         self.schedule = make_schedule(args, total_steps)
         self.names: dict[int, dict[str, nn.Parameter]] = {}
         self.by_unit: dict[range, list[torch.optim.Optimizer]] = {}
@@ -233,8 +234,9 @@ class BlockOptimizers:
             if entry == "step" and id(parameter) in sparse:
                 state[parameter][entry] = int(value)
             else:
+                where = parameter.device if value.ndim else self.device or parameter.device  # scalars stay there
                 on_cpu = entry == "step" and self.args.optim == "adafactor"
-                state[parameter][entry] = value.to("cpu" if on_cpu else parameter.device).clone()
+                state[parameter][entry] = value.to("cpu" if on_cpu else where).clone()
 
     def _load_plateau(self, k: int, entry: str, value: float) -> None:
         if k not in self.plateaus:

@@ -49,7 +49,7 @@ class Stage:
     """The units of one process.
 
     Args:
-        model: the classifier; the blocks of this stage are on `device`.
+        model: the classifier; the blocks of this stage are on `device`, unless they are offloaded.
         placement: which stage owns which units.
         number: which stage this process is.
         device: where it computes.

@@ -201,6 +201,11 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
     assert reports[0] == reports[1]
 
 
+def test_offloaded_stages_give_the_same_bits(run_flags, alone, tmp_path):
+    run_world(2, jobs.train, run_flags("lstm_al_ce", 2, tmp_path / "run", "--offload"))
+    assert sha256(tmp_path / "run") == alone("lstm_al_ce")
+
+
 def test_a_boundary_sent_after_the_update_is_noticed(run_flags, alone, tmp_path):
     run_world(2, jobs.sends_after_the_update, run_flags("lstm_al_ce", 2, tmp_path / "run"))
     assert sha256(tmp_path / "run")["model.safetensors"] != alone("lstm_al_ce")["model.safetensors"]

@@ -76,12 +76,10 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_all(run_flags, alon
 
 
 @pytest.mark.parametrize("when", ["in a step", slow("in an evaluation"), slow("while saving"), slow("at the start")])
-def test_a_stage_that_hangs_is_named_and_ended(when, run_flags, tmp_path):
+def test_a_stage_that_hangs_is_named_and_ends_the_others(when, run_flags, tmp_path):
     flags = run_flags("lstm_al_ce", 2, tmp_path / "run", "--ddp_timeout=3")
-    start = time.monotonic()
-    said = run_world(2, jobs.dies, when, "stopped", flags, check=False)
-    assert time.monotonic() - start < 3 + 30
-    assert said[0] == "ended with status -9"
+    said = run_world(2, jobs.dies, when, "stopped", flags, check=False, timeout=15)
+    assert said[0].startswith("still busy")  # no launcher here kills it
     where = {"in an evaluation": "an evaluation", "at the start": "the start"}.get(when, "step ")
     assert f"ConnectionError: Stage 1 lost stage 0 at {where}" in said[1]
     assert "no word for 3 seconds. --resume_from_checkpoint last continues" in said[1]
@@ -90,6 +88,7 @@ def test_a_stage_that_hangs_is_named_and_ended(when, run_flags, tmp_path):
 def test_a_stage_without_memory_says_what_to_change(run_flags, tmp_path):
     said = run_world(2, jobs.dies, "in a step", "memory", run_flags("lstm_al_ce", 2, tmp_path / "run"), check=False)
     assert "ValueError: Ran out of memory at step 32 of 60. Pass a smaller --per_device_train_batch_size" in said[0]
+    assert "a shorter --max_seq_length or --offload." in said[0]
     assert said[1].splitlines()[-1] == "SystemExit: 2"
 
 
@@ -149,6 +148,19 @@ def test_no_process_outlives_its_launcher(run_flags, tmp_path):
         assert run.wait(30) == -signal.SIGKILL
     said = (tmp_path / "log").read_text()
     assert "--resume_from_checkpoint last continues from the last checkpoint." in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_launcher_kills_a_stage_that_hangs(run_flags, tmp_path):
+    flags = run_flags("lstm_al_ce", 2, tmp_path / "run", "--max_steps=1000000", "--ddp_timeout=5")
+    with Launched(flags, tmp_path / "run", tmp_path / "log") as run:
+        wait_for_a_checkpoint(run.launcher, tmp_path / "run", tmp_path / "log", seconds=40)
+        run.stages()[1].suspend()
+        assert run.wait(5 + 40) == 2
+    said = (tmp_path / "log").read_text()
+    assert said.count("no word for 5 seconds. --resume_from_checkpoint last continues") == 1
     assert "Traceback" not in said
 
 

@@ -105,6 +105,22 @@ def test_offloaded_blocks_end_as_the_same_bits(kind, micro_batches):
     assert same(plain, offloaded)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "adafactor"])
+def test_an_offloaded_run_resumes_to_the_same_bits(optim, few_tweets, tmp_path):
+    def run(name: str, steps: int, **values) -> bytes:
+        args = hf_al.TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=steps, lr_scheduler_type="constant", optim=optim, plots=False,
+            disable_tqdm=True, eval_strategy="steps", eval_steps=2,
+            model={"num_blocks": 3, "hidden_size": 16, "target_size": 12}, **values,
+        )  # fmt: skip
+        hf_al.train(args, few_tweets)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    whole = run("whole", 6)
+    run("offloaded", 4, offload=True)
+    assert run("offloaded", 6, offload=True, resume_from_checkpoint="last") == whole
+
+
 @pytest.mark.parametrize(
     "values", [{"optim": "adam"}, {"optim": "sgd"}, {"optim": "adafactor"}, {"embedding_optimizer": "sparse_adam"}]
 )
