@@ -8,10 +8,12 @@ name from the start, and is gone with the model or the process, however that end
 Gradients stay until the update: with several micro-batches per step, those of all blocks.
 """
 
+import ctypes
 import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,8 @@ class MappedFile:
             there.copy_(t.detach())
             t.data = there
             self.regions[t.data_ptr()] = region
+        with suppress(OSError, AttributeError):  # of the GNU C library: it keeps what is freed in small pieces
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def reserve(file: int, size: int) -> None:
