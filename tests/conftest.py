@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,16 @@ TINY_ENCODER = {
 def slow(*values):
     """A case that differs from a quick one in little: `make test-slow`."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def in_own_mounts(folder: Path) -> list[str]:
+    """What to put before a command that mounts something: its mounts end with it. Skips where that is not allowed;
+    `folder` is for a trial."""
+    alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    mount = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this container allows no mount, not even in a namespace of its own")
+    return alone
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import slow, wait_for_a_checkpoint
+from conftest import in_own_mounts, slow, wait_for_a_checkpoint
 from hooks import hook
 from transformers import AutoModelForSequenceClassification
 
@@ -188,13 +188,8 @@ print("done", sorted(os.listdir(disk / "run")))
 
 @pytest.mark.medium
 def test_a_disk_that_is_really_full_keeps_the_last_checkpoint(files, tmp_path):
-    """A small tmpfs in a mount namespace of its own, which ends with the process."""
-    alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode
-    ):
-        pytest.skip("this container allows no mount, not even in a namespace of its own")
+    """A small tmpfs."""
+    alone = in_own_mounts(tmp_path)
     flags = [*files, *FLAGS, f"--output_dir={tmp_path / 'run'}", "--save_steps=1", "--save_total_limit=99"]
     done = subprocess.run(
         [*alone, sys.executable, "-c", SMALL_DISK, str(tmp_path), *flags], capture_output=True, text=True, timeout=120

@@ -1,14 +1,13 @@
 """--offload: the same bits as with everything in memory, and never more than two blocks in memory."""
 
 import copy
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_own_mounts
 
 import hf_al
 from hf_al.training.offload import Offload
@@ -116,12 +115,8 @@ except OSError as error:
 
 
 def test_a_disk_without_room_is_an_error_and_not_a_crash(tmp_path):
-    """A small tmpfs in a mount namespace of its own, which ends with the process."""
-    alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-    mount = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
-    if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this container allows no mount, not even in a namespace of its own")
-    argv = [*alone, sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    """A small tmpfs."""
+    argv = [*in_own_mounts(tmp_path), sys.executable, "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=50)
     said = f"Expected 4 MiB in {tmp_path} for --offload: No space left on device. Make room there, or make it writable."
     assert done.stdout.strip() == said, done.stderr

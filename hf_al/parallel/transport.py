@@ -291,7 +291,7 @@ class Neighbours(Alone):
             while not self.store.check([key]):  # not `wait`, which prints on a timeout
                 self._end_with_failed()
                 if time.monotonic() > deadline:
-                    raise self._silent(peer)
+                    raise self._lost(peer)
                 time.sleep(pause)
                 pause = min(0.05, 1.2 * pause)
             return bytes(self.store.get(key))
@@ -310,7 +310,7 @@ class Neighbours(Alone):
             work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
             silent = time.perf_counter() - start > 0.9 * self.timeout
-            raise self._silent(peer) if silent else self._lost(peer, error) from None
+            raise self._lost(peer, None if silent else error) from None
         self.waited[what] += time.perf_counter() - start
 
     def _end_with_failed(self) -> None:
@@ -322,12 +322,9 @@ class Neighbours(Alone):
         except RuntimeError:  # each further query would print a stack trace
             self.store_is_gone = True
 
-    def _silent(self, peer: int) -> ConnectionError:
-        """The error for a peer that should have said something long ago."""
-        return self._lost(peer, f"no word for {self.timeout:g} seconds")
-
-    def _lost(self, peer: int, error: Exception | str) -> ConnectionError:
-        """Ends silently if another process has reported, or soon reports, what went wrong; else returns the error."""
+    def _lost(self, peer: int, error: Exception | None = None) -> ConnectionError:
+        """Ends silently if another process has reported, or soon reports, what went wrong; else returns the error. None
+        for `error`: the peer has not said anything for too long."""
         end = time.monotonic() + SILENCE
         while time.monotonic() < end:
             self._end_with_failed()
@@ -335,7 +332,9 @@ class Neighbours(Alone):
         with suppress(RuntimeError):
             if not self.store_is_gone and self.store.add("lost", 1) > 1:
                 leave_the_word()  # another process lost a peer first; this is a consequence
-        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0].rstrip(".?")
+        reason = f"no word for {self.timeout:g} seconds"
+        if error is not None:
+            reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0].rstrip(".?")
         return ConnectionError(
             f"Stage {self.number} lost stage {peer} at {self.at}: {reason}. "
             "--resume_from_checkpoint last continues from the last checkpoint."

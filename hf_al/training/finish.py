@@ -67,13 +67,12 @@ def finish(
     def write() -> dict[str, Any]:
         elsewhere = [k for k in range(model.config.num_blocks) if k not in stage.blocks]
         if elsewhere:  # read the other stages' weights, but not their optimizer state, from the checkpoint
-            blocks: dict = {k: new_block(model, k, plan.args.seed).to(stage.device) for k in elsewhere}  # with buffers
+            blocks: dict = {k: new_block(model, k, plan.args.seed) for k in elsewhere}
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), blocks, None)
             for k, block in blocks.items():
                 model.model.blocks[k] = block
-        whole: torch.nn.Module = model.eval()
-        whole.to(stage.device)  # also what was offloaded: an answer needs no optimizer state
-        speeds = exit_speeds(model, stage.device, token_lengths(plan.data["validation"]))
+        model.to(stage.device)  # type: ignore[arg-type]  # also what was offloaded, and the blocks of other stages
+        speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
         found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh}
         report = _report(plan, progress, model, stage.device, found, changes + all_warnings)
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:

@@ -27,6 +27,7 @@ from ..data.streaming import StreamOrder
 from ..hub import Checkpoints, push_or_warn
 from ..metrics import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
+from ..modeling.objectives import OBJECTIVES
 from ..parallel.launch import said_once
 from ..parallel.schema import PROTOCOL
 from ..parallel.transport import Alone, connect
@@ -189,6 +190,8 @@ class Run:
         )
         if args.torch_compile:
             self.stage.compile()
+        can_offload = not (args.offload or OBJECTIVES[model.config.objective].end_to_end)
+        self.shortage_explained = partial(shortage_explained, can_offload=can_offload)
         shares_checkpoints = args.push_to_hub and args.hub_strategy == "checkpoint" and transport.is_last
         self.shared = Checkpoints(args.hub_id, args.hub_private_repo) if shares_checkpoints else None
         self.progress = Progress()
@@ -275,7 +278,7 @@ class Run:
             self.model.train()
             watched = sys.stderr.isatty() and self.transport.is_last and not self.args.disable_tqdm
             objective = self.model.config.objective
-            with shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}", self.args, "train"):
+            with self.shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}", "train"):
                 self._train_steps(
                     tqdm(total=plan.total_steps, initial=progress.step, disable=not watched, desc=objective), stop
                 )
@@ -333,7 +336,7 @@ class Run:
     def _evaluate(self) -> bool:
         """Computes validation metrics of every exit; returns whether the last exit is the best so far."""
         plan, progress = self.plan, self.progress
-        with shortage_explained(lambda: f"the evaluation after step {progress.step}", self.args, "eval"):
+        with self.shortage_explained(lambda: f"the evaluation after step {progress.step}", "eval"):
             logits = self.stage.evaluate(plan.data["validation"], self.args.per_device_eval_batch_size)
         exits = exit_metrics(logits, plan.labels["validation"], plan.problem_type)
         self.optimizers.observe({int(row["block"]): row[plan.metric] for row in exits})

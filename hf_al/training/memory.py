@@ -5,19 +5,17 @@ from contextlib import contextmanager
 
 import torch
 
-from ..arguments import TrainingArguments
-
 SHORTAGES = ("can't allocate memory", "CUDA error: out of memory")  # where torch raises a plain RuntimeError
 
 
 @contextmanager
-def shortage_explained(where: Callable[[], str], args: TrainingArguments, kind: str) -> Iterator[None]:
+def shortage_explained(where: Callable[[], str], kind: str, can_offload: bool) -> Iterator[None]:
     """Turns the errors of torch's and Python's allocators into one that says what to change.
 
     Args:
         where: what the run was doing.
-        args: of the run.
-        kind: of its batches: train or eval.
+        kind: of the batches: train or eval.
+        can_offload: whether --offload is left to try.
 
     Raises:
         ValueError: there was not enough memory.
@@ -32,6 +30,6 @@ def shortage_explained(where: Callable[[], str], args: TrainingArguments, kind: 
         if kind == "train":
             advice[0] += " (with --gradient_accumulation_steps the batch stays the same)"
         advice.append("a shorter --max_seq_length")
-        if args.model.get("objective") != "backprop" and not args.offload:
+        if can_offload:
             advice.append("--offload")
         raise ValueError(f"Ran out of memory at {where()}. Pass {', '.join(advice[:-1])} or {advice[-1]}.") from error

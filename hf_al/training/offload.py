@@ -48,7 +48,7 @@ class Offload:
             for module in block.modules():  # buffers are small: they stay on the device
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
-            self.place.go(list(block.parameters()), changed=True)
+            self.put_away(block)
 
     def visit(self, blocks: Iterable[ALBlock], learning: bool = True) -> Iterator[ALBlock]:
         """The blocks, each of them ready to compute until the next one is asked for; those of one unit stay together.
@@ -66,25 +66,21 @@ class Offload:
                     self.place.expect(self._tensors(following, learning))
                 here.append(block)
                 yield block
-                if block.ends_unit:
-                    self._go(here, learning)
+                while block.ends_unit and here:
+                    self.put_away(here.pop(0), learning)
         finally:
-            self._go(here, learning)
+            for block in here:  # the visit was broken off
+                self.put_away(block, learning)
             self.place.settle()
 
-    def put_away(self, block: ALBlock) -> None:
-        """Takes what was just read into the block and its optimizer, from a checkpoint."""
-        self.place.go(self._tensors(block, learning=True), changed=True)
+    def put_away(self, block: ALBlock, changed: bool = True) -> None:
+        """Takes the block out, with its optimizer state if they have `changed`: computed, or read from a checkpoint."""
+        self.place.go(self._tensors(block, changed), changed)
 
     def _tensors(self, block: ALBlock, learning: bool) -> list[Tensor]:
         """Weights, and with `learning` the optimizer's tensors, without the step numbers."""
         state = self.optimizers.state(block.index).values() if learning else ()
         return [*block.parameters(), *(t for t in state if t.ndim > 0)]
-
-    def _go(self, here: list[ALBlock], learning: bool) -> None:
-        for block in here:
-            self.place.go(self._tensors(block, learning), changed=learning)
-        here.clear()
 
 
 class MappedFile:

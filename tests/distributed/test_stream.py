@@ -93,13 +93,7 @@ def test_a_pretrained_encoder_streams(encoder_folder, tweet_files, tmp_path):
         "--lookahead=1",
     ]
     for stages in (1, 3):
-        more = [
-            "--max_steps=20",
-            "--lookahead=1",
-            "--lora_r=2",
-            f"--stages={stages}",
-            f"--output_dir={tmp_path / str(stages)}",
-        ]
+        more = ["--max_steps=20", "--lora_r=2", f"--stages={stages}", f"--output_dir={tmp_path / str(stages)}"]
         run_world(stages, jobs.train, [*flags, *more])
     assert sha256(tmp_path / "3") == sha256(tmp_path / "1")
 

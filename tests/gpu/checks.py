@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
+from transformers import AutoConfig
 
 import hf_al
 from hf_al.data.batching import Collator
@@ -30,8 +31,6 @@ KINDS = ["al_lstm", "al_transformer", *ENCODERS]
 def make(kind: str, objective: str = "al_ce", dropout: float = 0.1, **values):
     torch.manual_seed(0)
     if kind in ENCODERS:
-        from transformers import AutoConfig
-
         off = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         encoder = AutoConfig.for_model(kind, **TINY, max_position_embeddings=64, **ENCODERS[kind], **off)
         config = hf_al.ALEncoderConfig.from_encoder(encoder, num_labels=3, num_blocks=2, objective=objective, **values)
