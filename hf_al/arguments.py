@@ -145,6 +145,7 @@ class TrainingArguments:
         1.0, "Embedding rows' learning rate = this times learning_rate; 0 = they are frozen."
     )
     frozen_blocks: int = _arg(0, "The first N blocks keep their encoders' weights; bridges and label sides learn.")
+    cache_frozen: bool = _arg(False, "Compute what frozen blocks make of train once, and keep it on disk meanwhile.")
     weight_decay: float | list[float] = _arg(
         0.0, "Weight decay (matrices only; not biases, norms and embeddings); a list has one for each block."
     )
@@ -343,6 +344,9 @@ class TrainingArguments:
                 f"of a stream ends. Got max_steps={self.max_steps} and eval_strategy={self.eval_strategy!r}. Pass "
                 "--max_steps 10000 --eval_strategy steps --eval_steps 1000, for example."
             )
+        if self.cache_frozen and (self.streaming or not self.frozen_blocks):
+            got = "streaming" if self.streaming else "frozen_blocks=0"
+            raise ValueError(f"Expected frozen_blocks above 0, and no streaming, with cache_frozen, got {got}.")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "Expected either overwrite_output_dir or resume_from_checkpoint, got both. Pass the one that you want."

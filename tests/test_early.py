@@ -89,6 +89,10 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         (["demo", "some/model", "--space=some"], "Expected a new or an empty folder as --space, got some."),
         ([*TWEETS, "--stages=2", "--placement=0-5"], "the blocks 0 to 1 of 2 stages, each block once and in order"),
         ([*TWEETS, "--placement=spread"], "Expected placement as balanced, equal, or the blocks 0 to 1 of 1 stages"),
+        (
+            [*TWEETS, "--cache_frozen"],
+            "Expected frozen_blocks above 0, and no streaming, with cache_frozen, got",
+        ),
         ([*TWEETS, "--frozen_blocks=3"], "Expected frozen_blocks of at most 2 (num_blocks), got 3."),
         ([*TWEETS, "--metric_for_best_model=macrof1"], "got 'macrof1'. Did you mean macro_f1?"),
         ([*TWEETS, "--report_to=none,tensorbord"], "got 'tensorbord'. Did you mean tensorboard?"),

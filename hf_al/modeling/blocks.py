@@ -215,13 +215,17 @@ class ALBlock(nn.Module):
         Args:
             boundary: from the block before, cut if the units are learning; for block 0 `{"target": t_0}` if learning,
                 else `{}`.
-            inputs: what every block knows about the batch, with `labels` if learning.
+            inputs: what every block knows about the batch, with `labels` if learning; in `encoded`, by block, hidden
+                states that need not be computed again (`--cache_frozen`).
             learning: whether the objective is asked for a loss. A block inside a unit has none; it passes its decoder
                 on, so that the last block of the unit can train it.
             exits: blocks whose logits are requested. The decoders that they need travel in the boundary.
             output_attentions: return the encoder's attention weights.
         """
-        encoded = self.encode(boundary, inputs, **({"output_attentions": True} if output_attentions else {}))
+        if self.index in inputs.get("encoded", ()):
+            encoded = {"hidden": inputs["encoded"][self.index]}
+        else:
+            encoded = self.encode(boundary, inputs, **({"output_attentions": True} if output_attentions else {}))
         attentions = encoded.pop("attentions", ())
         losses: Losses = {}
         sent: Boundary = self.decoders(boundary) if exits or (learning and not self.ends_unit) else {}

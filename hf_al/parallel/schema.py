@@ -15,7 +15,7 @@ from ..modeling.objectives import Boundary
 
 PROTOCOL = 0x414C01
 ALIGNMENT = 64  # bytes: the same matmul rounds differently on tensors that start elsewhere
-KINDS = ("train", "evaluate")
+KINDS = ("train", "evaluate", "cache")
 PROBES = ((2, 3), (5, 7))  # (rows, tokens) of the two throw-away batches
 
 

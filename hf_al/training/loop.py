@@ -275,6 +275,8 @@ class Run:
         with logging_redirect_tqdm(), StopSignals() as stop:
             self.record.start()
             self.record.warn(plan.warnings)
+            if self.args.cache_frozen:
+                self._cache_frozen()
             self.model.train()
             watched = sys.stderr.isatty() and self.transport.is_last and not self.args.disable_tqdm
             objective = self.model.config.objective
@@ -295,6 +297,13 @@ class Run:
                 stop.received.name, progress.step, plan.total_steps, plan.output_dir,
             )  # fmt: skip
             stop.raise_received()
+
+    def _cache_frozen(self) -> None:
+        rows, folder = self.plan.data["train"], self.plan.output_dir
+        logger.info("Computing the states of frozen blocks, once for each of %d rows.", len(rows))
+        with checkpoint.writing("the states of frozen blocks", folder):
+            size = self.stage.cache_frozen(rows, self.args.per_device_eval_batch_size, folder)
+        logger.info("They take %.0f MiB in %s until the run ends.", sum(self.transport.gather(size)) / 2**20, folder)
 
     def _train_steps(self, bar: tqdm, stop: StopSignals) -> None:
         plan, progress, record = self.plan, self.progress, self.record

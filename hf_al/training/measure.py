@@ -49,8 +49,11 @@ def unit_seconds(
     """
     tokens = _median_length(model, lengths)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (args.per_device_train_batch_size, tokens))
-    inputs = throw_away_inputs(model, torch.from_numpy(ids).to(device))
+    inputs: dict[str, Any] = throw_away_inputs(model, torch.from_numpy(ids).to(device))
     boundary = model.model.initial_boundary(inputs["labels"])
+    if args.cache_frozen:
+        shapes = {k: (*ids.shape, model.model.blocks[k].encode.output_size) for k in range(args.frozen_blocks)}
+        inputs["encoded"] = {k: torch.zeros(shape, device=device) for k, shape in shapes.items()}
     steps, copies = [], []
     for unit in model.config.units:
         blocks = {k: copy.deepcopy(model.model.blocks[k]).to(device).train() for k in unit}
@@ -78,7 +81,7 @@ def measured_cuts(args: TrainingArguments, device: torch.device) -> list[int] | 
                 cuts: list[int] | None = manifest["identity"]["model"].get("cuts")
                 return cuts
     alike = {n: v[0] for n in PER_BLOCK if isinstance(v := getattr(args, n), list)}
-    layered = dataclasses.replace(args, **alike, frozen_blocks=0)
+    layered = dataclasses.replace(args, **alike, frozen_blocks=0, cache_frozen=False)
     values = {**known_values(args), "lookahead": 0, "objective": "al_ce"}
     depth = make_config(args, values).depth
     model = new_model(make_config(args, {**values, "num_blocks": depth}), args.seed, args.offload)

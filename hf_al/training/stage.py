@@ -4,9 +4,12 @@ With one stage, it receives the data and what it sends is dropped: the sequentia
 The stage never asks how many there are; its transport knows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +19,14 @@ from tqdm.auto import tqdm
 
 from ..data.batching import Collator, evaluation_batches, one_ahead, token_lengths
 from ..data.streaming import StreamLengths, StreamOrder
+from ..messages import some
 from ..modeling.blocks import ALBlock, BlockOutput, walk
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary, cut
 from ..parallel.placement import Placement
 from ..parallel.schema import Message
 from ..parallel.transport import ALONE, Alone
+from .frozen import FrozenStates
 from .local_step import local_steps
 from .measure import throw_away_inputs
 from .offload import Offload
@@ -80,9 +85,11 @@ class Stage:
         self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
         self.offload = offload
+        self.frozen: dict[int, FrozenStates] = {}  # by block
         with _unchanged(list(self.blocks.values())):
             self.transport.agree("train", self._throw_away, wire)
-            self.transport.agree("evaluate", self._throw_away_evaluation, torch.float32)
+            exits = model.config.exits()
+            self.transport.agree("evaluate", partial(self._throw_away_evaluation, exits), torch.float32)
 
     def compile(self) -> None:
         """torch.compile for the encoder of every block, in training only: evaluation stays as in a reloaded model."""
@@ -100,11 +107,13 @@ class Stage:
         return boundary
 
     @torch.no_grad()
-    def _throw_away_evaluation(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
+    def _throw_away_evaluation(
+        self, exits: Collection[int], rows: int, tokens: int, boundary: Boundary | None
+    ) -> Boundary:
         inputs, boundary = self._throw_away_inputs(rows, tokens), boundary or {}
         for block in self.blocks.values():
             block.eval()
-        for _, out in walk(self._ready(learning=False), boundary, inputs, exits=self.model.config.exits()):
+        for _, out in walk(self._ready(learning=False), boundary, inputs, exits=exits):
             boundary = out.boundary
         return boundary
 
@@ -134,7 +143,7 @@ class Stage:
     ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         """Each step with the inputs of its micro-batches on the device. Those of the next step are made, and their
         copies are under way, before a step is handed out."""
-        return one_ahead((step, [self._inputs(data, rows) for rows in parts]) for step, parts in steps)
+        return one_ahead((step, [self._inputs(data, rows, self.frozen) for rows in parts]) for step, parts in steps)
 
     def train_batch(
         self, parts: Sequence[dict[str, Tensor]], step: int, seed: int
@@ -168,26 +177,78 @@ class Stage:
     @torch.no_grad()
     def evaluate(self, data: Dataset, batch_size: int, show_progress: bool = False) -> dict[int, np.ndarray]:
         """Logits (rows, C) of every exit on this stage, in the order of the rows; training mode is restored."""
-        was_training = self.model.training
-        self.model.eval()
         exits = self.model.config.exits()
         logits: dict[int, list[Tensor]] = {k: [] for k in exits if k in self.blocks}
+        order = []
+        for rows, _, outs in self._forward("evaluate", data, batch_size, exits, show_progress=show_progress):
+            order.append(rows)
+            for block, out in outs:
+                if out.logits is not None:
+                    logits[block.index].append(out.logits.float())
+        back = np.argsort(np.concatenate(order))
+        return {k: torch.cat(parts).cpu().numpy()[back] for k, parts in logits.items()}
+
+    @torch.no_grad()
+    def cache_frozen(self, data: Dataset, batch_size: int, folder: Path) -> int:
+        """Computes once what the encoders of frozen blocks make of each row of train, for `batches`. Returns the bytes
+        that it takes in `folder`.
+
+        Raises:
+            ValueError: an encoder that gives more than hidden states to the next block.
+            OSError: no room in `folder`.
+        """
+        with _unchanged(list(self.blocks.values())):
+            self.transport.agree("cache", partial(self._throw_away_evaluation, ()), torch.float32)
+        count = self.optimizers.args.frozen_blocks if self.optimizers else 0
+        with ExitStack() as files:
+            found = {k: FrozenStates(files.enter_context(TemporaryFile(dir=folder))) for k in self.blocks if k < count}
+            for rows, inputs, outs in self._forward("cache", data, batch_size, last=count - 1) if found else ():
+                for block, out in outs:
+                    if out.boundary.keys() != {"hidden"}:
+                        others = some(sorted(out.boundary.keys() - {"hidden"}), 3)
+                        raise ValueError(
+                            f"Expected blocks that send only hidden states with cache_frozen, got also {others} of "
+                            f"block {block.index}. Leave cache_frozen out."
+                        )
+                    found[block.index].add(rows, out.boundary["hidden"], inputs["attention_mask"])
+            size = sum(states.complete() for states in found.values())
+        self.frozen = found
+        return size
+
+    def _forward(
+        self,
+        kind: str,
+        data: Dataset,
+        batch_size: int,
+        exits: Collection[int] = (),
+        last: int | None = None,
+        show_progress: bool = False,
+    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor], Iterator[tuple[ALBlock, BlockOutput]]]]:
+        """A pass over a split in evaluation mode, through the blocks up to `last`.
+
+        Yields:
+            The rows of each batch, its inputs, and the walk over the blocks of this stage.
+        """
+        was_training = self.model.training
+        self.model.eval()
         lengths = token_lengths(data)
         batches = evaluation_batches(lengths, batch_size)
-        messages = [self._message("evaluate", 0, i, lengths[rows]) for i, rows in enumerate(batches)]
+        messages = [self._message(kind, 0, i, lengths[rows]) for i, rows in enumerate(batches)]
         self.transport.expect(messages)
-        ahead = one_ahead(zip(messages, (self._inputs(data, rows) for rows in batches), strict=True))
-        for message, inputs in tqdm(ahead, "Evaluating", len(batches), disable=not show_progress):
-            boundary = self.transport.receive(message, dict)
-            with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
-                for block, out in walk(self._ready(learning=False), boundary, inputs, exits=exits):
-                    if block.index == max(self.blocks):
-                        self.transport.send(message, out.boundary)
-                    if out.logits is not None:
-                        logits[block.index].append(out.logits.float())
+        ahead = one_ahead(zip(batches, messages, (self._inputs(data, rows) for rows in batches), strict=True))
+        for rows, message, inputs in tqdm(ahead, "Evaluating", len(batches), disable=not show_progress):
+            yield rows, inputs, self._forward_batch(message, inputs, exits, last)
         self.model.train(was_training)
-        back = np.argsort(np.concatenate(batches))
-        return {k: torch.cat(parts).cpu().numpy()[back] for k, parts in logits.items()}
+
+    def _forward_batch(
+        self, message: Message, inputs: dict[str, Tensor], exits: Collection[int], last: int | None
+    ) -> Iterator[tuple[ALBlock, BlockOutput]]:
+        boundary = self.transport.receive(message, dict)
+        with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
+            for block, out in walk(self._ready(False, last), boundary, inputs, exits=exits):
+                if block.index == max(self.blocks) and block.index != last:
+                    self.transport.send(message, out.boundary)
+                yield block, out
 
     def _start(self, labels: Tensor) -> Boundary:
         return self.model.model.initial_boundary(labels)
@@ -197,14 +258,24 @@ class Stage:
     ) -> Iterator[tuple[ALBlock, BlockOutput]]:
         return local_steps(self._ready(), boundary, inputs, key, self.device, self.bf16, self.wire)
 
-    def _ready(self, learning: bool = True) -> Iterable[ALBlock]:
-        """The blocks in order, on the device when their turn comes."""
-        return self.offload.visit(self.blocks.values(), learning) if self.offload else self.blocks.values()
+    def _ready(self, learning: bool = True, last: int | None = None) -> Iterable[ALBlock]:
+        """The blocks in order, up to `last`, on the device when their turn comes."""
+        blocks = [block for k, block in self.blocks.items() if last is None or k <= last]
+        return self.offload.visit(blocks, learning) if self.offload else blocks
 
-    def _inputs(self, data: Dataset | StreamOrder, rows: np.ndarray) -> dict[str, Tensor]:
+    def _inputs(
+        self, data: Dataset | StreamOrder, rows: np.ndarray, frozen: dict[int, FrozenStates] | None = None
+    ) -> dict[str, Any]:
         batch = self.collator(data, rows)
         lengths = batch["attention_mask"].sum(1)  # before the copy: reading from the device would wait for it
-        if self.device.type == "cuda":
-            batch = {name: t.pin_memory() for name, t in batch.items()}
-        batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
-        return self.model.model.prepare_inputs(**batch, lengths=lengths)
+        batch = {name: self._copied(t) for name, t in batch.items()}
+        inputs = self.model.model.prepare_inputs(**batch, lengths=lengths)
+        if frozen:
+            mask_NT = inputs["attention_mask"].cpu()
+            inputs["encoded"] = {k: self._copied(states.read(rows, mask_NT)) for k, states in frozen.items()}
+        return inputs
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)

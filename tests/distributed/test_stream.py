@@ -200,6 +200,17 @@ def test_offloaded_stages_give_the_same_bits(run_flags, alone, tmp_path):
     assert sha256(tmp_path / "run") == alone("lstm_al_ce")
 
 
+def test_stages_compute_frozen_blocks_once(run_flags, tmp_path):
+    more, found = ["--frozen_blocks=2", "--cache_frozen"], []
+    for stages, placement in ((1, "equal"), (3, "0,1,2-3")):
+        folder = tmp_path / f"{stages}"
+        flags = run_flags("lstm_al_ce", stages, folder, *more, f"--placement={placement}")
+        run_world(stages, jobs.train, [*flags, "--max_steps=33"])
+        run_world(stages, jobs.train, [*flags, "--resume_from_checkpoint=last"])
+        found.append(sha256(folder))
+    assert found[0] == found[1]
+
+
 def test_a_boundary_sent_after_the_update_is_noticed(run_flags, alone, tmp_path):
     run_world(2, jobs.sends_after_the_update, run_flags("lstm_al_ce", 2, tmp_path / "run"))
     assert sha256(tmp_path / "run")["model.safetensors"] != alone("lstm_al_ce")["model.safetensors"]

@@ -104,6 +104,18 @@ def test_offloaded_blocks_end_as_the_same_bits(kind, micro_batches):
     assert same(plain, offloaded)
 
 
+def test_cached_states_of_frozen_blocks_train_like_computed_ones(few_tweets, tmp_path):
+    found = []
+    for cache in (False, True):
+        args = hf_al.TrainingArguments(
+            output_dir=str(tmp_path / str(cache)), max_steps=6, plots=False, disable_tqdm=True, frozen_blocks=2,
+            cache_frozen=cache, model={"num_blocks": 3, "hidden_size": 16, "target_size": 12},
+        )  # fmt: skip
+        found.append(hf_al.train(args, few_tweets).model.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("optim", ["adamw", "adafactor"])
 def test_an_offloaded_run_resumes_to_the_same_bits(optim, few_tweets, tmp_path):
     def run(name: str, steps: int, **values) -> bytes:
