@@ -5,19 +5,16 @@ dataclass; `model:` in it is a mapping of config values (`num_blocks`, `hidden_s
 """
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .config_fields import known_fields
-from .messages import nearest
 from .own import import_own
-from .values import convert, numbers, type_name
+from .ranges import check_ranges
+from .values import convert, type_name
 
 DATA = {"section": "data"}  # one data flag on the command line replaces all of a recipe's values in this section
 # Arguments that may name a file or folder on this machine
@@ -30,18 +27,6 @@ SHOWING = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "plots", "disable_tqdm", "push_to_hub",
     "hub_model_id", "hub_strategy", "hub_private_repo",
 }  # fmt: skip
-SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-)  # fmt: skip
-METRIC_NAMES = {  # the first one chooses the checkpoint unless another is named
-    "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
-    "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
-    "regression": ("mse", "pearson"),
-}
-TRACKERS = (  # those of accelerate, and codecarbon
-    "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "codecarbon",
-)  # fmt: skip
 PRETRAINED = "al_encoder"
 LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 1e-4}  # the best on validation; 1e-3 for others
 
@@ -165,7 +150,7 @@ class TrainingArguments:
     max_steps: int = _arg(-1, "Optimizer steps; if above 0, replaces num_train_epochs.")
     per_device_train_batch_size: int = _arg(32, "Examples per micro-batch.")
     per_device_eval_batch_size: int = _arg(128, "Examples per evaluation batch.")
-    gradient_accumulation_steps: int = _arg(1, "Micro-batches per optimizer step.")
+    gradient_accumulation_steps: int = _arg(1, "Micro-batches per optimizer step, in each replica.")
     # --- evaluation, checkpoints, logs
     eval_strategy: str = _arg("epoch", "epoch, steps (every eval_steps) or no.")
     eval_steps: int | None = _arg(None, "Evaluate every N optimizer steps, with eval_strategy=steps.")
@@ -195,6 +180,7 @@ class TrainingArguments:
     hub_private_repo: bool = _arg(False, "Create the repository as a private one; a public one is refused.")
     # --- machine
     stages: int = _arg(1, "Processes to split the blocks over; if above 1, hf-al train or a launcher starts them.")
+    replicas: int = _arg(1, "Copies of each stage, a process each, which share every batch; see --stages.")
     placement: str = _arg(
         "balanced", "Blocks of each stage: balanced (by measured time), equal (in number), or a list: 0-2,3,4-5."
     )
@@ -229,7 +215,7 @@ class TrainingArguments:
         self._fill_rates()
         if self.early_stopping_patience is None and self.eval_strategy == "epoch" and self.max_steps == -1:
             self.early_stopping_patience = 3
-        self._check_ranges()
+        check_ranges(self)
         if self.model_name_or_path and (self.tokenizer_name or self.word_vectors not in (None, "auto")):
             raise ValueError(
                 "Expected no tokenizer_name and no word_vectors with model_name_or_path: a trained model comes with "
@@ -277,98 +263,15 @@ class TrainingArguments:
             )
         self.model_type, self.word_vectors = PRETRAINED, None
 
-    def _check_ranges(self) -> None:
-        positive = (
-            "learning_rate adam_epsilon num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
-            "gradient_accumulation_steps logging_steps max_seq_length tokenizer_vocab_size save_total_limit "
-            "min_frequency threads eval_steps save_steps max_train_samples max_eval_samples "
-            "max_predict_samples target_learning_rate_factor bridge_learning_rate_factor preprocessing_num_workers "
-            "stages ddp_timeout streaming_buffer_size"
-        )
-        for name in positive.split():
-            value = getattr(self, name)
-            if not all(v > 0 and math.isfinite(v) for v in numbers(value)):
-                raise ValueError(f"Expected {name} above 0, got {value}.")
-        from_zero = (
-            "weight_decay target_weight_decay max_grad_norm warmup_steps word_vectors_extra_words "
-            "embedding_learning_rate_factor frozen_blocks seed validation_seed early_stopping_patience"
-        )
-        for name in from_zero.split():
-            if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(self, name))):
-                raise ValueError(f"Expected {name} to be 0 or more, got {getattr(self, name)}.")
-        for name in ("adam_beta1", "adam_beta2", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
-        choices = {
-            "model_type": ("", *known_fields()),
-            "tokenizer_type": ("word", "wordpiece", "bpe", "unigram"),
-            "text_style": ("plain", "tweets"),
-            "optim": ("adamw", "adam", "sgd", "adafactor"),
-            "embedding_optimizer": ("same", "sparse_adam"),
-            "lr_scheduler_type": SCHEDULES,
-            "eval_strategy": ("epoch", "steps", "no"),
-            "wire_dtype": ("float32", "bf16"),
-            "hub_strategy": ("end", "checkpoint"),
-            "problem_type": (None, *METRIC_NAMES),
-            "metric_for_best_model": (None, *dict.fromkeys(chain(*METRIC_NAMES.values()))),
-        }
-        for name, allowed in choices.items():
-            self._check_choice(name, getattr(self, name), allowed)
-        for tracker in self.trackers:
-            self._check_choice("report_to", tracker, (*TRACKERS, "all", "none"))
-        if (self.eval_strategy == "steps") != (self.eval_steps is not None):
-            raise ValueError(
-                "Expected eval_steps if, and only if, eval_strategy='steps', got "
-                f"eval_strategy={self.eval_strategy!r} and eval_steps={self.eval_steps}."
-            )
-        needs_evaluation = {
-            "early_stopping_patience": self.early_stopping_patience or None,
-            "lr_scheduler_type": "reduce_lr_on_plateau" if self.lr_scheduler_type == "reduce_lr_on_plateau" else None,
-        }
-        for name, value in needs_evaluation.items():
-            if value and self.eval_strategy == "no":
-                other = "0" if isinstance(value, int) else "'linear'"
-                raise ValueError(
-                    f"Expected an eval_strategy for {name}={value!r}, got 'no'. Pass eval_strategy='epoch', or "
-                    f"{name}={other}."
-                )
-        if self.lr_scheduler_kwargs and self.lr_scheduler_type == "constant":
-            raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {self.max_steps}.")
-        if self.csv_delimiter is not None and len(self.csv_delimiter) != 1:
-            raise ValueError(f"Expected csv_delimiter to be one character, got {self.csv_delimiter!r}.")
-        if self.streaming and (self.max_steps < 1 or self.eval_strategy == "epoch"):
-            raise ValueError(
-                "Expected max_steps, and an eval_strategy of steps or no, with streaming: nobody knows where an epoch "
-                f"of a stream ends. Got max_steps={self.max_steps} and eval_strategy={self.eval_strategy!r}. Pass "
-                "--max_steps 10000 --eval_strategy steps --eval_steps 1000, for example."
-            )
-        if self.cache_frozen and (self.streaming or not self.frozen_blocks):
-            got = "streaming" if self.streaming else "frozen_blocks=0"
-            raise ValueError(f"Expected frozen_blocks above 0, and no streaming, with cache_frozen, got {got}.")
-        if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise ValueError(
-                "Expected either overwrite_output_dir or resume_from_checkpoint, got both. Pass the one that you want."
-            )
-        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy != "end"):
-            raise ValueError(
-                "Expected push_to_hub with hub_model_id, hub_strategy or hub_private_repo, got none. Pass "
-                "--push_to_hub as well."
-            )
-        named = self.word_vectors not in (None, "auto")
-        if self.word_vectors_extra_words and not (named and self.tokenizer_type == "word"):
-            raise ValueError(
-                "Expected the name of word_vectors and tokenizer_type='word' with word_vectors_extra_words, got "
-                "others. Leave it out, or pass them."
-            )
+    @property
+    def processes(self) -> int:
+        """One for each stage of each replica."""
+        return self.stages * self.replicas
 
-    def _check_choice(self, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-        if value not in allowed:
-            known = [a for a in allowed if a]
-            raise ValueError(
-                f"Expected {name} to be one of {', '.join(known)}, got {value!r}.{nearest(str(value), known)}"
-            )
+    @property
+    def global_batch_size(self) -> int:
+        """Examples of an optimizer step, over all micro-batches and replicas."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.replicas
 
     @property
     def trackers(self) -> list[str]:

@@ -74,8 +74,8 @@ def _train(flags: Namespace) -> None:
     said_once(lambda: check_training(args))
     if not args.model_name_or_path:
         said_once(lambda: check_placement(args.placement, planned_blocks(args), args.stages))
-    if args.stages > 1 and not is_for_others_to_start():
-        launch(args.to_yaml(), args.stages, args.use_cpu)
+    if args.processes > 1 and not is_for_others_to_start():
+        launch(args.to_yaml(), args.processes, args.use_cpu)
         return
     set_up_output(args.disable_tqdm)
     import torch.distributed as dist

@@ -7,7 +7,7 @@ import datasets
 import evaluate as hf_evaluate
 import numpy as np
 
-from .arguments import METRIC_NAMES
+from .ranges import METRIC_NAMES
 
 ECE_BINS = 15
 SMALLER_IS_BETTER = {"log_loss", "ece", "mse"}

@@ -163,6 +163,11 @@ SPEEDS = (
     "What an answer at each exit takes on this machine, for texts of {tokens} tokens (the median): `milliseconds` for "
     "one text, `texts_per_second` in batches of 32. Tokenization is not counted."
 )
+WORK = (
+    "What each process did in the training steps since the run was last started. *Wait*: the share of its time that it "
+    "spent waiting for a boundary, for room to send one, or for the gradients of other replicas; on GPUs only what "
+    "Python waits for. *Sent* goes to the next stage, *summed* over the replicas."
+)
 CAPTIONS = {
     "losses": "The hidden side (encoder and bridge) learns from the associated and the exit loss, the label side from "
     "the reconstruction loss. Each point is the mean since the last one; a bold line over a faint one is smoothed.",
@@ -231,6 +236,8 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
         f"Training took {speed['train_seconds']:.1f} s, {speed['examples_per_second']:.0f} examples/s (evaluation and "
         f"checkpoints excluded). Peak memory: {_memory(speed)}.{energy(report)}",
     ]
+    if len(report.get("processes", ())) > 1:
+        lines += ["", WORK, "", work_table(report["processes"], markdown=True)]
     show("Speed and memory", "speed", "memory")
     lines += ["", "```", report["placement"], "```", "", table([report["machine"]], markdown=True), ""]
     return "\n".join(lines)
@@ -250,6 +257,22 @@ def energy(report: dict[str, Any]) -> str:
         return ""
     parts = ", ".join(f"{name} {1000 * value:.2g}" for name, value in kwh.items() if name != "total")
     return f" Energy of the machine while training (estimate of codecarbon): {1000 * kwh['total']:.2g} Wh ({parts})."
+
+
+def work_table(processes: list[dict[str, Any]], markdown: bool = False) -> str:
+    """What each process did in training: shares of its time, MiB of boundaries and gradients, peak memory."""
+    rows = [
+        {
+            "process": row["process"],
+            "busy": f"{row['busy']:.1%}",
+            "wait": f"{row['wait']:.1%}",
+            "sent MiB": f"{row['sent_mib']:,.1f}",
+            "summed MiB": f"{row['summed_mib']:,.1f}",
+            "peak memory MiB": f"{row['peak_memory_mib']:,.0f}",
+        }
+        for row in processes
+    ]
+    return table(rows, markdown=markdown)
 
 
 def _memory(speed: dict[str, Any]) -> str:

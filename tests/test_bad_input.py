@@ -11,8 +11,8 @@ import torch
 from hooks import hook
 from safetensors.torch import load_file, save_file
 
-from hf_al.arguments import SCHEDULES
 from hf_al.cli import main
+from hf_al.ranges import SCHEDULES
 from hf_al.training import checkpoint
 from hf_al.training.stage import Stage
 

@@ -81,11 +81,23 @@ def test_steps_go_through_the_epochs():
 def test_micro_batches_are_of_equal_count_up_to_one_row(rows, parts):
     batch = np.arange(rows)[::-1]
     cut = micro_batches(batch, parts)
-    sizes = [len(part) for part in cut]
-    assert np.array_equal(np.concatenate(cut), batch)
+    sizes = [len(part.rows) for part in cut]
+    assert np.array_equal(np.concatenate([part.rows for part in cut]), batch)
     assert len(cut) == min(parts, rows)
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5))
+@relaxed
+def test_replicas_share_a_batch_and_each_has_something_to_do(rows, parts, replicas):
+    batch = np.arange(rows)
+    shares = [micro_batches(batch, parts, replica, replicas) for replica in range(replicas)]
+    counted = [part for share in shares for part in share if part.weight]
+    assert sorted(np.concatenate([part.rows for part in counted])) == list(batch)
+    assert all(part.weight == len(part.rows) / rows for part in counted)
+    assert all(1 <= len(share) <= parts for share in shares)
+    assert all(len(part.rows) == 1 for share in shares for part in share if not part.weight)
 
 
 def padding_share(lengths, batches) -> float:

@@ -331,7 +331,7 @@ def test_a_format_that_looks_different_is_not_taken_for_damage(make_run, tmp_pat
     path.mkdir(parents=True)
     (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 9, "files": ["block-000.bin"]}))
     for open_it in (lambda: checkpoint.open_checkpoint(path), lambda: checkpoint.candidates(str(path), tmp_path)):
-        with pytest.raises(ValueError, match=r"Expected a checkpoint of format 2, got format 9 in .* another version"):
+        with pytest.raises(ValueError, match=r"Expected a checkpoint of format 3, got format 9 in .* another version"):
             open_it()
 
 
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_another_format_is_refused(make_run, tmp_path, monkeypat
     with monkeypatch.context() as earlier:
         earlier.setattr(checkpoint, "FORMAT", 1)
         path = save(tmp_path, 10, make_run())
-    with pytest.raises(ValueError, match=r"Expected a checkpoint of format 2, got format 1 in .* another version"):
+    with pytest.raises(ValueError, match=r"Expected a checkpoint of format 3, got format 1 in .* another version"):
         checkpoint.load_checkpoint(path, make_run(1)[0], None)
 
 

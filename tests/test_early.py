@@ -90,6 +90,10 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         ([*TWEETS, "--stages=2", "--placement=0-5"], "the blocks 0 to 1 of 2 stages, each block once and in order"),
         ([*TWEETS, "--placement=spread"], "Expected placement as balanced, equal, or the blocks 0 to 1 of 1 stages"),
         (
+            [*TWEETS, "--replicas=2", "--embedding_optimizer=sparse_adam"],
+            "Expected embedding_optimizer='same' with replicas, got 'sparse_adam'",
+        ),
+        (
             [*TWEETS, "--cache_frozen"],
             "Expected frozen_blocks above 0, and no streaming, with cache_frozen, got",
         ),

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_al"
 ROOMS = [
-    ("values", "atomic", "messages", "own"), ("modeling",), ("registration",), ("config_fields",), ("arguments",),
+    ("values", "atomic", "messages", "own"), ("modeling",), ("registration",), ("config_fields",), ("ranges",),
+    ("arguments",),
     ("parsing", "early", "metrics"), ("loading",), ("data",), ("parallel",),
     ("report", "plots", "metadata", "card"), ("hub",),
     ("training",), ("saved",), ("evaluation",), ("commands",), ("cli", "__init__"),

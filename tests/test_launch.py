@@ -50,6 +50,16 @@ def test_stages_start_their_processes_and_leave_the_bytes_of_one(data, shell, tm
 
 
 @pytest.mark.medium
+def test_replicas_start_their_processes_too(data, tmp_path):
+    done = run_program("train", *data, *SMALL, "--max_steps=6", "--replicas=2", f"--output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Saved to") == 1
+    assert "0-1" in done.stderr, "the ranks of the stage"
+    assert "Traceback" not in done.stderr
+    assert weights(tmp_path / "run")
+
+
+@pytest.mark.medium
 def test_a_launch_that_fails_says_why_in_one_line_and_leaves_its_process_as_it_was(data, tmp_path, capfd):
     """A notebook that starts a run continues afterwards."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

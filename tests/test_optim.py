@@ -313,7 +313,7 @@ def test_each_optimizer_is_that_of_torch_and_continues_from_its_state(optim, opt
 def test_every_schedule_of_transformers_can_be_named():
     from transformers import SchedulerType
 
-    from hf_al.arguments import SCHEDULES
+    from hf_al.ranges import SCHEDULES
 
     assert set(SCHEDULES) == {kind.value for kind in SchedulerType} - {"greedy"}  # greedy keeps a state of its own
     needed = {"warmup_stable_decay": {"num_decay_steps": 5}, "cosine_with_min_lr": {"min_lr_rate": 0.1},

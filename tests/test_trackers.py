@@ -17,7 +17,7 @@ import yaml
 from accelerate.utils import LoggerType
 
 import hf_al
-from hf_al.arguments import TRACKERS
+from hf_al.ranges import TRACKERS
 from hf_al.training import trackers
 
 STEPS, LOGGED = 12, [4, 8, 12]

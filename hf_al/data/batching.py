@@ -6,7 +6,7 @@ finds its place by counting.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -67,9 +67,20 @@ class BatchOrder:
             yield step, batches[step % len(self)]
 
 
-def micro_batches(rows: np.ndarray, parts: int) -> list[np.ndarray]:
-    """A batch in `parts` parts whose sizes differ by at most one row; fewer parts if there are fewer rows."""
-    return [part for part in np.array_split(rows, parts) if len(part)]
+class MicroBatch(NamedTuple):
+    """Rows that are computed together, and their share of the global batch."""
+
+    rows: np.ndarray
+    weight: float
+
+
+def micro_batches(rows: np.ndarray, parts: int, replica: int = 0, replicas: int = 1) -> list[MicroBatch]:
+    """What one replica computes of a global batch, which is cut into `parts` parts for each replica. Sizes differ by at
+    most one row. If there are fewer rows than parts, there are fewer parts; a replica without any gets a row of another
+    one, with weight 0, because every replica takes every step."""
+    cut = [part for part in np.array_split(rows, parts * replicas) if len(part)]
+    mine = [MicroBatch(part, len(part) / len(rows)) for part in cut[replica::replicas]]
+    return mine or [MicroBatch(rows[:1], 0.0)]
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:

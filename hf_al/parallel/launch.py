@@ -73,16 +73,16 @@ def _undone() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def launch(arguments: str, stages: int, use_cpu: bool) -> None:
-    """Runs `hf-al train` in `stages` processes on this machine, and waits for them.
+def launch(arguments: str, processes: int, use_cpu: bool) -> None:
+    """Runs `hf-al train` in `processes` processes on this machine, and waits for them.
 
     Args:
         arguments: the resolved arguments, as yaml.
-        stages: how many processes.
+        processes: how many.
         use_cpu: train on the CPU even if there are GPUs.
 
     Raises:
-        ValueError: fewer GPUs than stages.
+        ValueError: fewer GPUs than processes.
         KeyboardInterrupt, SystemExit: with the status of the process that failed, which has reported why.
     """
     import torch
@@ -92,9 +92,10 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     gpus = 0 if use_cpu else torch.cuda.device_count()
-    if 0 < gpus < stages:
+    if 0 < gpus < processes:
         raise ValueError(
-            f"Expected a GPU for each of {stages} stages, found {gpus}. Pass --stages {gpus}, or --use_cpu."
+            f"Expected a GPU for each of {processes} processes, found {gpus}. Pass fewer --stages or --replicas, or "
+            "--use_cpu."
         )
     environment = {
         "torchelastic_signals_to_handle": ",".join(number.name for number in HANDLED),
@@ -111,7 +112,7 @@ def launch(arguments: str, stages: int, use_cpu: bool) -> None:
         warnings.simplefilter("ignore")  # about its usual port being taken: it finds another
         config = Path(folder) / "arguments.yaml"
         config.write_text(arguments, encoding="utf-8")
-        flags = ["--multi_gpu", f"--num_processes={stages}", "--num_machines=1", "--mixed_precision=no",
+        flags = ["--multi_gpu", f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no",
                  f"--log_dir={folder}"]  # fmt: skip
         program = ["--dynamo_backend=no", "--module", "hf_al_program", "train", "--config", str(config)]
         try:

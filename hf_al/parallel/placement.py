@@ -31,23 +31,32 @@ class Placement:
     def blocks_by_stage(self) -> list[list[int]]:
         return [self.blocks(stage) for stage in range(len(self.stages))]
 
-    def table(self, blocks: "Sequence[nn.Module]", devices: Sequence[str] | None = None) -> str:
-        """The placement as text: stage, rank, blocks, number and share of parameters, and the device if given."""
+    def table(self, blocks: "Sequence[nn.Module]", replicas: int = 1, devices: Sequence[str] | None = None) -> str:
+        """The placement as text: stage, ranks of its replicas, devices, blocks, number and share of parameters."""
         stages = range(len(self.stages))
         counts = [sum(p.numel() for k in self.blocks(s) for p in blocks[k].parameters()) for s in stages]
         return table(
             [
                 {
                     "stage": s,
-                    "rank": len(self.stages) - 1 - s,
+                    "rank": _span([rank_of(s, len(self.stages), replica, replicas) for replica in range(replicas)]),
                     **({"device": devices[s]} if devices else {}),
-                    "blocks": "-".join(dict.fromkeys(str(self.blocks(s)[i]) for i in (0, -1))),
+                    "blocks": _span(self.blocks(s)),
                     "parameters": f"{counts[s]:,}",
                     "share": f"{counts[s] / sum(counts):.1%}",
                 }
                 for s in stages
             ]
         )
+
+
+def rank_of(stage: int, stages: int, replica: int = 0, replicas: int = 1) -> int:
+    """Of a process. The last stage of the first replica is the main process."""
+    return (stages - 1 - stage) * replicas + replica
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return "-".join(dict.fromkeys(str(numbers[i]) for i in (0, -1)))
 
 
 def place(

@@ -151,3 +151,17 @@ class Schema(tuple[Entry, ...]):
         assert buffer.data_ptr() % ALIGNMENT == 0
         places, _ = self._layout(rows, tokens)
         return [(entry, buffer[a:b].view(entry.wire).view(shape)) for entry, shape, a, b in places]
+
+
+class Ring:
+    """Buffers that are used in turn, and grow to the largest boundary."""
+
+    def __init__(self, count: int, device: torch.device):
+        self.buffers = [torch.empty(0, dtype=torch.uint8, device=device)] * count
+        self.turn = 0
+
+    def next(self, size: int) -> Tensor:
+        self.turn = (self.turn + 1) % len(self.buffers)
+        if len(self.buffers[self.turn]) < size:
+            self.buffers[self.turn] = torch.empty(size, dtype=torch.uint8, device=self.buffers[0].device)
+        return self.buffers[self.turn][:size]

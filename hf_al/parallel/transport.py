@@ -1,10 +1,12 @@
-"""Communication of stages: boundaries from stage to stage, and the few other words that processes exchange.
+"""Communication of processes: boundaries from stage to stage, gradients between replicas, and a few other words.
 
-The last stage is rank 0, the main process: boundaries, and the rows of logs and metrics after them, travel forward and
-end where trackers, checkpoints and the report are written. Only a verdict at an evaluation goes back (`tell`).
+The last stage of the first replica is rank 0, the main process: boundaries, and the rows of logs and metrics after
+them, travel forward and end where trackers, checkpoints and the report are written. Only a verdict at an evaluation
+goes back (`tell`).
 
-Boundaries go point to point. Everything else is json, or small tensors as safetensors, in the store that the process
-group has anyway: writing there never waits, and its content outlives a process that dies.
+Boundaries go point to point, within a replica; gradients are summed over the replicas of a stage. Everything else is
+json, or small tensors as safetensors, in the store that the process group has anyway: writing there never waits, and
+its content outlives a process that dies.
 """
 
 import itertools
@@ -21,10 +23,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..modeling.objectives import Boundary
+from .alone import ALONE, Alone
 from .launch import leave_the_word
-from .schema import ALIGNMENT, Message, Schema
+from .placement import rank_of
+from .schema import ALIGNMENT, Message, Ring, Schema
 
 RUNS = itertools.count()  # of this process: each has words of its own
 AHEAD = 2  # receives that are posted ahead, and sends in flight
@@ -32,101 +37,48 @@ ASK_EVERY = 0.2  # seconds after which the first stage checks again whether anot
 SILENCE = 3.0  # seconds for a process that failed to report why
 
 
-class Alone:
-    """One process: its stage receives the data, and what it sends is dropped."""
-
-    number, stages, is_first, is_last = 0, 1, True, True
-
-    # --- boundaries
-
-    def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
-        """Fixes the schema of a kind of boundary, once. `run`: (rows, tokens, incoming boundary or None at the start)
-        -> the boundary that this stage sends for such a throw-away batch."""
-
-    def expect(self, messages: Iterable[Message]) -> None:
-        """The messages that will be received next, in this order, so that receives can be posted ahead."""
-
-    def receive(self, message: Message, first: Callable[[], Boundary]) -> Boundary:
-        """The boundary from the stage before; the first stage starts with `first()`."""
-        return first()
-
-    def send(self, message: Message, boundary: Boundary) -> None:
-        """Sends the boundary to the next stage, as it is now."""
-
-    def stopping(self, signal: int) -> int:
-        """After a step: the signal that makes all stages stop here, 0 for none. `signal`: what this process got."""
-        return signal
-
-    # --- words
-
-    def together(self, work: Callable[[], Any], main_first: bool = False) -> Any:
-        """`work()` in every process. If it fails in some, one of them reports why and all end."""
-        return work()
-
-    def gather(self, value: Any) -> list[Any]:
-        """The json values of all stages, in order, in every process."""
-        return [value]
-
-    def pass_on(self, rows: list[Any]) -> list[Any] | None:
-        """The json rows of all stages, in order, at the last one; None elsewhere. Nobody waits for a later stage."""
-        return rows
-
-    def take(self) -> dict[str, Tensor]:
-        """The small tensors given by the stage before; none for the first stage."""
-        return {}
-
-    def give(self, tensors: dict[str, Tensor]) -> None:
-        """Small tensors for the next stage."""
-
-    def tell(self, value: Callable[[], Any]) -> Any:
-        """The last stage's json value, in every process. All wait for it."""
-        return value()
-
-    def failed(self, error: Exception) -> None:
-        """Tells the others that this process ends with an error that it will show."""
-
-    def statistics(self) -> dict[str, float]:
-        """Bytes, by direction, and seconds of waiting."""
-        return {}
-
-
-ALONE = Alone()  # it has no state
-
-
 class Neighbours(Alone):
-    """One of several processes. Stage s has rank stages - 1 - s.
+    """One of several processes.
 
     Args:
-        number: which stage this process is.
-        stages: how many there are.
+        stages, replicas: how many there are; the rank says which ones this process is.
         device: of the boundaries.
         timeout: seconds that a peer may be silent.
     """
 
-    def __init__(self, number: int, stages: int, device: torch.device, timeout: float):
-        self.number, self.stages, self.device, self.timeout = number, stages, device, timeout
-        self.is_first, self.is_last = number == 0, number == stages - 1
+    def __init__(self, stages: int, replicas: int, device: torch.device, timeout: float):
+        place, self.replica = divmod(dist.get_rank(), replicas)
+        self.number, self.main = stages - 1 - place, stages - 1
+        self.stages, self.replicas, self.device, self.timeout = stages, replicas, device, timeout
+        self.is_first, self.is_last = self.number == 0, self.number == stages - 1
+        self.is_main = self.is_last and self.replica == 0
+        self.process = self.replica * stages + self.number  # in what `gather` returns
+        self.group = None
+        if replicas > 1:
+            self.group = init_device_mesh(device.type, (stages, replicas), mesh_dim_names=("pp", "dp")).get_group("dp")
         self.store = dist.PrefixStore(f"hf_al/{next(RUNS)}", dist.distributed_c10d._get_default_store())
         self.incoming: dict[str, Schema] = {}
         self.outgoing: dict[str, Schema] = {}
         self.coming: Iterator[Message] = iter(())
         self.posted: deque[tuple[Message, Tensor, dist.Work]] = deque()
-        self.inbox, self.outbox = _Ring(AHEAD + 1, device), _Ring(AHEAD, device)
+        self.inbox, self.outbox = Ring(AHEAD + 1, device), Ring(AHEAD, device)
         self.in_flight: deque[dist.Work] = deque()
-        self.signal = 0
+        self.signal = self.wanted = 0  # that all stop at the end of this step; that was asked of them
+        self.agreed: int | Tensor = 0  # among the replicas of the first stage, for the next step
         self.store_is_gone = self.has_failed = False
         self.next_question = 0.0
         self.at = "the start"
         self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each so far
-        self.count = dict.fromkeys(("sent_later_bytes", "received_bytes", "told_bytes"), 0)
-        self.waited = {"receive": 0.0, "send": 0.0}
+        self.count = dict.fromkeys(("sent_later_bytes", "received_bytes", "told_bytes", "summed_bytes"), 0)
+        self.waited = dict.fromkeys(("receive", "send", "sum", "evaluation"), 0.0)
 
     # --- boundaries
 
     def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
         incoming: Schema | None = None
         if not self.is_first:
-            incoming = Schema.from_json(json.loads(self._get(f"schema/{kind}/{self.number - 1}", self.number - 1)))
+            said = self._get(f"schema/{kind}/{self.process - 1}", self.process - 1)
+            incoming = Schema.from_json(json.loads(said))
             self.incoming[kind] = incoming
         if self.is_last:
             return
@@ -136,7 +88,7 @@ class Neighbours(Alone):
 
         self.outgoing[kind] = Schema.of(throw_away, wire)
         said = json.dumps(self.outgoing[kind].as_json()).encode()
-        self._set(f"schema/{kind}/{self.number}", said, "sent_later_bytes")
+        self._set(f"schema/{kind}/{self.process}", said, "sent_later_bytes")
 
     def expect(self, messages: Iterable[Message]) -> None:
         if self.is_first:
@@ -151,21 +103,25 @@ class Neighbours(Alone):
         if message is None:
             return False
         buffer = self.inbox.next(self.incoming[message.kind].size(message.rows, message.tokens))
-        self.posted.append((message, buffer, self._start(dist.irecv, buffer, self.number - 1)))
+        self.posted.append((message, buffer, self._start(dist.irecv, buffer, self.process - 1)))
         return True
 
     def receive(self, message: Message, first: Callable[[], Boundary]) -> Boundary:
         self.at = f"step {message.step + 1}" if message.kind == "train" else "an evaluation"
         if self.is_first:
+            if message.kind == "train" and message.micro_batch == 0:
+                self.signal = self.signal or int(self.agreed)
             return first()
         self._post()  # into the buffer of the previous batch, which is done
         expected, buffer, work = self.posted.popleft()
         assert expected == message, f"expected {expected}, the loop is at {message}"
-        self._wait(work, "receive", self.number - 1)
+        self._wait(work, "receive" if message.kind == "train" else "evaluation", self.who(self.process - 1))
         header = buffer[:ALIGNMENT].view(torch.int64).tolist()
         self.signal = header[6]
         if header != message.header(self.signal):
-            raise RuntimeError(f"Stage {self.number} expected {message}, stage {self.number - 1} sent {header}.")
+            raise RuntimeError(
+                f"{self.who().capitalize()} expected {message}, {self.who(self.process - 1)} sent {header}."
+            )
         self.count["received_bytes"] += len(buffer)
         return self.incoming[message.kind].read(buffer, message.rows, message.tokens)
 
@@ -174,20 +130,44 @@ class Neighbours(Alone):
             return
         schema = self.outgoing[message.kind]
         if len(self.in_flight) == AHEAD:
-            self._wait(self.in_flight.popleft(), "send", self.number + 1)
+            what = "send" if message.kind == "train" else "evaluation"
+            self._wait(self.in_flight.popleft(), what, self.who(self.process + 1))
         buffer = self.outbox.next(schema.size(message.rows, message.tokens))
         buffer[:ALIGNMENT].view(torch.int64).copy_(torch.tensor(message.header(self.signal)))
         schema.write(boundary, buffer, message.rows, message.tokens)
         self.count["sent_later_bytes"] += len(buffer)
-        self.in_flight.append(self._start(dist.isend, buffer, self.number + 1))
+        self.in_flight.append(self._start(dist.isend, buffer, self.process + 1))
 
     def stopping(self, signal: int) -> int:
         now = self.signal  # in the headers of the step that just ended
-        if self.is_first:
-            self.signal = now or signal or self._asked()  # in the headers of the next one
+        if self.is_first and self.replica == 0:
+            self.wanted = self.wanted or signal or self._asked()
+            if self.replicas == 1:
+                self.agreed = self.wanted
         elif signal:
             self._ask("set", "stop", str(signal))
         return now
+
+    def sum(self, tensors: list[Tensor]) -> Callable[[], None]:
+        if self.replicas == 1:
+            return lambda: None
+        # The replicas of the first stage must all stop at the same step: the first one says so in the last entry.
+        wanted = torch.tensor([self.wanted if self.is_first and self.replica == 0 else 0.0], device=self.device)
+        flat = torch.cat([*(t.flatten().float() for t in tensors), wanted])
+        others = f"another replica of stage {self.number}"
+        try:
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+        except RuntimeError as error:  # the connection was already closed
+            raise self._lost(others, error) from None
+
+        def arrived() -> None:
+            self._wait(work, "sum", others)
+            self.count["summed_bytes"] += flat.nbytes
+            self.agreed = flat[-1]
+            for t, total in zip(tensors, flat[:-1].split([t.numel() for t in tensors]), strict=True):
+                t.copy_(total.view_as(t))
+
+        return arrived
 
     def _asked(self) -> int:
         if time.monotonic() < self.next_question:
@@ -199,54 +179,53 @@ class Neighbours(Alone):
 
     def together(self, work: Callable[[], Any], main_first: bool = False) -> Any:
         name = self._name("together")
-        main = self.stages - 1
         result, error = None, None
-        spared = main_first and not self.is_last and json.loads(self._get(f"{name}/{main}", main))
+        spared = main_first and not self.is_main and json.loads(self._get(f"{name}/{self.main}", self.main))
         try:
             result = None if spared else work()
         except (ValueError, OSError) as raised:
             error = raised
-        self._ask("set", f"{name}/{self.number}", json.dumps(error is not None))
-        failures = [s for s in range(self.stages) if json.loads(self._get(f"{name}/{s}", s))]
-        if failures and failures[-1] != self.number:
-            leave_the_word()  # to the main process, or the last stage that failed
+        self._ask("set", f"{name}/{self.process}", json.dumps(error is not None))
+        failures = [p for p in self._processes() if json.loads(self._get(f"{name}/{p}", p))]
+        if failures and self.process != (self.main if self.main in failures else failures[-1]):
+            leave_the_word()  # to the main process, or the last one that failed
         if error is not None:
             raise error
         return result
 
     def gather(self, value: Any) -> list[Any]:
         name = self._name("gather")
-        self._ask("set", f"{name}/{self.number}", json.dumps(value))
-        return [json.loads(self._get(f"{name}/{s}", s)) for s in range(self.stages)]
+        self._ask("set", f"{name}/{self.process}", json.dumps(value))
+        return [json.loads(self._get(f"{name}/{p}", p)) for p in self._processes()]
 
     def pass_on(self, rows: list[Any]) -> list[Any] | None:
         name = self._name("rows")
         if not self.is_first:
-            rows = json.loads(self._get(f"{name}/{self.number - 1}", self.number - 1)) + rows
+            rows = json.loads(self._get(f"{name}/{self.process - 1}", self.process - 1)) + rows
         if self.is_last:
             return rows
-        self._set(f"{name}/{self.number}", json.dumps(rows).encode(), "sent_later_bytes")
+        self._set(f"{name}/{self.process}", json.dumps(rows).encode(), "sent_later_bytes")
         return None
 
     def take(self) -> dict[str, Tensor]:
         if self.is_first:
             return {}
-        found = load(self._get(f"tensors/{self.words['tensors']}/{self.number - 1}", self.number - 1))
+        found = load(self._get(f"tensors/{self.words['tensors']}/{self.process - 1}", self.process - 1))
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def give(self, tensors: dict[str, Tensor]) -> None:
         name = self._name("tensors")
         if not self.is_last:
             plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-            self._set(f"{name}/{self.number}", save(plain), "sent_later_bytes")
+            self._set(f"{name}/{self.process}", save(plain), "sent_later_bytes")
 
     def tell(self, value: Callable[[], Any]) -> Any:
         name = self._name("tell")
-        if self.is_last:
+        if self.is_main:
             said = value()
             self._set(name, json.dumps(said).encode(), "told_bytes")
             return said
-        return json.loads(self._get(name, self.stages - 1))
+        return json.loads(self._get(name, self.main))
 
     def failed(self, error: Exception) -> None:
         if isinstance(error, ConnectionError) or self.has_failed:
@@ -264,8 +243,8 @@ class Neighbours(Alone):
 
     # --- below
 
-    def _rank(self, stage: int) -> int:
-        return self.stages - 1 - stage
+    def _processes(self) -> range:
+        return range(self.stages * self.replicas)
 
     def _name(self, kind: str) -> str:
         """The key of the next word of its kind, equal in all processes: they exchange the same words in one order."""
@@ -282,29 +261,30 @@ class Neighbours(Alone):
         try:
             return getattr(self.store, what)(*args)
         except RuntimeError as error:
-            raise self._lost(self.stages - 1, error) from None
+            raise self._lost(self.who(self.main), error) from None
 
-    def _get(self, key: str, peer: int) -> bytes:
-        """The value under a key, as soon as `peer` has set it."""
+    def _get(self, key: str, process: int) -> bytes:
+        """The value under a key, as soon as `process` has set it."""
         deadline, pause = time.monotonic() + self.timeout, 0.0005
         try:
             while not self.store.check([key]):  # not `wait`, which prints on a timeout
                 self._end_with_failed()
                 if time.monotonic() > deadline:
-                    raise self._lost(peer)
+                    raise self._lost(self.who(process))
                 time.sleep(pause)
                 pause = min(0.05, 1.2 * pause)
             return bytes(self.store.get(key))
         except RuntimeError as error:
-            raise self._lost(peer, error) from None
+            raise self._lost(self.who(process), error) from None
 
-    def _start(self, transfer: Callable[[Tensor, int], Any], buffer: Tensor, peer: int) -> Any:
+    def _start(self, transfer: Callable[[Tensor, int], Any], buffer: Tensor, process: int) -> Any:
+        replica, stage = divmod(process, self.stages)
         try:
-            return transfer(buffer, self._rank(peer))
+            return transfer(buffer, rank_of(stage, self.stages, replica, self.replicas))
         except RuntimeError as error:  # the connection was already closed
-            raise self._lost(peer, error) from None
+            raise self._lost(self.who(process), error) from None
 
-    def _wait(self, work: dist.Work, what: str, peer: int) -> None:
+    def _wait(self, work: dist.Work, what: str, peer: str) -> None:
         start = time.perf_counter()
         try:
             work.wait(timedelta(seconds=self.timeout))
@@ -322,7 +302,7 @@ class Neighbours(Alone):
         except RuntimeError:  # each further query would print a stack trace
             self.store_is_gone = True
 
-    def _lost(self, peer: int, error: Exception | None = None) -> ConnectionError:
+    def _lost(self, peer: str, error: Exception | None = None) -> ConnectionError:
         """Ends silently if another process has reported, or soon reports, what went wrong; else returns the error. None
         for `error`: the peer has not said anything for too long."""
         end = time.monotonic() + SILENCE
@@ -336,25 +316,11 @@ class Neighbours(Alone):
         if error is not None:
             reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0].rstrip(".?")
         return ConnectionError(
-            f"Stage {self.number} lost stage {peer} at {self.at}: {reason}. "
+            f"{self.who().capitalize()} lost {peer} at {self.at}: {reason}. "
             "--resume_from_checkpoint last continues from the last checkpoint."
         )
 
 
-class _Ring:
-    """Buffers that are used in turn, and grow to the largest boundary."""
-
-    def __init__(self, count: int, device: torch.device):
-        self.buffers = [torch.empty(0, dtype=torch.uint8, device=device)] * count
-        self.turn = 0
-
-    def next(self, size: int) -> Tensor:
-        self.turn = (self.turn + 1) % len(self.buffers)
-        if len(self.buffers[self.turn]) < size:
-            self.buffers[self.turn] = torch.empty(size, dtype=torch.uint8, device=self.buffers[0].device)
-        return self.buffers[self.turn][:size]
-
-
-def connect(stages: int, device: torch.device, timeout: float) -> Alone:
+def connect(stages: int, replicas: int, device: torch.device, timeout: float) -> Alone:
     """The transport of this process; accelerate has already started its process group."""
-    return ALONE if stages == 1 else Neighbours(stages - 1 - dist.get_rank(), stages, device, timeout)
+    return ALONE if stages * replicas == 1 else Neighbours(stages, replicas, device, timeout)

@@ -9,13 +9,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .. import registration  # noqa: F401  without it the Auto classes do not know the models
-from ..arguments import METRIC_NAMES
 from ..early import check_model_name
 from ..messages import last_line, some, table
 from ..modeling.blocks import PARTS
 from ..modeling.configuration_al import ALConfig
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..own import hint
+from ..ranges import METRIC_NAMES
 from ..report import read_report
 
 

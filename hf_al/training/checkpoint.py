@@ -26,12 +26,12 @@ from torch import nn
 
 from ..atomic import disk_error, fsync, removed_if_broken, write_atomically
 from ..loading import difference
-from ..parallel.transport import ALONE, Alone
+from ..parallel.alone import ALONE, Alone
 from .optim import BlockOptimizers
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, HISTORY = "manifest.json", "history.json"
 WEIGHT, OPTIMIZER = "weight/", "optimizer/"
 NAME = re.compile(r"checkpoint-\d{8,}(\.old)?")
@@ -73,13 +73,15 @@ def save_checkpoint(
     folder its name.
 
     Every stage writes into the folder that the first one creates, and passes on the list of its files. Returns whether
-    this stage was the last, so that the checkpoint is complete.
+    this process was the main one, so that the checkpoint is complete.
 
     Raises:
         OSError: a disk that is full or refuses, also as an exception of the library that writes; the incomplete
             checkpoint is removed.
     """
     written: list[dict[str, Any]] | None
+    if transport.replica > 0:  # the first replica has the same tensors
+        return False
     with _folder(path.with_name(f"tmp-{path.name}"), transport) as aside:
         files = {}
         for k, block in blocks.items():

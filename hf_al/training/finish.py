@@ -33,6 +33,7 @@ def finish(
     stage: Stage,
     tokenizer: PreTrainedTokenizerBase,
     at_start: dict[str, tuple[float, float]],
+    processes: list[dict[str, Any]],
     kwh: dict[str, float],
 ) -> dict[str, Any]:
     """Loads the best checkpoint and reads test once; the last stage writes model, tokenizer, arguments and report.
@@ -40,6 +41,7 @@ def finish(
     Args:
         plan, progress, record, stage, tokenizer: of the run.
         at_start: `health.part_sums` of the stage's blocks before the first step.
+        processes: what each process did while training, for the report.
         kwh: energy of the training, empty if it was not measured.
 
     Returns:
@@ -73,7 +75,7 @@ def finish(
                 model.model.blocks[k] = block
         model.to(stage.device)  # type: ignore[arg-type]  # also what was offloaded, and the blocks of other stages
         speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
-        found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh}
+        found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh, "processes": processes}
         report = _report(plan, progress, model, stage.device, found, changes + all_warnings)
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
@@ -81,6 +83,8 @@ def finish(
             plan.args.save(aside / "training_config.yaml")
             report["weights"] = weights_sha256(aside)
             reporting.write_report(aside, report, plan.args.plots)
+        if len(processes) > 1:
+            logger.info("%s", reporting.work_table(processes))
         logger.info("Saved to %s.", plan.output_dir)
         return report
 
@@ -117,8 +121,8 @@ def _report(
         plan, progress: the run, and how far it got.
         model: the chosen one, complete.
         device: of the main process.
-        results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `exit_speeds`, `code_health`,
-            and `energy_kwh` of the training.
+        results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `exit_speeds`, `code_health`;
+            and of the training `energy_kwh` and `processes`.
         warnings: what the reader should know.
     """
     config, args = model.config, plan.args
@@ -156,7 +160,7 @@ def _report(
         },
         "warnings": warnings,
         "history": progress.history,
-        "placement": plan.placement.table(model.model.blocks),
+        "placement": plan.placement.table(model.model.blocks, args.replicas),
         "machine": reporting.machine(),
         "arguments": args.to_dict(),
     }

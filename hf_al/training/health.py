@@ -25,7 +25,7 @@ from ..arguments import TrainingArguments
 from ..modeling.blocks import PARTS
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES, first_target
-from ..parallel.transport import ALONE, Alone
+from ..parallel.alone import ALONE, Alone
 from .optim import of_block
 
 COLLAPSED_SPREAD = 1e-2  # a live tanh code has 0.1 to 0.5

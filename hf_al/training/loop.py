@@ -28,9 +28,10 @@ from ..hub import Checkpoints, push_or_warn
 from ..metrics import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES
+from ..parallel.alone import Alone
 from ..parallel.launch import said_once
 from ..parallel.schema import PROTOCOL
-from ..parallel.transport import Alone, connect
+from ..parallel.transport import connect
 from ..parsing import BALANCED
 from . import checkpoint, energy, health, trackers
 from .finish import finish
@@ -52,7 +53,7 @@ from .setup import (
     set_threads,
 )
 from .signals import StopSignals
-from .stage import Stage, rows_of
+from .stage import Stage
 from .start import keep_blocks, load, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class TrainResult:
 def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> TrainResult:
     """Trains a classifier according to `args`; leaves model, tokenizer, report and checkpoints in `args.output_dir`.
 
-    With `args.stages` above 1, every process of the launch calls it with the same arguments and trains its own blocks.
+    With several stages or replicas, every process of the launch calls it with the same arguments and trains its own
+    blocks.
 
     Args:
         args: the run.
@@ -99,14 +101,14 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
 def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult:
     accelerator = said_once(partial(make_accelerator, args))
     device = torch.device(accelerator.device)
-    transport = connect(args.stages, device, args.ddp_timeout)
-    if not transport.is_last:
+    transport = connect(args.stages, args.replicas, device, args.ddp_timeout)
+    if not transport.is_main:
         logging.getLogger("hf_al").setLevel(logging.ERROR)  # the main process reports for all
     output_dir = Path(args.output_dir)
     try:
         values = {"protocol": PROTOCOL, **args.to_dict(), **args.model}
         _check_same("arguments", {n: v for n, v in values.items() if n not in {"model", *OF_A_MACHINE}}, transport)
-        transport.together(partial(check_arguments, args, look=transport.is_last))
+        transport.together(partial(check_arguments, args, look=transport.is_main))
         set_threads(args)
         set_seed(args.seed)
         if args.model.get("cuts") == BALANCED and args.encoder:
@@ -122,18 +124,18 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         _check_same("data", plan.identity["data"], transport)
         # everything else about the run follows from the arguments
         run_facts = {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}
-        if args.stages > 1 and (args.model_name_or_path or args.encoder or args.word_vectors):  # files may differ
+        if args.processes > 1 and (args.model_name_or_path or args.encoder or args.word_vectors):  # files may differ
             run_facts["first weights"] = weights_digest(model)
         _check_same("run", run_facts, transport)
         _check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
         run.resume()
-        transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_last else None)
+        transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
         check_shared(output_dir, transport)
-        with energy.measured(transport.is_last and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
+        with energy.measured(transport.is_main and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
             run.fit()
-        report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start, kwh)
-        if args.push_to_hub and transport.is_last:
+        report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start, run.processes, kwh)
+        if args.push_to_hub and transport.is_main:
             push_or_warn(args.output_dir, args.hub_id, args.hub_private_repo)
     except Exception as error:
         transport.failed(error)
@@ -148,12 +150,12 @@ def _check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
     everywhere = transport.gather(facts)
 
     def compare() -> None:
-        for stage, other in enumerate(everywhere):
-            differences = checkpoint.differences(everywhere[-1], other)
+        for process, other in enumerate(everywhere):
+            differences = checkpoint.differences(everywhere[transport.main], other)
             if differences:
                 raise ValueError(
-                    f"Expected the same {what} in all processes, got another at stage {stage}: {differences[0]}. "
-                    "Start all of them with the same arguments and data."
+                    f"Expected the same {what} in all processes, got another at {transport.who(process)}: "
+                    f"{differences[0]}. Start all of them with the same arguments and data."
                 )
 
     transport.together(compare)
@@ -192,10 +194,11 @@ class Run:
             self.stage.compile()
         can_offload = not (args.offload or OBJECTIVES[model.config.objective].end_to_end)
         self.shortage_explained = partial(shortage_explained, can_offload=can_offload)
-        shares_checkpoints = args.push_to_hub and args.hub_strategy == "checkpoint" and transport.is_last
+        shares_checkpoints = args.push_to_hub and args.hub_strategy == "checkpoint" and transport.is_main
         self.shared = Checkpoints(args.hub_id, args.hub_private_repo) if shares_checkpoints else None
         self.progress = Progress()
         self.record = Record(plan, self.progress, accelerator, transport)
+        self.processes: list[dict[str, Any]] = []  # what each did, once they are done
         self.at_start = health.part_sums(model, args.embedding_learning_rate_factor == 0)
 
     def resume(self) -> None:
@@ -266,11 +269,12 @@ class Run:
         """Runs the remaining optimizer steps, with evaluations, checkpoints and logs."""
         plan, progress, units = self.plan, self.progress, len(self.model.config.units)
         device = self.stage.device
-        devices = self.transport.gather(device.type if device.type == "cpu" else str(device))
+        found = self.transport.gather(device.type if device.type == "cpu" else str(device))
+        devices = [", ".join(dict.fromkeys(found[stage :: self.args.stages])) for stage in range(self.args.stages)]
         logger.info(
             "Training %d %s for %d steps on %s.\n%s",
             units, "unit" if units == 1 else "units", plan.total_steps, plan.order.size(),
-            plan.placement.table(self.model.model.blocks, devices),
+            plan.placement.table(self.model.model.blocks, self.args.replicas, devices),
         )  # fmt: skip
         with logging_redirect_tqdm(), StopSignals() as stop:
             self.record.start()
@@ -278,7 +282,7 @@ class Run:
             if self.args.cache_frozen:
                 self._cache_frozen()
             self.model.train()
-            watched = sys.stderr.isatty() and self.transport.is_last and not self.args.disable_tqdm
+            watched = sys.stderr.isatty() and self.transport.is_main and not self.args.disable_tqdm
             objective = self.model.config.objective
             with self.shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}", "train"):
                 self._train_steps(
@@ -286,6 +290,7 @@ class Run:
                 )
             if self.shared:
                 self.shared.finish()
+            self.processes = self.record.work_done()
             self.transport.tell(lambda: None)  # the last stage has everything, and its checkpoint has its name
             # a signal that came meanwhile, to whichever stage, stops all of them here
             received = max(self.transport.gather(int(stop.received or 0)))
@@ -307,22 +312,23 @@ class Run:
 
     def _train_steps(self, bar: tqdm, stop: StopSignals) -> None:
         plan, progress, record = self.plan, self.progress, self.record
-        stopping, announced = 0, progress.step
-        for step, parts in self.stage.batches(plan.train, plan.steps(progress.step, plan.total_steps)):
+        stopping, announced, replica = 0, progress.step, self.transport.replica
+        for step, parts in self.stage.batches(plan.train, plan.steps(progress.step, plan.total_steps, replica)):
             if progress.out_of_patience(self.args.early_stopping_patience, plan.metric):
                 break
             if step == announced:  # announces what will be received until the next evaluation
                 announced = plan.next_evaluation(step)
-                self.stage.expect_training(plan.order.lengths, plan.steps(step, announced))
-            losses, norms = self.stage.train_batch(parts, step, self.args.seed)
+                self.stage.expect_training(plan.order.lengths, plan.steps(step, announced, replica))
+            record.add(*self.stage.train_batch(parts, step, self.args.seed))
             progress.step = step + 1
-            record.add(losses, norms, sum(map(rows_of, parts)))
             bar.update()
             stopping = self.transport.stopping(stop.received or 0)
             evaluate, save = plan.evaluates_after(step + 1), plan.saves_after(step + 1) or stopping != 0
             if progress.step % self.args.logging_steps == 0 or evaluate or save:
+                record.add(*self.stage.settle())
                 bar.set_postfix(self._log())
             if evaluate or save:
+                self.stage.share_statistics()
                 record.stop_clock()
                 save = (evaluate and self._evaluate()) or save
                 if save:

@@ -172,6 +172,10 @@ class BlockOptimizers:
         for k, plateau in self.plateaus.items():
             plateau.step(metric_by_exit[k])
 
+    def gradients(self, unit: range) -> list[Tensor]:
+        """The unit's gradients, in the order of its blocks and their parameters."""
+        return [p.grad for k in unit for p in self.names[k].values() if p.grad is not None]
+
     def update(self, unit: range, step: int) -> Tensor:
         """Clips the unit's gradients, updates its weights and frees the gradients. Returns the norm before clipping."""
         parameters = [p for k in unit for p in self.names[k].values() if p.grad is not None]

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
-from ..data.batching import BatchOrder, Collator, micro_batches
+from ..data.batching import BatchOrder, Collator, MicroBatch, micro_batches
 from ..data.oddities import data_warnings
 from ..data.streaming import StreamOrder
 from ..data.tokenization import tokenizer_digest, tokens_digest
@@ -21,14 +21,14 @@ from ..metrics import chosen_metric
 from ..parallel.placement import Placement
 
 IDENTITY = (
-    "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "wire_dtype", "optim",
-    "embedding_optimizer",
+    "seed", "bf16", "wire_dtype", "optim", "embedding_optimizer",
 )  # fmt: skip
 CONDITIONS = (
     "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "embedding_learning_rate_factor",
     "weight_decay", "target_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "max_grad_norm",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "eval_strategy", "eval_steps",
-    "early_stopping_patience", "torch_compile", "frozen_blocks", "cache_frozen",
+    "early_stopping_patience", "torch_compile", "frozen_blocks", "cache_frozen", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "replicas",
 )  # fmt: skip
 
 
@@ -71,10 +71,10 @@ class Plan:
         """What rows of the batch order are looked up in."""
         return self.order if isinstance(self.order, StreamOrder) else self.data["train"]
 
-    def steps(self, first: int, last: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """(step, row numbers of each of its micro-batches) of the optimizer steps `first` .. `last` - 1, from 0."""
+    def steps(self, first: int, last: int, replica: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """(step, micro-batches of a replica) of the optimizer steps `first` .. `last` - 1, from 0."""
         for step, rows in self.order.steps(first, last):
-            yield step, micro_batches(rows, self.args.gradient_accumulation_steps)
+            yield step, micro_batches(rows, self.args.gradient_accumulation_steps, replica, self.args.replicas)
 
     @property
     def evaluate_every(self) -> int:
@@ -135,6 +135,7 @@ def make_plan(
             "data": {name: tokens_digest(data[name]) + (how if name == "train" else "") for name in data},
             "run": {
                 **{name: getattr(args, name) for name in IDENTITY},
+                "rows of a global batch": args.global_batch_size,
                 "metric_for_best_model": metric,
                 "tokenizer": tokenizer_digest(tokenizer),
             },

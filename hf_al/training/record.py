@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import report as reporting
 from ..messages import duration
-from ..parallel.transport import Alone
+from ..parallel.alone import Alone
 from . import trackers
 from .plan import Plan
 from .progress import Progress
@@ -36,16 +36,17 @@ class Record:
         self.plan, self.progress, self.accelerator, self.transport = plan, progress, accelerator, transport
         self.window = Window()
         self.warned: set[str] = set()
-        self.window_start = self.clock = 0.0
+        self.window_start, self.clock = (0, 0.0), 0.0  # step and training time
+        self.began = 0.0  # the training time before this start
         self.first: tuple[int, float] | None = None  # the first step, which warms up, and the training time at its end
         self.estimated = False
 
     def start(self) -> None:
         """Starts the trackers and the clock."""
-        if self.transport.is_last:
+        if self.transport.is_main:
             first = self.progress.step + 1
             trackers.start(self.accelerator, self.plan.output_dir, self.plan.args.to_dict(), first)
-        self.window_start = self.progress.seconds
+        self.window_start, self.began = (self.progress.step, self.progress.seconds), self.progress.seconds
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -56,10 +57,10 @@ class Record:
         now = time.perf_counter()
         self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now
 
-    def add(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor], examples: int) -> None:
-        """The scalars of one step, and how many examples it had."""
-        self.window.add(losses, norms, examples)
-        if self.transport.is_last and not self.estimated:
+    def add(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
+        """The scalars of one step, or of the units that were updated so far."""
+        self.window.add(losses, norms)
+        if self.transport.is_main and not self.estimated:
             self._estimate(self.progress.seconds + time.perf_counter() - self.clock)
 
     def _estimate(self, trained: float) -> None:
@@ -82,10 +83,12 @@ class Record:
         """
         if not self.window.rows:
             return {}
-        step, examples = self.progress.step, self.window.examples
+        step, (first, before) = self.progress.step, self.window_start
         values: dict[str, float] = self.window.means(step)
         self.stop_clock()  # only after reading the values, which waits for the device
-        seconds, self.window_start = self.progress.seconds - self.window_start, self.progress.seconds
+        seconds = self.progress.seconds - before
+        examples = self.plan.order.examples(step) - self.plan.order.examples(first)
+        self.window_start = step, self.progress.seconds
         mine = {"values": values, "rates": list(rates.items()), "memory": self._peak_memory()}
         stages = self.transport.pass_on([mine])
         if stages is None:
@@ -103,6 +106,20 @@ class Record:
         self.progress.history.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
+
+    def work_done(self) -> list[dict[str, Any]]:
+        """What each process did in the training steps since the run was started, for the report."""
+        counted, seconds = self.transport.statistics(), self.progress.seconds - self.began
+        wait = sum(counted.get(f"waited_{what}", 0.0) for what in ("receive", "send", "sum")) / max(seconds, 1e-9)
+        mine = {
+            "process": self.transport.who(),
+            "busy": 1 - wait,
+            "wait": wait,
+            "sent_mib": counted.get("sent_later_bytes", 0) / 2**20,
+            "summed_mib": counted.get("summed_bytes", 0) / 2**20,
+            "peak_memory_mib": self._peak_memory(),
+        }
+        return self.transport.gather(mine)
 
     def _peak_memory(self) -> float:
         return reporting.peak_memory_mib(torch.device(self.accelerator.device))

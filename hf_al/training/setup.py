@@ -27,9 +27,9 @@ from ..loading import load_encoder_config
 from ..messages import last_line
 from ..modeling.configuration_al import ALConfig
 from ..modeling.objectives import OBJECTIVES
+from ..parallel.alone import Alone
 from ..parallel.launch import ACCELERATE, LOCAL_RANK
 from ..parallel.placement import Placement, place
-from ..parallel.transport import Alone
 from ..parsing import BALANCED, check_model_keys, check_new_model
 from ..registration import MODEL_CLASSES
 from ..values import available_cores, capped
@@ -117,7 +117,7 @@ def check_shared(folder: Path, transport: Alone) -> None:
     def check() -> None:
         if not (folder / Path(name).name).exists():
             raise ValueError(
-                f"Expected one output_dir for all stages, but stage {transport.number} does not find in "
+                f"Expected one output_dir for all stages, but {transport.who()} does not find in "
                 f"{folder.absolute()} what the last stage wrote to {folder}. Pass a folder that all machines share, by "
                 "its absolute path."
             )
@@ -125,7 +125,7 @@ def check_shared(folder: Path, transport: Alone) -> None:
     try:
         transport.together(check)
     finally:
-        if transport.is_last:
+        if transport.is_main:
             os.unlink(name)
 
 
@@ -133,7 +133,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     """The accelerator of this process, and the process group of the launch.
 
     Raises:
-        ValueError: another number of processes than `args.stages`, with the command that starts the right number; a
+        ValueError: another number of processes than `args.processes`, with the command that starts the right number; a
             tracker that is unknown or not installed.
     """
     _check_world(args, int(os.environ.get("WORLD_SIZE", 1)))
@@ -149,7 +149,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         raise ValueError(f"Could not start accelerate: {error}") from error
     except RuntimeError as error:
         raise ConnectionError(
-            f"Expected {args.stages} processes to meet within {args.ddp_timeout} seconds, not all did: "
+            f"Expected {args.processes} processes to meet within {args.ddp_timeout} seconds, not all did: "
             f"{str(error).splitlines()[0]}. One of them may have ended before, with a message of its own. Start all of "
             "them again, on another port if something else answered on this one."
         ) from None
@@ -163,27 +163,29 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
 
 
 def _check_world(args: TrainingArguments, processes: int) -> None:
-    if processes == args.stages:
+    if processes == args.processes:
         return
-    if args.stages == 1:
+    if args.processes == 1:
         objective = args.model.get("objective")
         can_be_split = objective not in OBJECTIVES or not OBJECTIVES[objective].end_to_end
-        fix = f"Pass --stages {processes}, or start" if can_be_split else f"{objective} trains in one process: start"
+        fix = f"--stages {processes} or --replicas {processes}" if can_be_split else f"--replicas {processes}"
         raise ValueError(
-            f"Expected one process, got {processes}: the blocks are not split unless --stages says so. {fix} it "
-            f"without a launcher: python {_program('-m')}"
+            f"Expected one process, got {processes}: neither the blocks nor the batches are split unless --stages or "
+            f"--replicas says so. Pass {fix}, or start it without a launcher: python {_program('-m')}"
         )
+    each = "stage" if args.replicas == 1 else "stage of each replica"
+    flags = f"--stages {args.stages}" + f" --replicas {args.replicas}" * (args.replicas > 1)
     raise ValueError(
-        f"Expected {args.stages} processes, one per stage, got {processes}. On one machine: hf-al train --stages "
-        f"{args.stages} ..., with no {LOCAL_RANK} or {ACCELERATE} of a launcher set; or: {launch_command(args)}"
+        f"Expected {args.processes} processes, one per {each}, got {processes}. On one machine: hf-al train {flags} "
+        f"..., with no {LOCAL_RANK} or {ACCELERATE} of a launcher set; or: {launch_command(args)}"
     )
 
 
 def launch_command(args: TrainingArguments) -> str:
-    """The command that starts `args.stages` processes on this machine."""
+    """The command that starts `args.processes` processes on this machine."""
     on_cpu = "ACCELERATE_USE_CPU=1 " if args.use_cpu or not torch.cuda.is_available() else ""
     return (
-        f"{on_cpu}accelerate launch --multi_gpu --num_processes {args.stages} --num_machines 1 --mixed_precision no "
+        f"{on_cpu}accelerate launch --multi_gpu --num_processes {args.processes} --num_machines 1 --mixed_precision no "
         f"--dynamo_backend no {_program('--module')}"
     )
 

@@ -17,25 +17,21 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.batching import Collator, evaluation_batches, one_ahead, token_lengths
+from ..data.batching import Collator, MicroBatch, evaluation_batches, one_ahead, token_lengths
 from ..data.streaming import StreamLengths, StreamOrder
 from ..messages import some
 from ..modeling.blocks import ALBlock, BlockOutput, walk
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary, cut
+from ..parallel.alone import ALONE, Alone
 from ..parallel.placement import Placement
 from ..parallel.schema import Message
-from ..parallel.transport import ALONE, Alone
 from .frozen import FrozenStates
 from .local_step import local_steps
 from .measure import throw_away_inputs
 from .offload import Offload
 from .optim import BlockOptimizers
-
-
-def rows_of(inputs: dict[str, Tensor]) -> int:
-    """Examples of a micro-batch."""
-    return len(inputs["attention_mask"])
+from .updates import Losses, Updates
 
 
 @contextmanager
@@ -85,6 +81,7 @@ class Stage:
         self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
         self.offload = offload
+        self.updates = Updates(optimizers, transport, at_once=offload is not None) if optimizers else None
         self.frozen: dict[int, FrozenStates] = {}  # by block
         with _unchanged(list(self.blocks.values())):
             self.transport.agree("train", self._throw_away, wire)
@@ -124,13 +121,13 @@ class Stage:
     # --- training
 
     def expect_training(
-        self, lengths: np.ndarray | StreamLengths, steps: Iterable[tuple[int, list[np.ndarray]]]
+        self, lengths: np.ndarray | StreamLengths, steps: Iterable[tuple[int, list[MicroBatch]]]
     ) -> None:
         """Announces the steps until the next evaluation, each with its micro-batches."""
         self.transport.expect(
-            self._message("train", step, micro_batch, lengths[rows])
+            self._message("train", step, number, lengths[part.rows])
             for step, parts in steps
-            for micro_batch, rows in enumerate(parts)
+            for number, part in enumerate(parts)
         )
 
     def _message(self, kind: str, step: int, micro_batch: int, lengths: np.ndarray) -> Message:
@@ -139,28 +136,29 @@ class Stage:
         return Message(kind, step, micro_batch, len(lengths), tokens)
 
     def batches(
-        self, data: Dataset | StreamOrder, steps: Iterable[tuple[int, list[np.ndarray]]]
-    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-        """Each step with the inputs of its micro-batches on the device. Those of the next step are made, and their
-        copies are under way, before a step is handed out."""
-        return one_ahead((step, [self._inputs(data, rows, self.frozen) for rows in parts]) for step, parts in steps)
+        self, data: Dataset | StreamOrder, steps: Iterable[tuple[int, list[MicroBatch]]]
+    ) -> Iterator[tuple[int, list[tuple[dict[str, Any], float]]]]:
+        """Each step with the inputs of its micro-batches, on the device, and their weights. Those of the next step are
+        made, and their copies are under way, before a step is handed out."""
+        return one_ahead(
+            (step, [(self._inputs(data, rows, self.frozen), weight) for rows, weight in parts]) for step, parts in steps
+        )
 
     def train_batch(
-        self, parts: Sequence[dict[str, Tensor]], step: int, seed: int
-    ) -> tuple[dict[int, dict[str, Tensor]], dict[range, Tensor]]:
-        """One optimizer step of every unit on one global batch, given as the inputs of its micro-batches.
+        self, parts: Sequence[tuple[dict[str, Any], float]], step: int, seed: int
+    ) -> tuple[Losses, dict[range, Tensor]]:
+        """One optimizer step of every unit, given the micro-batches of this replica and their weights.
 
-        Returns the named losses by block, averaged over the batch's examples, and the gradient norms by unit.
+        Returns the named losses by block, averaged over the global batch, and the gradient norms by unit. With
+        replicas, those of the last unit may come with the next step, or after `settle`.
         """
-        assert self.optimizers is not None
-        examples = sum(map(rows_of, parts))
-        losses: dict[int, dict[str, Tensor]] = {}
-        norms: dict[range, Tensor] = {}
-        for micro_batch, inputs in enumerate(parts):
-            weight = rows_of(inputs) / examples
+        assert self.updates is not None
+        self.updates.before(min(self.blocks))
+        losses: Losses = {}
+        for micro_batch, (inputs, weight) in enumerate(parts):
             message = Message("train", step, micro_batch, *inputs["attention_mask"].shape)
             boundary = self.transport.receive(message, partial(self._start, inputs["labels"]))
-            for block, out in self._local_steps(boundary, inputs, (seed, step, micro_batch, 0)):
+            for block, out in self._local_steps(boundary, inputs, (seed, step, micro_batch, self.transport.replica)):
                 if block.index == max(self.blocks):
                     self.transport.send(message, out.boundary)  # from before this batch's update
                 if not block.ends_unit:
@@ -170,9 +168,23 @@ class Stage:
                 for name, value in cut(out.losses).items():
                     mean[name] = mean[name] + value * weight if micro_batch else value * weight
                 if micro_batch == len(parts) - 1:
-                    unit = self.unit_of[block.index]
-                    norms[unit] = self.optimizers.update(unit, step)
-        return losses, norms
+                    self.updates.start(self.unit_of[block.index], step, {block.index: losses.pop(block.index)})
+        return self.updates.take()
+
+    def settle(self) -> tuple[Losses, dict[range, Tensor]]:
+        """Makes the updates that still wait for other replicas; before anything else is done with the weights."""
+        assert self.updates is not None
+        self.updates.settle()
+        return self.updates.take()
+
+    @torch.no_grad()
+    def share_statistics(self) -> None:
+        """Running statistics of what a block has seen become those of the first replica."""
+        buffers = [buffer for block in self.blocks.values() for buffer in block.buffers()]
+        for buffer in buffers if self.transport.replica else ():
+            buffer.zero_()
+        if buffers:
+            self.transport.sum(buffers)()
 
     @torch.no_grad()
     def evaluate(self, data: Dataset, batch_size: int, show_progress: bool = False) -> dict[int, np.ndarray]:
@@ -258,10 +270,13 @@ class Stage:
     ) -> Iterator[tuple[ALBlock, BlockOutput]]:
         return local_steps(self._ready(), boundary, inputs, key, self.device, self.bf16, self.wire)
 
-    def _ready(self, learning: bool = True, last: int | None = None) -> Iterable[ALBlock]:
-        """The blocks in order, up to `last`, on the device when their turn comes."""
+    def _ready(self, learning: bool = True, last: int | None = None) -> Iterator[ALBlock]:
+        """The blocks in order, up to `last`, on the device and updated when their turn comes."""
         blocks = [block for k, block in self.blocks.items() if last is None or k <= last]
-        return self.offload.visit(blocks, learning) if self.offload else blocks
+        for block in self.offload.visit(blocks, learning) if self.offload else blocks:
+            if self.updates and learning:
+                self.updates.before(block.index)
+            yield block
 
     def _inputs(
         self, data: Dataset | StreamOrder, rows: np.ndarray, frozen: dict[int, FrozenStates] | None = None

@@ -61,7 +61,7 @@ def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
             args.word_vectors = tokenization.automatic_vectors(args, tokenizer)
         model = build_model(args, tokenizer, data["train"])
     tokens = tokenization.tokenize(data, tokenizer, args)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = args.global_batch_size
     if windows is None:
         return model, tokenizer, tokens, BatchOrder(token_lengths(tokens["train"]), batch, args.seed), about
     kind, names = problem_type_of(data["train"]), label_names(data["train"])

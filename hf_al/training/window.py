@@ -10,11 +10,9 @@ class Window:
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Tensor]] = {}
-        self.examples = 0
 
-    def add(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor], examples: int) -> None:
-        """The scalars of one step, and how many examples it had."""
-        self.examples += examples
+    def add(self, losses: dict[int, dict[str, Tensor]], norms: dict[range, Tensor]) -> None:
+        """The scalars of one step, or of the units that were updated so far."""
         values = {f"loss/{k}/{name}": value for k, named in losses.items() for name, value in named.items()}
         values |= {f"grad_norm/{unit[-1]}": norm for unit, norm in norms.items()}
         for name, value in values.items():
@@ -30,7 +28,7 @@ class Window:
             FloatingPointError: a value that is not finite; names its block and the first step that had one.
         """
         rows = {name: torch.cat(row).float().cpu().numpy() for name, row in self.rows.items()}
-        self.rows, self.examples = {}, 0
+        self.rows = {}
         bad = {name: int(np.argmin(np.isfinite(row))) for name, row in rows.items() if not np.isfinite(row).all()}
         if bad:
             name = min(bad, key=lambda name: bad[name])

@@ -9,7 +9,8 @@ model (on a GPU, the bytes that its allocator gave out). Times steps in turns. T
 
     backprop                  the whole network is one unit
     checkpointed              the same, with activation checkpointing of every layer
-    optimizer in backward     the same again, and each weight is updated as soon as its gradient is there
+    optimizer in backward     the same again, and each weight is updated as soon as its gradient is there, which cannot
+                              be with --accumulation
     al_ce, 3 or 6 blocks      block by block, as `hf-al train --encoder` does; also with bridges that look ahead, and
                               with --offload, in the folder --offload_dir
 """
@@ -56,8 +57,8 @@ Step = Callable[[], Any]
 
 
 def make_step(
-    folder: str, bf16: bool, sizes: dict[str, int], layers: int, batch: int, tokens: int, offload: bool = False,
-    checkpointing: bool = False, in_backward: bool = False, **values: Any,
+    folder: str, bf16: bool, accumulation: int, sizes: dict[str, int], layers: int, batch: int, tokens: int,
+    offload: bool = False, checkpointing: bool = False, in_backward: bool = False, **values: Any,
 ) -> Step:  # fmt: skip
     """A step of an arm of `ARMS`; `values` are those of the config."""
     torch.manual_seed(0)
@@ -69,7 +70,9 @@ def make_step(
     data = random_rows([tokens] * batch)
     if in_backward:
         return updating_step(model, data, batch, bf16)
-    return loop_step(model, data, batch, bf16=bf16, offload_to=Path(folder) if offload else None)
+    return loop_step(
+        model, data, batch, bf16=bf16, offload_to=Path(folder) if offload else None, accumulation=accumulation
+    )
 
 
 def updating_step(model: ALEncoderForSequenceClassification, data: Dataset, batch: int, bf16: bool) -> Step:
@@ -192,6 +195,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where to keep machine, rows and ratios")
     parser.add_argument("--plot", metavar="FILE", help="where to draw the peak by depth")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches that the batch is cut into")
     parser.add_argument("--tokens", default="128,512", help="lengths, comma-separated")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--depths", default="2,6,12,24,48", help="layers, comma-separated; empty: none")
@@ -201,8 +205,9 @@ def main() -> None:
     args = parser.parse_args()
     set_up_output()
     with tempfile.TemporaryDirectory(dir=args.offload_dir) as folder:
-        make = partial(make_step, folder, args.bf16)
-        arms = args.arms.split(";") if args.arms else list(ARMS)
+        make = partial(make_step, folder, args.bf16, args.accumulation)
+        possible = [name for name, values in ARMS.items() if args.accumulation == 1 or "in_backward" not in values]
+        arms = args.arms.split(";") if args.arms else possible
         rows = []
         for tokens in args.tokens.split(","):
             rows += compare(make, arms, args.batch, int(tokens), args.rounds)

@@ -25,7 +25,7 @@ import hf_al
 from hf_al.arguments import TrainingArguments
 from hf_al.commands import set_up_output
 from hf_al.data import tokenization
-from hf_al.data.batching import BatchOrder, Collator, token_lengths
+from hf_al.data.batching import BatchOrder, Collator, micro_batches, token_lengths
 from hf_al.messages import table
 from hf_al.parallel.placement import place
 from hf_al.training.offload import Offload
@@ -71,8 +71,10 @@ def loop_step(
     torch_compile: bool = False,
     bf16: bool = False,
     offload_to: Path | None = None,
+    accumulation: int = 1,
 ) -> Callable[[], Any]:
-    """Returns a function that takes one optimizer step of the training loop on the next `batch` rows."""
+    """Returns a function that takes one optimizer step of the training loop on the next `batch` rows, in `accumulation`
+    micro-batches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if offload_to is None:
         model.to(device)
@@ -84,8 +86,8 @@ def loop_step(
     stage = Stage(model, place(units), 0, device, Collator(0, CLASSES), optimizers, bf16=bf16, offload=offload)
     if torch_compile:
         stage.compile()
-    rows = [np.arange(batch) + batch * n for n in range(len(data) // batch)]
-    batches = stage.batches(data, ((number, [rows[number % len(rows)]]) for number in range(1_000_000)))
+    steps = [micro_batches(np.arange(batch) + batch * n, accumulation) for n in range(len(data) // batch)]
+    batches = stage.batches(data, ((number, steps[number % len(steps)]) for number in range(1_000_000)))
 
     def step() -> None:
         number, parts = next(batches)

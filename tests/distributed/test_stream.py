@@ -181,6 +181,16 @@ def test_early_stopping_is_one_decision(run_flags, tmp_path):
     assert sha256(tmp_path / "3") == sha256(tmp_path / "whole")
 
 
+def test_the_report_says_what_each_process_did(run_flags, tmp_path):
+    counts = run_world(3, jobs.train, run_flags("lstm_al_ce", 3, tmp_path / "run"))
+    found = counts[-1]["report"]["processes"]
+    assert [row["process"] for row in found] == ["stage 0", "stage 1", "stage 2"]
+    assert all(0 < row["wait"] < 1 and row["busy"] == 1 - row["wait"] for row in found[1:])
+    assert all(0 < row["sent_mib"] <= c["sent_later_bytes"] / 2**20 for row, c in zip(found[:-1], counts, strict=False))
+    assert found[-1]["sent_mib"] == 0
+    assert "| stage 1 | " in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
     """Except for times, memory and names of the machine."""
     for stages in (1, 4):

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 import hf_al
 from hf_al.data.batching import Collator
+from hf_al.data.batching import micro_batches as cut
 from hf_al.modeling.objectives import OBJECTIVES
 from hf_al.parallel.placement import place
 from hf_al.training.offload import Offload
@@ -59,7 +60,8 @@ def after_steps(model, device: str, offload: bool = False, micro_batches: int = 
     moved = Offload(blocks, optimizers, torch.device(device), Path("/tmp")) if offload else None
     stage = Stage(model, place(units), 0, torch.device(device), Collator(0, 3), optimizers, bf16=bf16, offload=moved)
     data, left = few_rows(), {}
-    steps = ((n, [np.arange(4 * m, 4 * m + 4) + 8 * (n % 2) for m in range(micro_batches)]) for n in range(4))
+    rows = np.arange(4 * micro_batches)
+    steps = ((n, cut(rows + 8 * (n % 2), micro_batches)) for n in range(4))
     for number, parts in stage.batches(data, steps):
         losses, _ = stage.train_batch(parts, number, 0)
         left |= {f"loss {number} {k} {n}": v.float() for k, named in losses.items() for n, v in named.items()}

@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers import TrainingArguments as HFTrainingArguments
 
 import hf_al
-from hf_al.data.batching import Collator
+from hf_al.data.batching import Collator, micro_batches
 from hf_al.modeling import objectives
 from hf_al.parallel.placement import place
 from hf_al.training import local_step
@@ -52,7 +52,7 @@ def own_loop(model, data, optimizers_class=BlockOptimizers, parts: int = 1, **va
     optimizers = optimizers_class(blocks, model.config.units, args, STEPS)
     collator = Collator(model.config.pad_token_id, model.config.classes)
     stage = Stage(model.train(), place(model.config.units), 0, torch.device("cpu"), collator, optimizers)
-    steps = ((step, np.array_split(rows, parts)) for step, rows in enumerate(batches()))
+    steps = ((step, micro_batches(rows, parts)) for step, rows in enumerate(batches()))
     for step, inputs in stage.batches(data, steps):
         stage.train_batch(inputs, step, SEED)
     return model.state_dict()

@@ -1,0 +1,89 @@
+"""What the training loop says to other processes, and what it means if there are none."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modeling.objectives import Boundary
+from .schema import Message
+
+
+class Alone:
+    """One process: its stage receives the data, and what it sends is dropped.
+
+    Attributes:
+        number, stages: which stage this is, and how many there are.
+        replica, replicas: which copy of the stage, and how many of each there are.
+        main: the place of the main process in what `gather` returns.
+    """
+
+    number, stages, replica, replicas, main = 0, 1, 0, 1, 0
+    is_first = is_last = is_main = True
+
+    def who(self, process: int | None = None) -> str:
+        """A process for people, by its place in what `gather` returns; this one if None."""
+        replica, stage = (self.replica, self.number) if process is None else divmod(process, self.stages)
+        return f"stage {stage}" + f" of replica {replica}" * (self.replicas > 1)
+
+    # --- boundaries
+
+    def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
+        """Fixes the schema of a kind of boundary, once. `run`: (rows, tokens, incoming boundary or None at the start)
+        -> the boundary that this stage sends for such a throw-away batch."""
+
+    def expect(self, messages: Iterable[Message]) -> None:
+        """The messages that will be received next, in this order, so that receives can be posted ahead."""
+
+    def receive(self, message: Message, first: Callable[[], Boundary]) -> Boundary:
+        """The boundary from the stage before; the first stage starts with `first()`."""
+        return first()
+
+    def send(self, message: Message, boundary: Boundary) -> None:
+        """Sends the boundary to the next stage, as it is now."""
+
+    def sum(self, tensors: list[Tensor]) -> Callable[[], None]:
+        """Starts to sum the tensors, element by element, over the replicas of this stage. What it returns waits, and
+        puts the sums in their place."""
+        return lambda: None
+
+    def stopping(self, signal: int) -> int:
+        """After a step: the signal that makes all stages stop here, 0 for none. `signal`: what this process got."""
+        return signal
+
+    # --- words
+
+    def together(self, work: Callable[[], Any], main_first: bool = False) -> Any:
+        """`work()` in every process. If it fails in some, one of them reports why and all end."""
+        return work()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The json values of all processes, replica by replica and in the order of stages, in every process."""
+        return [value]
+
+    def pass_on(self, rows: list[Any]) -> list[Any] | None:
+        """The json rows of all stages of this replica, in order, at the last one; None elsewhere. Nobody waits for a
+        later stage."""
+        return rows
+
+    def take(self) -> dict[str, Tensor]:
+        """The small tensors given by the stage before; none for the first stage."""
+        return {}
+
+    def give(self, tensors: dict[str, Tensor]) -> None:
+        """Small tensors for the next stage."""
+
+    def tell(self, value: Callable[[], Any]) -> Any:
+        """The json value of the main process, in every process. All wait for it."""
+        return value()
+
+    def failed(self, error: Exception) -> None:
+        """Tells the others that this process ends with an error that it will show."""
+
+    def statistics(self) -> dict[str, float]:
+        """Bytes by direction, and seconds of waiting: in training by `receive`, `send` and `sum`; in `evaluation`."""
+        return {}
+
+
+ALONE = Alone()  # it has no state
