@@ -200,7 +200,7 @@ def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
         for row in report["history"]:
             row.pop("examples_per_second", None)
             row.pop("peak_memory_mib", None)
-        for name in ("speed", "exit_speeds", "machine", "placement", "arguments"):
+        for name in ("speed", "exit_speeds", "machine", "placement", "processes", "arguments"):
             del report[name]
     assert reports[0] == reports[1]
 
