@@ -173,6 +173,7 @@ class TrainingArguments:
     )
     plots: bool = _arg(True, "Draw the report's plots; takes a second.")
     disable_tqdm: bool = _arg(False, "No progress bar.")
+    trace: int = _arg(0, "Record what each process does in its first N steps, at most 1000: output_dir/trace.json.")
     # --- sharing
     push_to_hub: bool = _arg(False, "Share the model on the Hub when training ends; see hf-al push.")
     hub_model_id: str | None = _arg(None, "Repository to push to, user/name (default: the name of output_dir).")

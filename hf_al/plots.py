@@ -27,6 +27,7 @@ SMOOTHED_FROM = 40  # points; a longer line is drawn faint, under its running me
 MOST_NUMBERED = 20  # classes; with more, the confusion matrix shows no counts
 MOST_TICKS = 25  # class names along an axis
 MOST_IN_LEGEND = 8
+SHOWN_STEPS = 8  # of a timeline
 
 
 def _colours(count: int) -> list[Any]:
@@ -306,6 +307,43 @@ PLOTS = {
     "memory": memory,
     "confusion": confusion,
 }
+
+
+def timeline(events: list[dict[str, Any]]) -> "Figure | None":
+    """What each process does in a few steps after the first ones: batches in colours, waiting in grey. `events` are
+    those of trace.json."""
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    laps = [event for event in events if event["ph"] == "X" and not event["name"].startswith("batch ")]
+    steps = sorted({event["args"]["step"] for event in laps})
+    if not steps:
+        return None
+    shown = steps[len(steps) // 2 :][:SHOWN_STEPS]
+    laps = [event for event in laps if event["args"]["step"] in shown]
+    start = min(event["ts"] for event in laps)
+    figure, (ax,) = _figure("Batches in their processes", height=1.2 + 0.5 * len(names))
+    for event in laps:
+        step, waits = event["args"]["step"], event["name"] in ("receive", "send", "inputs")
+        times = ((event["ts"] - start) / 1000, event["dur"] / 1000)
+        colour = "#dddddd" if waits else PALETTE[step % len(PALETTE)]
+        ax.broken_barh([times], (event["pid"] - 0.35, 0.7), color=colour, linewidth=0)
+    for event in events:
+        if event["name"].startswith("batch ") and event["args"]["step"] in shown:
+            middle = (event["ts"] + event["dur"] / 2 - start) / 1000
+            ax.text(middle, event["pid"], event["args"]["step"], ha="center", va="center", color="white", fontsize=8)
+    ax.set_yticks(list(names), list(names.values()))
+    ax.invert_yaxis()
+    ax.set_xlabel("milliseconds; numbers are batches, grey is waiting")
+    return figure
+
+
+def write_timeline(folder: Path, events: list[dict[str, Any]]) -> list[str]:
+    """Draws the events of trace.json into `folder`/timeline.png; returns the name, if there is anything to draw."""
+    figure = timeline(events)
+    if figure is None:
+        (folder / "timeline.png").unlink(missing_ok=True)
+        return []
+    figure.savefig(folder / "timeline.png")
+    return ["timeline"]
 
 
 def write_plots(folder: Path, report: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def check_ranges(args: Any) -> None:
             raise ValueError(f"Expected {name} above 0, got {value}.")
     from_zero = (
         "weight_decay target_weight_decay max_grad_norm warmup_steps word_vectors_extra_words "
-        "embedding_learning_rate_factor frozen_blocks seed validation_seed early_stopping_patience"
+        "embedding_learning_rate_factor frozen_blocks seed validation_seed early_stopping_patience trace"
     )
     for name in from_zero.split():
         if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(args, name))):
@@ -93,6 +93,8 @@ def check_ranges(args: Any) -> None:
     if args.cache_frozen and (args.streaming or not args.frozen_blocks):
         got = "streaming" if args.streaming else "frozen_blocks=0"
         raise ValueError(f"Expected frozen_blocks above 0, and no streaming, with cache_frozen, got {got}.")
+    if args.trace > 1000:
+        raise ValueError(f"Expected trace of at most 1000 steps, got {args.trace}.")
     if args.replicas > 1 and args.embedding_optimizer == "sparse_adam":
         raise ValueError(
             "Expected embedding_optimizer='same' with replicas, got 'sparse_adam': the gradients of all rows are "

@@ -67,13 +67,16 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_report(folder: Path, report: dict[str, Any], draw: bool = True) -> None:
+def write_report(
+    folder: Path, report: dict[str, Any], draw: bool = True, events: list[dict[str, Any]] | None = None
+) -> None:
     """Writes report.json, plots/*.png and report.md from the same values.
 
     Args:
         folder: the folder of the run, which must exist.
         report: as `train` returns it, or the content of a report.json: the plots and the page are made from it alone.
         draw: whether to draw the plots, which takes a second.
+        events: those of trace.json, if there is one, for a timeline.
     """
     write_atomically(folder / "report.json", json.dumps(report, indent=1))
     drawn = []
@@ -81,6 +84,7 @@ def write_report(folder: Path, report: dict[str, Any], draw: bool = True) -> Non
         from . import plots
 
         drawn = plots.write_plots(folder / "plots", report)
+        drawn += plots.write_timeline(folder / "plots", events or [])
     write_atomically(folder / "report.md", markdown(report, drawn))
 
 
@@ -176,6 +180,7 @@ CAPTIONS = {
     "codes": "",
     "speed": "Evaluation and checkpoints excluded.",
     "memory": "",
+    "timeline": "Batches in their processes, some steps of trace.json; grey is waiting.",
     "confusion": "",
 }
 
@@ -238,7 +243,7 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
     ]
     if len(report.get("processes", ())) > 1:
         lines += ["", WORK, "", work_table(report["processes"], markdown=True)]
-    show("Speed and memory", "speed", "memory")
+    show("Speed and memory", "timeline", "speed", "memory")
     lines += ["", "```", report["placement"], "```", "", table([report["machine"]], markdown=True), ""]
     return "\n".join(lines)
 

@@ -94,6 +94,10 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
             "Expected embedding_optimizer='same' with replicas, got 'sparse_adam'",
         ),
         (
+            [*TWEETS, "--trace=1001"],
+            "Expected trace of at most 1000 steps, got 1001.",
+        ),
+        (
             [*TWEETS, "--cache_frozen"],
             "Expected frozen_blocks above 0, and no streaming, with cache_frozen, got",
         ),

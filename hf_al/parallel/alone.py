@@ -16,10 +16,10 @@ class Alone:
     Attributes:
         number, stages: which stage this is, and how many there are.
         replica, replicas: which copy of the stage, and how many of each there are.
-        main: the place of the main process in what `gather` returns.
+        process, main: the places of this process and of the main one in what `gather` returns.
     """
 
-    number, stages, replica, replicas, main = 0, 1, 0, 1, 0
+    number, stages, replica, replicas, process, main = 0, 1, 0, 1, 0, 0
     is_first = is_last = is_main = True
 
     def who(self, process: int | None = None) -> str:

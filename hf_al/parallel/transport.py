@@ -52,7 +52,7 @@ class Neighbours(Alone):
         self.stages, self.replicas, self.device, self.timeout = stages, replicas, device, timeout
         self.is_first, self.is_last = self.number == 0, self.number == stages - 1
         self.is_main = self.is_last and self.replica == 0
-        self.process = self.replica * stages + self.number  # in what `gather` returns
+        self.process = self.replica * stages + self.number
         self.group = None
         if replicas > 1:
             self.group = init_device_mesh(device.type, (stages, replicas), mesh_dim_names=("pp", "dp")).get_group("dp")

@@ -22,6 +22,7 @@ from .progress import Progress
 from .record import Record
 from .stage import Stage
 from .start import new_block
+from .trace import read_trace
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def finish(
             tokenizer.save_pretrained(aside)
             plan.args.save(aside / "training_config.yaml")
             report["weights"] = weights_sha256(aside)
-            reporting.write_report(aside, report, plan.args.plots)
+            events = read_trace(plan.output_dir) if plan.args.trace else []
+            reporting.write_report(aside, report, plan.args.plots, events)
         if len(processes) > 1:
             logger.info("%s", reporting.work_table(processes))
         logger.info("Saved to %s.", plan.output_dir)

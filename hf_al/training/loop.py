@@ -55,6 +55,7 @@ from .setup import (
 from .signals import StopSignals
 from .stage import Stage
 from .start import keep_blocks, load, weights_digest
+from .trace import Trace, write_trace
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +283,7 @@ class Run:
             if self.args.cache_frozen:
                 self._cache_frozen()
             self.model.train()
+            self.stage.trace = trace = Trace(progress.step, self.args.trace)
             watched = sys.stderr.isatty() and self.transport.is_main and not self.args.disable_tqdm
             objective = self.model.config.objective
             with self.shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}", "train"):
@@ -291,6 +293,7 @@ class Run:
             if self.shared:
                 self.shared.finish()
             self.processes = self.record.work_done()
+            write_trace(plan.output_dir, trace, self.transport)
             self.transport.tell(lambda: None)  # the last stage has everything, and its checkpoint has its name
             # a signal that came meanwhile, to whichever stage, stops all of them here
             received = max(self.transport.gather(int(stop.received or 0)))
@@ -327,6 +330,7 @@ class Run:
             if progress.step % self.args.logging_steps == 0 or evaluate or save:
                 record.add(*self.stage.settle())
                 bar.set_postfix(self._log())
+                self.stage.trace.lap("log", step)
             if evaluate or save:
                 self.stage.share_statistics()
                 record.stop_clock()
@@ -334,6 +338,7 @@ class Run:
                 if save:
                     self._save()
                 record.start_clock()
+                self.stage.trace.lap("evaluation and checkpoint", step)
             if stopping:
                 break
         # a signal that came after the first stage had begun the last step is ignored: the run is over anyway

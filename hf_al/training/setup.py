@@ -43,7 +43,7 @@ NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check 
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "config.json", *WEIGHTS, EXPORTS, "shared-????????.tmp", "checkpoints", "logs", "report.json", "report.md", "plots",
-    "training_config.yaml", "tokenizer.json", "tokenizer_config.json", *CODE,
+    "trace.json",    "training_config.yaml", "tokenizer.json", "tokenizer_config.json", *CODE,
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from .local_step import local_steps
 from .measure import throw_away_inputs
 from .offload import Offload
 from .optim import BlockOptimizers
+from .trace import Trace
 from .updates import Losses, Updates
 
 
@@ -83,6 +84,7 @@ class Stage:
         self.offload = offload
         self.updates = Updates(optimizers, transport, at_once=offload is not None) if optimizers else None
         self.frozen: dict[int, FrozenStates] = {}  # by block
+        self.trace = Trace()
         with _unchanged(list(self.blocks.values())):
             self.transport.agree("train", self._throw_away, wire)
             exits = model.config.exits()
@@ -153,22 +155,29 @@ class Stage:
         replicas, those of the last unit may come with the next step, or after `settle`.
         """
         assert self.updates is not None
+        lap = self.trace.lap
+        lap("inputs", step)
         self.updates.before(min(self.blocks))
         losses: Losses = {}
         for micro_batch, (inputs, weight) in enumerate(parts):
             message = Message("train", step, micro_batch, *inputs["attention_mask"].shape)
             boundary = self.transport.receive(message, partial(self._start, inputs["labels"]))
+            lap("receive", step)
             for block, out in self._local_steps(boundary, inputs, (seed, step, micro_batch, self.transport.replica)):
+                lap(f"forward {block.index}", step)
                 if block.index == max(self.blocks):
                     self.transport.send(message, out.boundary)  # from before this batch's update
+                    lap("send", step)
                 if not block.ends_unit:
                     continue
                 (out.loss * weight).backward()
+                lap(f"backward {block.index}", step)
                 mean = losses.setdefault(block.index, {})
                 for name, value in cut(out.losses).items():
                     mean[name] = mean[name] + value * weight if micro_batch else value * weight
                 if micro_batch == len(parts) - 1:
                     self.updates.start(self.unit_of[block.index], step, {block.index: losses.pop(block.index)})
+                    lap(f"update {block.index}", step)
         return self.updates.take()
 
     def settle(self) -> tuple[Losses, dict[range, Tensor]]:

@@ -191,6 +191,15 @@ def test_the_report_says_what_each_process_did(run_flags, tmp_path):
     assert "| stage 1 | " in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_a_trace_shows_batches_that_overlap(run_flags, tmp_path):
+    run_world(2, jobs.train, run_flags("transformer_associated", 2, tmp_path / "run", "--trace=30"))
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    batches = {(e["pid"], e["args"]["step"]): e for e in events if e["name"].startswith("batch ")}
+    assert len(batches) == 2 * 30
+    early = [batches[0, n + 1]["ts"] < batches[1, n]["ts"] + batches[1, n]["dur"] for n in range(2, 30)]
+    assert sum(early) > 20, "stage 0 begins a batch while stage 1 is still on the one before"
+
+
 def test_the_report_of_several_stages_is_that_of_one(run_flags, tmp_path):
     """Except for times, memory and names of the machine."""
     for stages in (1, 4):

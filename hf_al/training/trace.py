@@ -1,0 +1,70 @@
+"""`--trace N`: what each process does in the first N steps, as trace.json for Perfetto or chrome://tracing."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_atomically
+from ..parallel.alone import Alone
+
+TRACE = "trace.json"
+MICRO = 1e6  # microseconds in a second
+BEFORE = ("inputs", "receive")  # a process is not at work on a batch yet
+
+
+class Trace:
+    """The time of a process in laps without gaps, from when this is made. On a GPU, they are those of Python, which
+    runs ahead of it.
+
+    Args:
+        first: the step that comes first.
+        steps: how many to trace.
+    """
+
+    def __init__(self, first: int = 0, steps: int = 0):
+        self.steps, self.end = steps, first + steps
+        self.laps: list[tuple[str, int, float, float]] = []  # what, step, start and end in seconds
+        self.now = time.perf_counter()
+        self.to_clock = time.time() - self.now  # which processes share
+
+    def lap(self, what: str, step: int) -> None:
+        """`what` was done for the batch of `step` since the last lap."""
+        if step < self.end:
+            before, self.now = self.now, time.perf_counter()
+            self.laps.append((what, step, before, self.now))
+
+    def events(self, process: int, name: str) -> list[dict[str, Any]]:
+        """In Chrome's format: a span for each batch, and in it one for each lap."""
+        found: list[dict[str, Any]] = [{"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}]
+        batches: dict[int, tuple[float, float]] = {}
+        for what, step, start, end in self.laps:
+            found.append(self._span(process, what, step, start, end))
+            if what not in BEFORE:
+                batches[step] = (batches[step][0] if step in batches else start, end)
+        return found + [self._span(process, f"batch {step + 1}", step, *times) for step, times in batches.items()]
+
+    def _span(self, process: int, name: str, step: int, start: float, end: float) -> dict[str, Any]:
+        times = {"ts": (start + self.to_clock) * MICRO, "dur": (end - start) * MICRO}
+        return {"name": name, "ph": "X", "pid": process, "tid": 0, **times, "args": {"step": step + 1}}
+
+
+def write_trace(folder: Path, trace: Trace, transport: Alone) -> None:
+    """The main process writes trace.json with the laps of all processes."""
+    if not trace.steps:
+        return
+    gathered = transport.gather(trace.events(transport.process, transport.who()))
+    if not transport.is_main:
+        return
+    events = [event for of_process in gathered for event in of_process]
+    start = min((event["ts"] for event in events if "ts" in event), default=0.0)
+    for event in events:
+        if "ts" in event:
+            event["ts"] -= start
+    write_atomically(folder / TRACE, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def read_trace(folder: Path) -> list[dict[str, Any]]:
+    """The events of trace.json."""
+    events: list[dict[str, Any]] = json.loads((folder / TRACE).read_text())["traceEvents"]
+    return events
