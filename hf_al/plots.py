@@ -322,7 +322,7 @@ def timeline(events: list[dict[str, Any]]) -> "Figure | None":
     start = min(event["ts"] for event in laps)
     figure, (ax,) = _figure("Batches in their processes", height=1.2 + 0.5 * len(names))
     for event in laps:
-        step, waits = event["args"]["step"], event["name"] in ("receive", "send", "inputs")
+        step, waits = event["args"]["step"], event["name"].split()[0] in ("receive", "send", "sum")
         times = ((event["ts"] - start) / 1000, event["dur"] / 1000)
         colour = "#dddddd" if waits else PALETTE[step % len(PALETTE)]
         ax.broken_barh([times], (event["pid"] - 0.35, 0.7), color=colour, linewidth=0)

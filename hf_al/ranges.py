@@ -90,15 +90,17 @@ def check_ranges(args: Any) -> None:
             f"of a stream ends. Got max_steps={args.max_steps} and eval_strategy={args.eval_strategy!r}. Pass "
             "--max_steps 10000 --eval_strategy steps --eval_steps 1000, for example."
         )
-    if args.cache_frozen and (args.streaming or not args.frozen_blocks):
-        got = "streaming" if args.streaming else "frozen_blocks=0"
-        raise ValueError(f"Expected frozen_blocks above 0, and no streaming, with cache_frozen, got {got}.")
+    if args.cache_frozen and not args.frozen_blocks:
+        raise ValueError("Expected frozen_blocks above 0 with cache_frozen, got 0. Pass it, or leave cache_frozen out.")
+    for name in ("streaming", "bf16"):
+        if args.cache_frozen and getattr(args, name):
+            raise ValueError(f"Expected no {name} with cache_frozen, got it: leave one of them out.")
     if args.trace > 1000:
-        raise ValueError(f"Expected trace of at most 1000 steps, got {args.trace}.")
+        raise ValueError(f"Expected trace of at most 1000 steps, got {args.trace}. Pass a smaller number.")
     if args.replicas > 1 and args.embedding_optimizer == "sparse_adam":
         raise ValueError(
-            "Expected embedding_optimizer='same' with replicas, got 'sparse_adam': the gradients of all rows are "
-            "averaged. Leave it out."
+            "Expected embedding_optimizer='same' with replicas, got 'sparse_adam': gradients are summed densely. "
+            "Leave it out."
         )
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise ValueError(

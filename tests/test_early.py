@@ -99,7 +99,11 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
         ),
         (
             [*TWEETS, "--cache_frozen"],
-            "Expected frozen_blocks above 0, and no streaming, with cache_frozen, got",
+            "Expected frozen_blocks above 0 with cache_frozen, got 0.",
+        ),
+        (
+            [*TWEETS, "--cache_frozen", "--frozen_blocks=1", "--bf16"],
+            "Expected no bf16 with cache_frozen, got it",
         ),
         ([*TWEETS, "--frozen_blocks=3"], "Expected frozen_blocks of at most 2 (num_blocks), got 3."),
         ([*TWEETS, "--metric_for_best_model=macrof1"], "got 'macrof1'. Did you mean macro_f1?"),

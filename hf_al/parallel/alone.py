@@ -24,8 +24,11 @@ class Alone:
 
     def who(self, process: int | None = None) -> str:
         """A process for people, by its place in what `gather` returns; this one if None."""
-        replica, stage = (self.replica, self.number) if process is None else divmod(process, self.stages)
-        return f"stage {stage}" + f" of replica {replica}" * (self.replicas > 1)
+        stage, from_last = divmod(self.process if process is None else process, self.replicas)
+        return f"stage {stage}" + f" of replica {self.replicas - 1 - from_last}" * (self.replicas > 1)
+
+    def meet(self) -> None:
+        """Connects the replicas of each stage; before anything is summed."""
 
     # --- boundaries
 
@@ -48,6 +51,9 @@ class Alone:
         puts the sums in their place."""
         return lambda: None
 
+    def from_first_replica(self, tensors: list[Tensor]) -> None:
+        """Gives the tensors the values that they have in the first replica of this stage."""
+
     def stopping(self, signal: int) -> int:
         """After a step: the signal that makes all stages stop here, 0 for none. `signal`: what this process got."""
         return signal
@@ -59,7 +65,7 @@ class Alone:
         return work()
 
     def gather(self, value: Any) -> list[Any]:
-        """The json values of all processes, replica by replica and in the order of stages, in every process."""
+        """The json values of all processes, stage by stage, in every process."""
         return [value]
 
     def pass_on(self, rows: list[Any]) -> list[Any] | None:

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from ..modeling.objectives import Boundary
 from .alone import ALONE, Alone
@@ -48,14 +47,12 @@ class Neighbours(Alone):
 
     def __init__(self, stages: int, replicas: int, device: torch.device, timeout: float):
         place, self.replica = divmod(dist.get_rank(), replicas)
-        self.number, self.main = stages - 1 - place, stages - 1
+        self.number, self.main = stages - 1 - place, stages * replicas - 1
         self.stages, self.replicas, self.device, self.timeout = stages, replicas, device, timeout
         self.is_first, self.is_last = self.number == 0, self.number == stages - 1
         self.is_main = self.is_last and self.replica == 0
-        self.process = self.replica * stages + self.number
-        self.group = None
-        if replicas > 1:
-            self.group = init_device_mesh(device.type, (stages, replicas), mesh_dim_names=("pp", "dp")).get_group("dp")
+        self.process = self.main - dist.get_rank()  # whatever other processes think of stages and replicas
+        self.group: dist.ProcessGroup | None = None  # of the replicas of this stage
         self.store = dist.PrefixStore(f"hf_al/{next(RUNS)}", dist.distributed_c10d._get_default_store())
         self.incoming: dict[str, Schema] = {}
         self.outgoing: dict[str, Schema] = {}
@@ -69,15 +66,29 @@ class Neighbours(Alone):
         self.next_question = 0.0
         self.at = "the start"
         self.words = {"together": 0, "gather": 0, "rows": 0, "tensors": 0, "tell": 0}  # how many of each so far
-        self.count = dict.fromkeys(("sent_later_bytes", "received_bytes", "told_bytes", "summed_bytes"), 0)
+        self.count = dict.fromkeys(
+            ("sent_later_bytes", "received_bytes", "told_bytes", "summed_bytes", "boundary_bytes"), 0
+        )
         self.waited = dict.fromkeys(("receive", "send", "sum", "evaluation"), 0.0)
+
+    def meet(self) -> None:
+        if self.replicas == 1:
+            return
+        ranks = [[rank_of(s, self.stages, r, self.replicas) for r in range(self.replicas)] for s in range(self.stages)]
+        try:
+            self.group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            raise self._lost(self._others(), error) from None
+
+    def _others(self) -> str:
+        return f"another replica of stage {self.number}"
 
     # --- boundaries
 
     def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
         incoming: Schema | None = None
         if not self.is_first:
-            said = self._get(f"schema/{kind}/{self.process - 1}", self.process - 1)
+            said = self._get(f"schema/{kind}/{self.process - self.replicas}", self.process - self.replicas)
             incoming = Schema.from_json(json.loads(said))
             self.incoming[kind] = incoming
         if self.is_last:
@@ -103,7 +114,7 @@ class Neighbours(Alone):
         if message is None:
             return False
         buffer = self.inbox.next(self.incoming[message.kind].size(message.rows, message.tokens))
-        self.posted.append((message, buffer, self._start(dist.irecv, buffer, self.process - 1)))
+        self.posted.append((message, buffer, self._start(dist.irecv, buffer, self.process - self.replicas)))
         return True
 
     def receive(self, message: Message, first: Callable[[], Boundary]) -> Boundary:
@@ -115,12 +126,12 @@ class Neighbours(Alone):
         self._post()  # into the buffer of the previous batch, which is done
         expected, buffer, work = self.posted.popleft()
         assert expected == message, f"expected {expected}, the loop is at {message}"
-        self._wait(work, "receive" if message.kind == "train" else "evaluation", self.who(self.process - 1))
+        self._wait(work, "receive" if message.kind == "train" else "evaluation", self.who(self.process - self.replicas))
         header = buffer[:ALIGNMENT].view(torch.int64).tolist()
         self.signal = header[6]
         if header != message.header(self.signal):
             raise RuntimeError(
-                f"{self.who().capitalize()} expected {message}, {self.who(self.process - 1)} sent {header}."
+                f"{self.who().capitalize()} expected {message}, {self.who(self.process - self.replicas)} sent {header}."
             )
         self.count["received_bytes"] += len(buffer)
         return self.incoming[message.kind].read(buffer, message.rows, message.tokens)
@@ -131,12 +142,13 @@ class Neighbours(Alone):
         schema = self.outgoing[message.kind]
         if len(self.in_flight) == AHEAD:
             what = "send" if message.kind == "train" else "evaluation"
-            self._wait(self.in_flight.popleft(), what, self.who(self.process + 1))
+            self._wait(self.in_flight.popleft(), what, self.who(self.process + self.replicas))
         buffer = self.outbox.next(schema.size(message.rows, message.tokens))
         buffer[:ALIGNMENT].view(torch.int64).copy_(torch.tensor(message.header(self.signal)))
         schema.write(boundary, buffer, message.rows, message.tokens)
         self.count["sent_later_bytes"] += len(buffer)
-        self.in_flight.append(self._start(dist.isend, buffer, self.process + 1))
+        self.count["boundary_bytes"] += len(buffer) if message.kind == "train" else 0
+        self.in_flight.append(self._start(dist.isend, buffer, self.process + self.replicas))
 
     def stopping(self, signal: int) -> int:
         now = self.signal  # in the headers of the step that just ended
@@ -152,22 +164,30 @@ class Neighbours(Alone):
         if self.replicas == 1:
             return lambda: None
         # The replicas of the first stage must all stop at the same step: the first one says so in the last entry.
-        wanted = torch.tensor([self.wanted if self.is_first and self.replica == 0 else 0.0], device=self.device)
+        wanted = torch.full((1,), float(self.wanted if self.replica == 0 else 0), device=self.device)
         flat = torch.cat([*(t.flatten().float() for t in tensors), wanted])
-        others = f"another replica of stage {self.number}"
         try:
             work = dist.all_reduce(flat, group=self.group, async_op=True)
         except RuntimeError as error:  # the connection was already closed
-            raise self._lost(others, error) from None
+            raise self._lost(self._others(), error) from None
 
         def arrived() -> None:
-            self._wait(work, "sum", others)
+            self._wait(work, "sum", self._others())
             self.count["summed_bytes"] += flat.nbytes
-            self.agreed = flat[-1]
+            if self.is_first:
+                self.agreed = flat[-1].clone()
             for t, total in zip(tensors, flat[:-1].split([t.numel() for t in tensors]), strict=True):
                 t.copy_(total.view_as(t))
 
         return arrived
+
+    def from_first_replica(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors if self.replicas > 1 else ():
+            try:
+                work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)
+            except RuntimeError as error:
+                raise self._lost(self._others(), error) from None
+            self._wait(work, "evaluation", self._others())
 
     def _asked(self) -> int:
         if time.monotonic() < self.next_question:
@@ -201,7 +221,7 @@ class Neighbours(Alone):
     def pass_on(self, rows: list[Any]) -> list[Any] | None:
         name = self._name("rows")
         if not self.is_first:
-            rows = json.loads(self._get(f"{name}/{self.process - 1}", self.process - 1)) + rows
+            rows = json.loads(self._get(f"{name}/{self.process - self.replicas}", self.process - self.replicas)) + rows
         if self.is_last:
             return rows
         self._set(f"{name}/{self.process}", json.dumps(rows).encode(), "sent_later_bytes")
@@ -210,7 +230,9 @@ class Neighbours(Alone):
     def take(self) -> dict[str, Tensor]:
         if self.is_first:
             return {}
-        found = load(self._get(f"tensors/{self.words['tensors']}/{self.process - 1}", self.process - 1))
+        found = load(
+            self._get(f"tensors/{self.words['tensors']}/{self.process - self.replicas}", self.process - self.replicas)
+        )
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def give(self, tensors: dict[str, Tensor]) -> None:
@@ -244,7 +266,7 @@ class Neighbours(Alone):
     # --- below
 
     def _processes(self) -> range:
-        return range(self.stages * self.replicas)
+        return range(self.main + 1)
 
     def _name(self, kind: str) -> str:
         """The key of the next word of its kind, equal in all processes: they exchange the same words in one order."""
@@ -278,9 +300,8 @@ class Neighbours(Alone):
             raise self._lost(self.who(process), error) from None
 
     def _start(self, transfer: Callable[[Tensor, int], Any], buffer: Tensor, process: int) -> Any:
-        replica, stage = divmod(process, self.stages)
         try:
-            return transfer(buffer, rank_of(stage, self.stages, replica, self.replicas))
+            return transfer(buffer, self.main - process)
         except RuntimeError as error:  # the connection was already closed
             raise self._lost(self.who(process), error) from None
 

@@ -69,7 +69,7 @@ def save_checkpoint(
     history: list[dict[str, Any]],
     transport: Alone = ALONE,
 ) -> bool:
-    """Writes weights and optimizer state of `blocks`; the last stage then writes history and manifest, and gives the
+    """Writes weights and optimizer state of `blocks`; the main process then writes history and manifest, and gives the
     folder its name.
 
     Every stage writes into the folder that the first one creates, and passes on the list of its files. Returns whether

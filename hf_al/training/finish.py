@@ -37,7 +37,7 @@ def finish(
     processes: list[dict[str, Any]],
     kwh: dict[str, float],
 ) -> dict[str, Any]:
-    """Loads the best checkpoint and reads test once; the last stage writes model, tokenizer, arguments and report.
+    """Loads the best checkpoint and reads test once; the main process writes model, tokenizer, arguments and report.
 
     Args:
         plan, progress, record, stage, tokenizer: of the run.

@@ -14,7 +14,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from torch import Tensor
 
-SCHEMA = pa.schema([("hidden", pa.list_(pa.float32()))])  # (tokens, D) of a text, row after row
+SCHEMA = pa.schema([("hidden", pa.large_list(pa.float32()))])  # (tokens, D) of a text, row after row
 
 
 class FrozenStates:
@@ -39,7 +39,7 @@ class FrozenStates:
         """
         values = hidden_NTD[mask_NT.bool()].float().cpu().numpy().ravel()
         ends = np.cumsum(mask_NT.sum(1).cpu().numpy()) * hidden_NTD.shape[2]
-        texts = pa.ListArray.from_arrays(np.concatenate([[0], ends]).astype(np.int32), values)
+        texts = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), values)
         self.writer.write_batch(pa.record_batch([texts], schema=SCHEMA))
         self.added.append(rows)
 
@@ -49,7 +49,8 @@ class FrozenStates:
         self.file.flush()
         self.place = np.argsort(np.concatenate(self.added))
         mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.table = Dataset(InMemoryTable(pa.ipc.open_stream(pa.py_buffer(mapped)).read_all())).with_format("arrow")
+        table = InMemoryTable(pa.ipc.open_stream(pa.py_buffer(mapped)).read_all())
+        self.table = Dataset(table, fingerprint="frozen").with_format("arrow")  # a given one: making one reads all
         return len(mapped)
 
     def read(self, rows: np.ndarray, mask_NT: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from .progress import Progress
 from .record import Record
 from .setup import (
     check_arguments,
+    check_same,
     check_shared,
     for_this_run,
     make_accelerator,
@@ -108,8 +109,9 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
     output_dir = Path(args.output_dir)
     try:
         values = {"protocol": PROTOCOL, **args.to_dict(), **args.model}
-        _check_same("arguments", {n: v for n, v in values.items() if n not in {"model", *OF_A_MACHINE}}, transport)
+        check_same("arguments", {n: v for n, v in values.items() if n not in {"model", *OF_A_MACHINE}}, transport)
         transport.together(partial(check_arguments, args, look=transport.is_main))
+        transport.meet()
         set_threads(args)
         set_seed(args.seed)
         if args.model.get("cuts") == BALANCED and args.encoder:
@@ -122,13 +124,15 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         plan = transport.together(
             partial(make_plan, args, output_dir, model.config, tokenizer, data, order, about, placement, device)
         )
-        _check_same("data", plan.identity["data"], transport)
+        check_same("data", plan.identity["data"], transport)
         # everything else about the run follows from the arguments
         run_facts = {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}
         if args.processes > 1 and (args.model_name_or_path or args.encoder or args.word_vectors):  # files may differ
             run_facts["first weights"] = weights_digest(model)
-        _check_same("run", run_facts, transport)
-        _check_same("model", plan.identity["model"], transport)
+        if args.replicas > 1:  # else their weights drift apart
+            run_facts |= {name: plan.conditions[name] for name in ("threads", "device", "torch")}
+        check_same("run", run_facts, transport)
+        check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
         run.resume()
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
@@ -144,22 +148,6 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
     finally:
         trackers.finish(accelerator, output_dir)
     return TrainResult(model, tokenizer, report)
-
-
-def _check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
-    """Every process must have been started with the same arguments and found the same data."""
-    everywhere = transport.gather(facts)
-
-    def compare() -> None:
-        for process, other in enumerate(everywhere):
-            differences = checkpoint.differences(everywhere[transport.main], other)
-            if differences:
-                raise ValueError(
-                    f"Expected the same {what} in all processes, got another at {transport.who(process)}: "
-                    f"{differences[0]}. Start all of them with the same arguments and data."
-                )
-
-    transport.together(compare)
 
 
 class Run:
@@ -270,18 +258,19 @@ class Run:
         """Runs the remaining optimizer steps, with evaluations, checkpoints and logs."""
         plan, progress, units = self.plan, self.progress, len(self.model.config.units)
         device = self.stage.device
+        replicas = self.args.replicas
         found = self.transport.gather(device.type if device.type == "cpu" else str(device))
-        devices = [", ".join(dict.fromkeys(found[stage :: self.args.stages])) for stage in range(self.args.stages)]
+        devices = [", ".join(dict.fromkeys(found[stage * replicas :][:replicas])) for stage in range(self.args.stages)]
         logger.info(
             "Training %d %s for %d steps on %s.\n%s",
             units, "unit" if units == 1 else "units", plan.total_steps, plan.order.size(),
             plan.placement.table(self.model.model.blocks, self.args.replicas, devices),
         )  # fmt: skip
         with logging_redirect_tqdm(), StopSignals() as stop:
+            if self.args.cache_frozen and progress.step < plan.total_steps:
+                self._cache_frozen()
             self.record.start()
             self.record.warn(plan.warnings)
-            if self.args.cache_frozen:
-                self._cache_frozen()
             self.model.train()
             self.stage.trace = trace = Trace(progress.step, self.args.trace)
             watched = sys.stderr.isatty() and self.transport.is_main and not self.args.disable_tqdm
@@ -293,8 +282,9 @@ class Run:
             if self.shared:
                 self.shared.finish()
             self.processes = self.record.work_done()
-            write_trace(plan.output_dir, trace, self.transport)
-            self.transport.tell(lambda: None)  # the last stage has everything, and its checkpoint has its name
+            with checkpoint.writing("the trace", plan.output_dir):
+                write_trace(plan.output_dir, trace, self.transport)
+            self.transport.tell(lambda: None)  # the main process has everything, and its checkpoint has its name
             # a signal that came meanwhile, to whichever stage, stops all of them here
             received = max(self.transport.gather(int(stop.received or 0)))
         stop.received = signal.Signals(received) if received else None
@@ -309,7 +299,10 @@ class Run:
     def _cache_frozen(self) -> None:
         rows, folder = self.plan.data["train"], self.plan.output_dir
         logger.info("Computing the states of frozen blocks, once for each of %d rows.", len(rows))
-        with checkpoint.writing("the states of frozen blocks", folder):
+        with (
+            checkpoint.writing("the states of frozen blocks", folder),
+            self.shortage_explained(lambda: "the states of frozen blocks", "eval"),
+        ):
             size = self.stage.cache_frozen(rows, self.args.per_device_eval_batch_size, folder)
         logger.info("They take %.0f MiB in %s until the run ends.", sum(self.transport.gather(size)) / 2**20, folder)
 
@@ -359,7 +352,9 @@ class Run:
         with self.shortage_explained(lambda: f"the evaluation after step {progress.step}", "eval"):
             logits = self.stage.evaluate(plan.data["validation"], self.args.per_device_eval_batch_size)
         exits = exit_metrics(logits, plan.labels["validation"], plan.problem_type)
-        self.optimizers.observe({int(row["block"]): row[plan.metric] for row in exits})
+        found = torch.tensor([row[plan.metric] for row in exits], dtype=torch.float64, device=self.stage.device)
+        self.transport.from_first_replica([found])  # or their learning rates could part
+        self.optimizers.observe(dict(zip((int(row["block"]) for row in exits), found.tolist(), strict=True)))
         try:
             codes = health.code_health(self.model, torch.as_tensor(plan.labels["validation"]), self.transport)
         except FloatingPointError as error:

@@ -135,7 +135,7 @@ def make_plan(
             "data": {name: tokens_digest(data[name]) + (how if name == "train" else "") for name in data},
             "run": {
                 **{name: getattr(args, name) for name in IDENTITY},
-                "rows of a global batch": args.global_batch_size,
+                "global_batch_size": args.global_batch_size,
                 "metric_for_best_model": metric,
                 "tokenizer": tokenizer_digest(tokenizer),
             },

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Record:
-    """Collects the rows of this stage and those of the stages before it; the last stage writes them.
+    """Collects the rows of this stage and those of the stages before it; the main process writes them.
 
     Args:
         plan: the run.
@@ -36,7 +36,7 @@ class Record:
         self.plan, self.progress, self.accelerator, self.transport = plan, progress, accelerator, transport
         self.window = Window()
         self.warned: set[str] = set()
-        self.window_start, self.clock = (0, 0.0), 0.0  # step and training time
+        self.window_start, self.clock = (0.0, 0.0), 0.0  # examples and training time
         self.began = 0.0  # the training time before this start
         self.first: tuple[int, float] | None = None  # the first step, which warms up, and the training time at its end
         self.estimated = False
@@ -46,7 +46,8 @@ class Record:
         if self.transport.is_main:
             first = self.progress.step + 1
             trackers.start(self.accelerator, self.plan.output_dir, self.plan.args.to_dict(), first)
-        self.window_start, self.began = (self.progress.step, self.progress.seconds), self.progress.seconds
+        self.window_start = self.plan.order.examples(self.progress.step), self.progress.seconds
+        self.began = self.progress.seconds
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -83,12 +84,11 @@ class Record:
         """
         if not self.window.rows:
             return {}
-        step, (first, before) = self.progress.step, self.window_start
+        step, (examples_before, seconds_before) = self.progress.step, self.window_start
         values: dict[str, float] = self.window.means(step)
         self.stop_clock()  # only after reading the values, which waits for the device
-        seconds = self.progress.seconds - before
-        examples = self.plan.order.examples(step) - self.plan.order.examples(first)
-        self.window_start = step, self.progress.seconds
+        self.window_start = self.plan.order.examples(step), self.progress.seconds
+        examples, seconds = self.window_start[0] - examples_before, self.window_start[1] - seconds_before
         mine = {"values": values, "rates": list(rates.items()), "memory": self._peak_memory()}
         stages = self.transport.pass_on([mine])
         if stages is None:
@@ -115,7 +115,7 @@ class Record:
             "process": self.transport.who(),
             "busy": 1 - wait,
             "wait": wait,
-            "sent_mib": counted.get("sent_later_bytes", 0) / 2**20,
+            "sent_mib": counted.get("boundary_bytes", 0) / 2**20,
             "summed_mib": counted.get("summed_bytes", 0) / 2**20,
             "peak_memory_mib": self._peak_memory(),
         }

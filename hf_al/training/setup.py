@@ -34,7 +34,7 @@ from ..parsing import BALANCED, check_model_keys, check_new_model
 from ..registration import MODEL_CLASSES
 from ..values import available_cores, capped
 from . import trackers
-from .checkpoint import clear_leftovers
+from .checkpoint import clear_leftovers, differences
 from .optim import make_optimizer, make_schedule
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check 
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "config.json", *WEIGHTS, EXPORTS, "shared-????????.tmp", "checkpoints", "logs", "report.json", "report.md", "plots",
-    "trace.json",    "training_config.yaml", "tokenizer.json", "tokenizer_config.json", *CODE,
+    "trace*.json", "training_config.yaml", "tokenizer.json", "tokenizer_config.json", *CODE,
 )  # fmt: skip
 
 
@@ -88,6 +88,10 @@ def make_config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
         config: ALConfig = make(**values)
     except StrictDataclassError as error:  # it is neither a ValueError nor one line
         raise ValueError(last_line(error)) from None
+    if args.cache_frozen and getattr(config, "carry_state", False):
+        raise ValueError(
+            "Expected carry_state=False with cache_frozen, got True: only hidden states are kept. Leave one out."
+        )
     return config
 
 
@@ -106,6 +110,22 @@ def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
         ) from None
 
 
+def check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
+    """Every process must have been started with the same arguments and found the same data."""
+    everywhere = transport.gather(facts)
+
+    def compare() -> None:
+        for process, other in enumerate(everywhere):
+            found = differences(everywhere[transport.main], other)
+            if found:
+                raise ValueError(
+                    f"Expected the same {what} in all processes, got another at {transport.who(process)}: "
+                    f"{found[0]}. Start all of them with the same arguments and data."
+                )
+
+    transport.together(compare)
+
+
 def check_shared(folder: Path, transport: Alone) -> None:
     """All stages must see one output folder, also on several machines: each writes its blocks' checkpoints there.
 
@@ -118,8 +138,8 @@ def check_shared(folder: Path, transport: Alone) -> None:
         if not (folder / Path(name).name).exists():
             raise ValueError(
                 f"Expected one output_dir for all stages, but {transport.who()} does not find in "
-                f"{folder.absolute()} what the last stage wrote to {folder}. Pass a folder that all machines share, by "
-                "its absolute path."
+                f"{folder.absolute()} what the main process wrote to {folder}. Pass a folder that all machines share, "
+                "by its absolute path."
             )
 
     try:

@@ -82,7 +82,9 @@ class Stage:
         self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
         self.offload = offload
-        self.updates = Updates(optimizers, transport, at_once=offload is not None) if optimizers else None
+        self.updates = (
+            Updates(optimizers, transport, at_once=offload is not None, lap=self._lap) if optimizers else None
+        )
         self.frozen: dict[int, FrozenStates] = {}  # by block
         self.trace = Trace()
         with _unchanged(list(self.blocks.values())):
@@ -157,7 +159,6 @@ class Stage:
         assert self.updates is not None
         lap = self.trace.lap
         lap("inputs", step)
-        self.updates.before(min(self.blocks))
         losses: Losses = {}
         for micro_batch, (inputs, weight) in enumerate(parts):
             message = Message("train", step, micro_batch, *inputs["attention_mask"].shape)
@@ -177,8 +178,10 @@ class Stage:
                     mean[name] = mean[name] + value * weight if micro_batch else value * weight
                 if micro_batch == len(parts) - 1:
                     self.updates.start(self.unit_of[block.index], step, {block.index: losses.pop(block.index)})
-                    lap(f"update {block.index}", step)
         return self.updates.take()
+
+    def _lap(self, what: str, step: int) -> None:
+        self.trace.lap(what, step)
 
     def settle(self) -> tuple[Losses, dict[range, Tensor]]:
         """Makes the updates that still wait for other replicas; before anything else is done with the weights."""
@@ -189,11 +192,7 @@ class Stage:
     @torch.no_grad()
     def share_statistics(self) -> None:
         """Running statistics of what a block has seen become those of the first replica."""
-        buffers = [buffer for block in self.blocks.values() for buffer in block.buffers()]
-        for buffer in buffers if self.transport.replica else ():
-            buffer.zero_()
-        if buffers:
-            self.transport.sum(buffers)()
+        self.transport.from_first_replica([buffer for block in self.blocks.values() for buffer in block.buffers()])
 
     @torch.no_grad()
     def evaluate(self, data: Dataset, batch_size: int, show_progress: bool = False) -> dict[int, np.ndarray]:
@@ -295,7 +294,8 @@ class Stage:
         batch = {name: self._copied(t) for name, t in batch.items()}
         inputs = self.model.model.prepare_inputs(**batch, lengths=lengths)
         if frozen:
-            mask_NT = inputs["attention_mask"].cpu()
+            longest = inputs["attention_mask"].shape[1]
+            mask_NT = torch.arange(longest)[None] < lengths.clamp(1, longest)[:, None]  # the one there is on the device
             inputs["encoded"] = {k: self._copied(states.read(rows, mask_NT)) for k, states in frozen.items()}
         return inputs
 

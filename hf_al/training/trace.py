@@ -10,7 +10,7 @@ from ..parallel.alone import Alone
 
 TRACE = "trace.json"
 MICRO = 1e6  # microseconds in a second
-BEFORE = ("inputs", "receive")  # a process is not at work on a batch yet
+WORK = ("forward", "send", "backward", "update")  # on a batch
 
 
 class Trace:
@@ -40,7 +40,8 @@ class Trace:
         batches: dict[int, tuple[float, float]] = {}
         for what, step, start, end in self.laps:
             found.append(self._span(process, what, step, start, end))
-            if what not in BEFORE:
+            is_late = step < max(batches, default=0)  # an update that waited for replicas until the next batch
+            if what.split()[0] in WORK and not is_late:
                 batches[step] = (batches[step][0] if step in batches else start, end)
         return found + [self._span(process, f"batch {step + 1}", step, *times) for step, times in batches.items()]
 
@@ -53,15 +54,21 @@ def write_trace(folder: Path, trace: Trace, transport: Alone) -> None:
     """The main process writes trace.json with the laps of all processes."""
     if not trace.steps:
         return
-    gathered = transport.gather(trace.events(transport.process, transport.who()))
+    write_atomically(
+        folder / f"trace-{transport.process}.json", json.dumps(trace.events(transport.process, transport.who()))
+    )
+    processes = len(transport.gather(None))
     if not transport.is_main:
         return
-    events = [event for of_process in gathered for event in of_process]
+    parts = [folder / f"trace-{process}.json" for process in range(processes)]
+    events = [event for part in parts for event in json.loads(part.read_text())]
     start = min((event["ts"] for event in events if "ts" in event), default=0.0)
     for event in events:
         if "ts" in event:
             event["ts"] -= start
     write_atomically(folder / TRACE, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    for part in parts:
+        part.unlink()
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:

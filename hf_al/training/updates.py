@@ -1,4 +1,4 @@
-"""When a unit is updated: as soon as its gradients are complete, which with replicas means averaged over them."""
+"""When a unit is updated: as soon as its gradients are complete, which with replicas means summed over them."""
 
 from collections import deque
 from collections.abc import Callable
@@ -31,10 +31,11 @@ class Updates:
         optimizers: of the units.
         transport: to the other replicas.
         at_once: never compute anything else first: the weights may be away then (`--offload`).
+        lap: what is told of each sum and update, with its step.
     """
 
-    def __init__(self, optimizers: BlockOptimizers, transport: Alone, at_once: bool):
-        self.optimizers, self.transport = optimizers, transport
+    def __init__(self, optimizers: BlockOptimizers, transport: Alone, at_once: bool, lap: Callable[[str, int], None]):
+        self.optimizers, self.transport, self.lap = optimizers, transport, lap
         self.ahead = 0 if at_once or transport.replicas == 1 else 1
         self.pending: deque[Pending] = deque()
         self.losses: Losses = {}
@@ -67,5 +68,8 @@ class Updates:
     def _finish(self) -> None:
         unit, step, losses, arrived = self.pending.popleft()
         arrived()
+        if self.transport.replicas > 1:
+            self.lap(f"sum {unit[-1]}", step)
         self.norms[unit] = self.optimizers.update(unit, step)
+        self.lap(f"update {unit[-1]}", step)
         self.losses |= losses

@@ -208,6 +208,10 @@ def main() -> None:
         make = partial(make_step, folder, args.bf16, args.accumulation)
         possible = [name for name, values in ARMS.items() if args.accumulation == 1 or "in_backward" not in values]
         arms = args.arms.split(";") if args.arms else possible
+        if not set(arms) <= set(possible):
+            parser.error(
+                f"expected arms that allow --accumulation {args.accumulation}, got {sorted(set(arms) - set(possible))}"
+            )
         rows = []
         for tokens in args.tokens.split(","):
             rows += compare(make, arms, args.batch, int(tokens), args.rounds)

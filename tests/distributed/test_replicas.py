@@ -1,5 +1,6 @@
 """Replicas of the stages: the same bits however the blocks are split, and the global batches of one process."""
 
+import json
 import signal
 
 import jobs
@@ -28,6 +29,23 @@ def run(run_flags, tmp_path):
     return of
 
 
+def assert_alike(folders) -> None:
+    """Up to rounding: the models, and the losses and gradient norms on the way to them."""
+    models = [load_file(folder / "model.safetensors") for folder in folders]
+    logs = [
+        [
+            {name: value for name, value in row.items() if name.startswith(("loss", "grad_norm"))}
+            for row in json.loads((folder / "report.json").read_text())["history"]
+        ]
+        for folder in folders
+    ]
+    assert sum(map(len, logs[0])) > 5
+    for other, log in zip(models[1:], logs[1:], strict=True):
+        for name, tensor in models[0].items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(log, logs[0], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("case", "stages", "replicas"),
     [
@@ -42,23 +60,25 @@ def test_stages_of_replicas_give_the_bits_of_replicas_alone(case, stages, replic
 def test_replicas_train_on_the_global_batches_of_one_process(run):
     """Accumulation makes up for the replicas; without dropout, only sums are rounded in another order."""
     plain = ["--hidden_dropout_prob=0", "--embedding_dropout_prob=0", "--bridge_dropout_prob=0", "--max_steps=22"]
-    found = []
-    for replicas, parts in ((1, 4), (2, 2), (4, 1)):
-        folder = run("lstm_al_ce", 1, replicas, *plain, f"--gradient_accumulation_steps={parts}")
-        found.append(load_file(folder / "model.safetensors"))
-    for others in found[1:]:
-        for name, tensor in found[0].items():
-            torch.testing.assert_close(others[name], tensor, atol=2e-4, rtol=1e-3)
+    folders = [
+        run("lstm_al_ce", 1, replicas, *plain, f"--gradient_accumulation_steps={parts}")
+        for replicas, parts in ((1, 4), (2, 2), (4, 1))
+    ]
+    assert_alike(folders)
 
 
 @pytest.mark.slow
 def test_running_statistics_are_those_of_the_first_replica(run_flags, tmp_path):
-    found = []
-    for stages in (1, 2):
-        flags = run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", "--replicas=2", "--max_steps=30")
-        run_world(2 * stages, jobs.train_with_statistics, flags)
-        found.append(sha256(tmp_path / f"{stages}", 30))
-    assert found[0] == found[1]
+    flags = run_flags("lstm_al_ce", 1, tmp_path / "run", "--replicas=2", "--max_steps=30", "--eval_steps=30")
+    theirs, ours = (found["statistics"] for found in run_world(2, jobs.train_with_statistics, flags))
+    assert ours == theirs
+    assert any(values for values in ours.values())
+
+
+def test_processes_with_another_split_are_refused(run_flags, tmp_path):
+    flags = run_flags("lstm_al_ce", 2, tmp_path / "run")
+    said = run_world(2, jobs.other_flags_at_the_first_stage, ["--stages=1", "--replicas=2"], flags, check=False)
+    assert any("Expected the same arguments in all processes, got another at stage" in words for words in said)
 
 
 @pytest.mark.slow
@@ -67,6 +87,7 @@ def test_a_batch_of_fewer_rows_than_replicas_is_trained_on(run):
     assert sha256(run("lstm_al_ce", 1, 2, *few), 30) == sha256(run("lstm_al_ce", 2, 2, *few), 30)
 
 
+@pytest.mark.slow
 def test_replicas_resume_on_another_number_of_stages(run):
     constant = ["--lr_scheduler_type=constant", "--warmup_steps=0", "--eval_steps=10"]
     whole = run("lstm_al_ce", 1, 2, *constant, name="whole")
@@ -86,8 +107,9 @@ def test_a_signal_at_any_process_stops_all_after_the_same_step(where, run_flags,
 
 
 def test_backpropagation_has_replicas_too(run):
-    plain = ["--objective=backprop", "--max_steps=11"]
-    assert (run("lstm_al_ce", 1, 2, *plain) / "model.safetensors").exists()
+    plain = ["--objective=backprop", "--max_steps=11", "--hidden_dropout_prob=0", "--embedding_dropout_prob=0"]
+    plain += ["--bridge_dropout_prob=0"]
+    assert_alike([run("lstm_al_ce", 1, 1, *plain, "--gradient_accumulation_steps=4"), run("lstm_al_ce", 1, 2, *plain)])
 
 
 def test_a_killed_replica_ends_the_others_with_its_name(run_flags, tmp_path):

@@ -250,7 +250,7 @@ def test_a_checkpoint_resumes_in_another_output_dir(run_flags, never_stopped, tm
     [
         ("--hidden_size=20", "hidden_size was 16 and is now 20"),
         ("--seed=43", "seed was 42 and is now 43"),
-        ("--per_device_train_batch_size=4", "rows of a global batch was 16 and is now 8"),
+        ("--per_device_train_batch_size=4", "global_batch_size was 16 and is now 8"),
         ("--max_train_samples=396", "train was"),
         ("--max_predict_samples=20", "test was"),
         ("--objective=al_ce", "objective was 'associated' and is now 'al_ce'"),
