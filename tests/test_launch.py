@@ -49,7 +49,7 @@ def test_stages_start_their_processes_and_leave_the_bytes_of_one(data, shell, tm
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_replicas_start_their_processes_too(data, tmp_path):
     done = run_program("train", *data, *SMALL, "--max_steps=6", "--replicas=2", f"--output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr

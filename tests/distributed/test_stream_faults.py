@@ -67,6 +67,7 @@ def test_a_signal_at_any_stage_stops_all_after_the_same_step(number, where, run_
     assert sha256(tmp_path / "run") == alone("lstm_al_ce")
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_last_checkpoint_is_written_stops_all(run_flags, alone, tmp_path):
     flags = run_flags("lstm_al_ce", 2, tmp_path / "run")
     assert run_world(2, jobs.signalled_at_the_end, STEPS, flags) == [143, 143]
