@@ -1,11 +1,13 @@
-"""The plots of a run, drawn from the content of report.json alone.
+"""The plots of a run, drawn from the content of report.json alone, and the timeline from that of trace.json.
 
-Each function takes the report and returns a figure, or None if the run has nothing to show there. matplotlib is
+Each function takes the content and returns a figure, or None if the run has nothing to show there. matplotlib is
 imported only here, and only to draw; its global state (pyplot) is never touched.
 """
 
 import math
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,7 +311,7 @@ PLOTS = {
 }
 
 
-def timeline(events: list[dict[str, Any]]) -> "Figure | None":
+def timeline(events: Sequence[dict[str, Any]]) -> "Figure | None":
     """What each process does in a few steps after the first ones: batches in colours, waiting in grey. `events` are
     those of trace.json."""
     names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
@@ -336,22 +338,15 @@ def timeline(events: list[dict[str, Any]]) -> "Figure | None":
     return figure
 
 
-def write_timeline(folder: Path, events: list[dict[str, Any]]) -> list[str]:
-    """Draws the events of trace.json into `folder`/timeline.png; returns the name, if there is anything to draw."""
-    figure = timeline(events)
-    if figure is None:
-        (folder / "timeline.png").unlink(missing_ok=True)
-        return []
-    figure.savefig(folder / "timeline.png")
-    return ["timeline"]
-
-
-def write_plots(folder: Path, report: dict[str, Any]) -> list[str]:
-    """Draws what the report has into `folder`/<name>.png; returns the names, in order. Removes earlier plots."""
+def write_plots(folder: Path, report: dict[str, Any], events: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Draws what the report and the events of trace.json have into `folder`/<name>.png; returns the names, in order.
+    Removes earlier plots."""
     folder.mkdir(exist_ok=True)
+    plots = {name: partial(plot, report) for name, plot in PLOTS.items()}
+    plots["timeline"] = partial(timeline, events)
     drawn = []
-    for name, plot in PLOTS.items():
-        figure = plot(report)
+    for name, plot in plots.items():
+        figure = plot()
         path = folder / f"{name}.png"
         if figure is None:
             path.unlink(missing_ok=True)

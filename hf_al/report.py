@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def without_nan(value: Any) -> Any:
 
 
 def write_report(
-    folder: Path, report: dict[str, Any], draw: bool = True, events: list[dict[str, Any]] | None = None
+    folder: Path, report: dict[str, Any], draw: bool = True, events: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Writes report.json, plots/*.png and report.md from the same values.
 
@@ -83,8 +84,7 @@ def write_report(
     if draw:
         from . import plots
 
-        drawn = plots.write_plots(folder / "plots", report)
-        drawn += plots.write_timeline(folder / "plots", events or [])
+        drawn = plots.write_plots(folder / "plots", report, events)
     write_atomically(folder / "report.md", markdown(report, drawn))
 
 

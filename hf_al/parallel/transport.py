@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ class Neighbours(Alone):
         self.number, self.main = stages - 1 - place, stages * replicas - 1
         self.stages, self.replicas, self.device, self.timeout = stages, replicas, device, timeout
         self.is_first, self.is_last = self.number == 0, self.number == stages - 1
-        self.is_main = self.is_last and self.replica == 0
         self.process = self.main - dist.get_rank()  # whatever other processes think of stages and replicas
+        self.is_main = self.process == self.main
+        self.before, self.after = self.process - replicas, self.process + replicas  # its neighbours in its replica
         self.group: dist.ProcessGroup | None = None  # of the replicas of this stage
         self.store = dist.PrefixStore(f"hf_al/{next(RUNS)}", dist.distributed_c10d._get_default_store())
         self.incoming: dict[str, Schema] = {}
@@ -75,10 +77,8 @@ class Neighbours(Alone):
         if self.replicas == 1:
             return
         ranks = [[rank_of(s, self.stages, r, self.replicas) for r in range(self.replicas)] for s in range(self.stages)]
-        try:
-            self.group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=self.timeout))
-        except RuntimeError as error:
-            raise self._lost(self._others(), error) from None
+        timeout = timedelta(seconds=self.timeout)
+        self.group, _ = self._begin(lambda: dist.new_subgroups_by_enumeration(ranks, timeout=timeout), self._others())
 
     def _others(self) -> str:
         return f"another replica of stage {self.number}"
@@ -88,7 +88,7 @@ class Neighbours(Alone):
     def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
         incoming: Schema | None = None
         if not self.is_first:
-            said = self._get(f"schema/{kind}/{self.process - self.replicas}", self.process - self.replicas)
+            said = self._get(f"schema/{kind}/{self.before}", self.before)
             incoming = Schema.from_json(json.loads(said))
             self.incoming[kind] = incoming
         if self.is_last:
@@ -114,7 +114,9 @@ class Neighbours(Alone):
         if message is None:
             return False
         buffer = self.inbox.next(self.incoming[message.kind].size(message.rows, message.tokens))
-        self.posted.append((message, buffer, self._start(dist.irecv, buffer, self.process - self.replicas)))
+        self.posted.append(
+            (message, buffer, self._begin(lambda: dist.irecv(buffer, self.main - self.before), self.who(self.before)))
+        )
         return True
 
     def receive(self, message: Message, first: Callable[[], Boundary]) -> Boundary:
@@ -126,13 +128,11 @@ class Neighbours(Alone):
         self._post()  # into the buffer of the previous batch, which is done
         expected, buffer, work = self.posted.popleft()
         assert expected == message, f"expected {expected}, the loop is at {message}"
-        self._wait(work, "receive" if message.kind == "train" else "evaluation", self.who(self.process - self.replicas))
+        self._wait(work, "receive" if message.kind == "train" else "evaluation", self.who(self.before))
         header = buffer[:ALIGNMENT].view(torch.int64).tolist()
         self.signal = header[6]
         if header != message.header(self.signal):
-            raise RuntimeError(
-                f"{self.who().capitalize()} expected {message}, {self.who(self.process - self.replicas)} sent {header}."
-            )
+            raise RuntimeError(f"{self.who().capitalize()} expected {message}, {self.who(self.before)} sent {header}.")
         self.count["received_bytes"] += len(buffer)
         return self.incoming[message.kind].read(buffer, message.rows, message.tokens)
 
@@ -142,13 +142,13 @@ class Neighbours(Alone):
         schema = self.outgoing[message.kind]
         if len(self.in_flight) == AHEAD:
             what = "send" if message.kind == "train" else "evaluation"
-            self._wait(self.in_flight.popleft(), what, self.who(self.process + self.replicas))
+            self._wait(self.in_flight.popleft(), what, self.who(self.after))
         buffer = self.outbox.next(schema.size(message.rows, message.tokens))
         buffer[:ALIGNMENT].view(torch.int64).copy_(torch.tensor(message.header(self.signal)))
         schema.write(boundary, buffer, message.rows, message.tokens)
         self.count["sent_later_bytes"] += len(buffer)
         self.count["boundary_bytes"] += len(buffer) if message.kind == "train" else 0
-        self.in_flight.append(self._start(dist.isend, buffer, self.process + self.replicas))
+        self.in_flight.append(self._begin(lambda: dist.isend(buffer, self.main - self.after), self.who(self.after)))
 
     def stopping(self, signal: int) -> int:
         now = self.signal  # in the headers of the step that just ended
@@ -166,10 +166,7 @@ class Neighbours(Alone):
         # The replicas of the first stage must all stop at the same step: the first one says so in the last entry.
         wanted = torch.full((1,), float(self.wanted if self.replica == 0 else 0), device=self.device)
         flat = torch.cat([*(t.flatten().float() for t in tensors), wanted])
-        try:
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
-        except RuntimeError as error:  # the connection was already closed
-            raise self._lost(self._others(), error) from None
+        work = self._begin(lambda: dist.all_reduce(flat, group=self.group, async_op=True), self._others())
 
         def arrived() -> None:
             self._wait(work, "sum", self._others())
@@ -182,12 +179,11 @@ class Neighbours(Alone):
         return arrived
 
     def from_first_replica(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors if self.replicas > 1 else ():
-            try:
-                work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)
-            except RuntimeError as error:
-                raise self._lost(self._others(), error) from None
-            self._wait(work, "evaluation", self._others())
+        if self.replicas == 1:
+            return
+        for tensor in tensors:
+            send = partial(dist.broadcast, tensor, group=self.group, group_src=0, async_op=True)
+            self._wait(self._begin(send, self._others()), "evaluation", self._others())
 
     def _asked(self) -> int:
         if time.monotonic() < self.next_question:
@@ -221,7 +217,7 @@ class Neighbours(Alone):
     def pass_on(self, rows: list[Any]) -> list[Any] | None:
         name = self._name("rows")
         if not self.is_first:
-            rows = json.loads(self._get(f"{name}/{self.process - self.replicas}", self.process - self.replicas)) + rows
+            rows = json.loads(self._get(f"{name}/{self.before}", self.before)) + rows
         if self.is_last:
             return rows
         self._set(f"{name}/{self.process}", json.dumps(rows).encode(), "sent_later_bytes")
@@ -230,9 +226,7 @@ class Neighbours(Alone):
     def take(self) -> dict[str, Tensor]:
         if self.is_first:
             return {}
-        found = load(
-            self._get(f"tensors/{self.words['tensors']}/{self.process - self.replicas}", self.process - self.replicas)
-        )
+        found = load(self._get(f"tensors/{self.words['tensors']}/{self.before}", self.before))
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def give(self, tensors: dict[str, Tensor]) -> None:
@@ -299,11 +293,11 @@ class Neighbours(Alone):
         except RuntimeError as error:
             raise self._lost(self.who(process), error) from None
 
-    def _start(self, transfer: Callable[[Tensor, int], Any], buffer: Tensor, process: int) -> Any:
+    def _begin(self, transfer: Callable[[], Any], peer: str) -> Any:
         try:
-            return transfer(buffer, self.main - process)
+            return transfer()
         except RuntimeError as error:  # the connection was already closed
-            raise self._lost(self.who(process), error) from None
+            raise self._lost(peer, error) from None
 
     def _wait(self, work: dist.Work, what: str, peer: str) -> None:
         start = time.perf_counter()

@@ -56,7 +56,7 @@ from .setup import (
 from .signals import StopSignals
 from .stage import Stage
 from .start import keep_blocks, load, weights_digest
-from .trace import Trace, write_trace
+from .trace import write_trace
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ class Run:
         logger.info(
             "Training %d %s for %d steps on %s.\n%s",
             units, "unit" if units == 1 else "units", plan.total_steps, plan.order.size(),
-            plan.placement.table(self.model.model.blocks, self.args.replicas, devices),
+            plan.placement.table(self.model.model.blocks, replicas, devices),
         )  # fmt: skip
         with logging_redirect_tqdm(), StopSignals() as stop:
             if self.args.cache_frozen and progress.step < plan.total_steps:
@@ -272,7 +272,7 @@ class Run:
             self.record.start()
             self.record.warn(plan.warnings)
             self.model.train()
-            self.stage.trace = trace = Trace(progress.step, self.args.trace)
+            self.stage.trace.start(progress.step, self.args.trace)
             watched = sys.stderr.isatty() and self.transport.is_main and not self.args.disable_tqdm
             objective = self.model.config.objective
             with self.shortage_explained(lambda: f"step {progress.step + 1} of {plan.total_steps}", "train"):
@@ -283,7 +283,7 @@ class Run:
                 self.shared.finish()
             self.processes = self.record.work_done()
             with checkpoint.writing("the trace", plan.output_dir):
-                write_trace(plan.output_dir, trace, self.transport)
+                write_trace(plan.output_dir, self.stage.trace, self.transport)
             self.transport.tell(lambda: None)  # the main process has everything, and its checkpoint has its name
             # a signal that came meanwhile, to whichever stage, stops all of them here
             received = max(self.transport.gather(int(stop.received or 0)))

@@ -182,7 +182,7 @@ class BlockOptimizers:
         for table in self.embeddings:
             if table.weight.grad is not None and table.weight.grad.is_sparse:
                 table.weight.grad = table.weight.grad.coalesce()  # one entry per row, before the norm is taken
-        gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+        gradients = [grad._values() if grad.is_sparse else grad for grad in self.gradients(unit)]
         norm = nn.utils.get_total_norm(gradients)
         limit = of_block(self.args.max_grad_norm, unit[-1])
         if limit:

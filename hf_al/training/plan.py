@@ -20,9 +20,7 @@ from ..data.tokenization import tokenizer_digest, tokens_digest
 from ..metrics import chosen_metric
 from ..parallel.placement import Placement
 
-IDENTITY = (
-    "seed", "bf16", "wire_dtype", "optim", "embedding_optimizer",
-)  # fmt: skip
+IDENTITY = ("seed", "bf16", "wire_dtype", "optim", "embedding_optimizer")
 CONDITIONS = (
     "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "embedding_learning_rate_factor",
     "weight_decay", "target_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "max_grad_norm",

@@ -82,11 +82,10 @@ class Stage:
         self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
         self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
         self.offload = offload
-        self.updates = (
-            Updates(optimizers, transport, at_once=offload is not None, lap=self._lap) if optimizers else None
-        )
         self.frozen: dict[int, FrozenStates] = {}  # by block
         self.trace = Trace()
+        at_once = offload is not None
+        self.updates = Updates(optimizers, transport, at_once, self.trace.lap) if optimizers else None
         with _unchanged(list(self.blocks.values())):
             self.transport.agree("train", self._throw_away, wire)
             exits = model.config.exits()
@@ -179,9 +178,6 @@ class Stage:
                 if micro_batch == len(parts) - 1:
                     self.updates.start(self.unit_of[block.index], step, {block.index: losses.pop(block.index)})
         return self.updates.take()
-
-    def _lap(self, what: str, step: int) -> None:
-        self.trace.lap(what, step)
 
     def settle(self) -> tuple[Losses, dict[range, Tensor]]:
         """Makes the updates that still wait for other replicas; before anything else is done with the weights."""

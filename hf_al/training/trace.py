@@ -14,17 +14,17 @@ WORK = ("forward", "send", "backward", "update")  # on a batch
 
 
 class Trace:
-    """The time of a process in laps without gaps, from when this is made. On a GPU, they are those of Python, which
-    runs ahead of it.
+    """The time of a process in laps without gaps, once it was started. On a GPU, they are those of Python, which runs
+    ahead of it."""
 
-    Args:
-        first: the step that comes first.
-        steps: how many to trace.
-    """
-
-    def __init__(self, first: int = 0, steps: int = 0):
-        self.steps, self.end = steps, first + steps
+    def __init__(self) -> None:
+        self.steps = self.end = 0
         self.laps: list[tuple[str, int, float, float]] = []  # what, step, start and end in seconds
+        self.now = self.to_clock = 0.0
+
+    def start(self, first: int, steps: int) -> None:
+        """Traces so many steps, of which `first` is the first."""
+        self.steps, self.end = steps, first + steps
         self.now = time.perf_counter()
         self.to_clock = time.time() - self.now  # which processes share
 
