@@ -65,6 +65,9 @@ class Offload:
                 if following is not None:
                     self.place.expect(self._tensors(following, learning))
                 here.append(block)
+                for module in block.modules():
+                    if isinstance(module, torch.nn.RNNBase):
+                        module.flatten_parameters()  # cuDNN wants its weights in one piece; nothing on a CPU
                 yield block
                 while block.ends_unit and here:
                     self.put_away(here.pop(0), learning)

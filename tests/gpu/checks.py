@@ -31,16 +31,17 @@ KINDS = ["al_lstm", "al_transformer", *ENCODERS]
 
 def make(kind: str, objective: str = "al_ce", dropout: float = 0.1, **values):
     torch.manual_seed(0)
+    values |= {"bridge_dropout_prob": dropout}
     if kind in ENCODERS:
         off = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         encoder = AutoConfig.for_model(kind, **TINY, max_position_embeddings=64, **ENCODERS[kind], **off)
         config = hf_al.ALEncoderConfig.from_encoder(encoder, num_labels=3, num_blocks=2, objective=objective, **values)
         return hf_al.ALEncoderForSequenceClassification(config)
     config_class, _, model_class = hf_al.MODEL_CLASSES[kind]
-    heads = {"num_attention_heads": 2} if kind == "al_transformer" else {}
+    own = {"num_attention_heads": 2, "attention_probs_dropout_prob": dropout} if kind == "al_transformer" else {}
     sizes = {"vocab_size": 64, "hidden_size": 16, "target_size": 12, "num_blocks": 3, "num_labels": 3}
     off = {"hidden_dropout_prob": dropout, "embedding_dropout_prob": dropout}
-    return model_class(config_class(**sizes, **heads, **off, objective=objective, **values))
+    return model_class(config_class(**sizes, **own, **off, objective=objective, **values))
 
 
 def few_rows() -> Dataset:
