@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 from transformers import AutoModelForSequenceClassification
 
 import hf_al
@@ -216,7 +217,7 @@ def run(line: str, monkeypatch) -> None:
     if program == "python":
         step = ["--rounds=1", "--networks=lstm", "--threads=1"]
         accuracy = ["--objectives=al_ce", "--seeds=1", "--sets=tweets", *SHORT]
-        encoders = ["--encoder=encoders/minilm", "--arms=backprop:3,al_ce:3:2"]
+        encoders = ["--encoder=encoders/minilm", "--arms=al_ce:3:2"]
         short = {
             "step.py": step,
             "accuracy.py": accuracy,
@@ -239,7 +240,7 @@ def run(line: str, monkeypatch) -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p == "measured")) for p in PAGES if commands(p)],  # benchmarks
+    [slow(p) if p in ("measured", "stages") else p for p in PAGES if commands(p)],  # benchmarks, launches
 )
 def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, capsys):
     lines = [line for line in commands(page) if not line.startswith(NOT_RUN) and ON_A_HUB not in line]

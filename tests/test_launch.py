@@ -160,7 +160,7 @@ def test_a_run_of_no_stages_is_refused(stages, data, shell, tmp_path):
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("number", "status"),
-    [slow(signal.SIGINT, 130), (signal.SIGTERM, 143)],
+    [slow(signal.SIGINT, 130), slow(signal.SIGTERM, 143)],
     ids=["SIGINT", "SIGTERM"],
 )
 def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(number, status, data, tmp_path):

@@ -59,7 +59,7 @@ def test_an_own_objective_is_found_by_its_module_and_its_losses_are_plotted(star
     figure = plots.losses(report)
     assert [axes.get_title() for axes in figure.axes] == ["hidden side: exit", "similarity"]
     assert "import_module: own_objective" in Path("run/training_config.yaml").read_text()
-    status, _, err = run(start, "train", "--config=run/training_config.yaml", "--output_dir=again")
+    status, _, err = run(start, "train", "--config=run/training_config.yaml", "--output_dir=again", "--plots=false")
     assert status == 0, err
     assert Path("run/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
 

@@ -288,7 +288,7 @@ def test_an_input_that_cannot_be_read_is_one_message_and_status_2(name, content,
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory from /proc")
 def test_memory_does_not_grow_with_the_input(trained, start):
     """Rows are sent through an endless pipe, each chunk only after the answers to the one before."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import slow
 
 import hf_al
 from hf_al.parsing import parse_arguments
@@ -47,7 +48,9 @@ def data_flags(tweet_files, encoder_folder):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p if p.stem.startswith(("tweets", "imdb")) else slow(p) for p in YAMLS], ids=lambda path: path.stem
+)
 def test_a_recipe_trains_three_steps(path, data_flags, tmp_path):
     result = hf_al.train(parse_arguments([f"--config={path}", f"--output_dir={tmp_path}", *SHORT, *data_flags(path)]))
     assert result.report["steps"] == 3

@@ -289,7 +289,7 @@ def test_an_overwritten_run_leaves_no_old_plots(few_tweets, tmp_path):
     assert not (tmp_path / "plots" / "codes.png").exists()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_matplotlib_is_imported_for_plots_alone_and_pyplot_never(run, tmp_path):
     program = (
         "import json, sys, pathlib, hf_al, hf_al.report, hf_al.training.loop\n"

@@ -46,6 +46,15 @@ def random_rows(lengths: list[int]) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "label": rng.integers(0, CLASSES, len(ids)).tolist()}, features)
 
 
+def new_model(shape: dict[str, Any], objective: str) -> Any:
+    """A network of `SHAPES` in training mode, with the embedding in its first block; always the same weights."""
+    config_class, _, model_class = hf_al.MODEL_CLASSES[shape["model_type"]]
+    values = {name: value for name, value in shape.items() if name != "model_type"}
+    sizes = {"vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": TOKENS, "target_size": 128}
+    torch.manual_seed(0)
+    return model_class(config_class(**values, **sizes, embedding_block=False, objective=objective)).train()
+
+
 def make_step(
     shape: dict[str, Any],
     objective: str,
@@ -55,12 +64,7 @@ def make_step(
     bf16: bool = False,
 ) -> Callable[[], Any]:
     """Returns a function that takes one optimizer step of the training loop on the next batch."""
-    config_class, _, model_class = hf_al.MODEL_CLASSES[shape["model_type"]]
-    values = {name: value for name, value in shape.items() if name != "model_type"}
-    sizes = {"vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": TOKENS, "target_size": 128}
-    torch.manual_seed(0)
-    config = config_class(**values, **sizes, embedding_block=False, objective=objective)
-    return loop_step(model_class(config).train(), data, BATCH, embedding_optimizer, torch_compile, bf16)
+    return loop_step(new_model(shape, objective), data, BATCH, embedding_optimizer, torch_compile, bf16)
 
 
 def loop_step(

@@ -17,7 +17,9 @@ class Failed(AssertionError):
     """What went wrong in each process that failed."""
 
 
-def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, check: bool = True) -> list[Any]:
+def run_world(
+    stages: int, function: Any, *args: Any, timeout: float = 60.0, check: bool = True, hung: int | None = None
+) -> list[Any]:
     """`function(stage, *args)` in `stages` processes with one process group; their results, in the order of stages.
 
     Args:
@@ -25,6 +27,7 @@ def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, che
         function: of a module that can be imported. Its result must pickle.
         args: for the function.
         timeout: seconds for all together.
+        hung: a stage that will never end, so nobody waits for it once the others have.
         check: raise if one failed; else a failed process's result is its traceback as a string.
 
     Raises:
@@ -41,7 +44,7 @@ def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, che
         try:
             for child in children:
                 child.start()
-            return _results(ends, children, timeout, check)
+            return _results(ends, children, timeout, check, hung)
         finally:
             for child in children:
                 if child.pid is not None and child.is_alive():
@@ -50,10 +53,10 @@ def run_world(stages: int, function: Any, *args: Any, timeout: float = 60.0, che
                     child.join(10)
 
 
-def _results(ends: list[Connection], children: list, timeout: float, check: bool) -> list[Any]:
+def _results(ends: list[Connection], children: list, timeout: float, check: bool, hung: int | None) -> list[Any]:
     found: dict[int, tuple[bool, Any]] = {}
     deadline = time.monotonic() + timeout
-    while len(found) < len(ends) and time.monotonic() < deadline:
+    while len(found) < len(ends) - (hung is not None) and time.monotonic() < deadline:
         rest = [s for s in range(len(ends)) if s not in found]
         wait([w for s in rest for w in (ends[s], children[s].sentinel)], max(0.0, deadline - time.monotonic()))
         for s in rest:
@@ -63,7 +66,7 @@ def _results(ends: list[Connection], children: list, timeout: float, check: bool
                     found[s] = ends[s].recv()
             if dead and s not in found:
                 found[s] = (False, f"ended with status {children[s].exitcode}")
-    outcomes = [found.get(s, (False, f"still busy after {timeout} s")) for s in range(len(ends))]
+    outcomes = [found.get(s, (False, "still busy")) for s in range(len(ends))]
     if check and not all(good for good, _ in outcomes):
         raise Failed("\n".join(f"--- stage {s}: {what}" for s, (good, what) in enumerate(outcomes) if not good))
     return [what for _, what in outcomes]

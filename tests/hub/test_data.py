@@ -39,6 +39,7 @@ def test_a_data_set_of_a_hub_can_be_streamed(hub, data, files, tmp_path):
     assert hub_weights == file_weights
 
 
+@pytest.mark.slow
 def test_a_model_is_evaluated_on_a_split_of_a_hub(hub, data, trained, files):
     for split in ("test", "validation"):
         by_id = hub.run(jobs.shell, "evaluate", str(trained[0]), "--dataset_name", data, "--test_split_name", split)
