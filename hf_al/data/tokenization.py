@@ -45,9 +45,12 @@ def build_tokenizer(args: TrainingArguments, train: Dataset) -> PreTrainedTokeni
             tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # hub, file and format errors of every kind
             raise ValueError(f"Could not load the tokenizer {name!r}: {error}") from error
+        if tokenizer.pad_token_id is None and args.encoder and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token  # as is usual for encoders that only read forward; masked anyway
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                f"Expected a tokenizer with a padding token, got none in {name!r}. Set its pad_token and save it."
+                f"Expected a tokenizer with a padding token, got none in {name!r}. Set its pad_token, and save it by "
+                "save_pretrained."
             )
         tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_seq_length)
         return tokenizer

@@ -53,7 +53,7 @@ def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inpu
     padding ends up on the right.
 
     Args:
-        inputs: `attention_mask` (N, T) and `input_ids` (N, T) or `inputs_embeds` (N, T, E).
+        inputs: `attention_mask` (N, T), `input_ids` (N, T) or `inputs_embeds` (N, T, E), perhaps `token_type_ids`.
         longest: most tokens to keep, at least 5 for pairs.
         separator: the token id after each text of a pair; None if there are no pairs. A single text that contains it
             once before its end is taken for a pair; a pair that contains it once more is taken for a single text.
@@ -77,7 +77,9 @@ def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inpu
         stays_NT = torch.where(is_pair_N1, in_first_NT | in_second_NT | (place_1T == lengths_N1 - 1), stays_NT)
     stays_NT = torch.where(lengths_N1 > longest, stays_NT, place_1T < lengths_N1)
     kept_NT = order_NT.gather(1, stays_NT.long().argsort(dim=1, descending=True, stable=True))[:, :longest]
-    cut: Inputs = {n: inputs[n].gather(1, kept_NT) for n in ("input_ids", "attention_mask") if n in inputs}
+    cut: Inputs = {
+        n: inputs[n].gather(1, kept_NT) for n in ("input_ids", "attention_mask", "token_type_ids") if n in inputs
+    }
     if "inputs_embeds" in inputs:
         embeds_NTE = inputs["inputs_embeds"]
         cut["inputs_embeds"] = embeds_NTE.gather(1, kept_NT[..., None].expand(-1, -1, embeds_NTE.shape[2]))

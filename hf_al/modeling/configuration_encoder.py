@@ -106,7 +106,9 @@ class ALEncoderConfig(ALConfig):
         check_layout(self.encoder_config)
         check_encoder(self)
         if self.depth > MOST_LAYERS:
-            raise ValueError(f"Expected an encoder of at most {MOST_LAYERS} layers, got {self.depth}.")
+            raise ValueError(
+                f"Expected an encoder of at most {MOST_LAYERS} layers, got {self.depth}. Choose a smaller one."
+            )
         bounds = [0, *(self.cuts or ()), self.depth]
         if any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(
@@ -126,4 +128,6 @@ def check_layout(encoder_config: Any) -> None:
     if name in LAYOUTS:
         return
     why = "Its layers share their weights" if name == "albert" else "hf_al does not know where its layers are"
-    raise ValueError(f"Expected an encoder of one of these types: {', '.join(LAYOUTS)}; got {name}. {why}.")
+    raise ValueError(
+        f"Expected an encoder of one of these types: {', '.join(LAYOUTS)}; got {name}. {why}. Choose another encoder."
+    )

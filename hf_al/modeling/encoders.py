@@ -75,6 +75,10 @@ class Encoder(nn.Module):
         `attentions`, a tuple of weights (N, heads, T, T), which stays in the block."""
         raise NotImplementedError
 
+    def input_embeddings(self) -> nn.Embedding | None:
+        """The rows of the token ids, in block 0."""
+        return None if self.embeddings is None else self.embeddings.word_embeddings
+
     @staticmethod
     def look_ahead(config, index: int) -> "Encoder | None":
         """Layers of its own through which the bridge of block `index` reads the hidden states; none if not

@@ -16,6 +16,7 @@ class Layout:
         shared: tables that every layer reads: each block has a copy, frozen, so that the copies stay equal.
         pre_norm: whether hidden states leave a layer without a layer norm.
         causal: whether a token sees only those before it: then the last one stands for the text.
+        absolute_positions: whether a token's place in the batch decides its rows: padding on the left must not count.
         positions_after_padding: whether the first position is the one after the padding id (RoBERTa), and not 0.
     """
 
@@ -27,10 +28,11 @@ class Layout:
     shared: tuple[str, ...] = ()
     pre_norm: bool = False
     causal: bool = False
+    absolute_positions: bool = True
     positions_after_padding: bool = False
 
 
-_DECODER = Layout("layers", "embed_tokens", last=("norm",), pre_norm=True, causal=True)
+_DECODER = Layout("layers", "embed_tokens", last=("norm",), pre_norm=True, causal=True, absolute_positions=False)
 
 LAYOUTS = {  # by the model_type of transformers
     "bert": Layout(),
@@ -40,7 +42,7 @@ LAYOUTS = {  # by the model_type of transformers
     "electra": Layout(first=("embeddings_project",)),
     "mpnet": Layout(shared=("encoder.relative_attention_bias",), positions_after_padding=True),
     "deberta-v2": Layout(first_or_none=("encoder.conv",), shared=("encoder.rel_embeddings", "encoder.LayerNorm")),
-    "modernbert": Layout("layers", last=("final_norm",), pre_norm=True),
+    "modernbert": Layout("layers", last=("final_norm",), pre_norm=True, absolute_positions=False),
     "llama": _DECODER,
     "mistral": _DECODER,
     "qwen2": _DECODER,

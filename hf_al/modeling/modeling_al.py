@@ -159,7 +159,7 @@ class ALModel(ALPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.blocks[0].encode.embeddings.word_embeddings
+        return self.blocks[0].encode.input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.blocks[0].encode.embeddings.word_embeddings = value
@@ -170,6 +170,7 @@ class ALModel(ALPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Inputs:
         """What every block knows about a batch: ids or embeddings, mask, labels, and what the encoder adds to them.
@@ -179,7 +180,7 @@ class ALModel(ALPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding; without it,
                 padding is where the ids equal `pad_token_id`.
             inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): instead of `input_ids`.
-            labels (`torch.Tensor`, *optional*): as in [`ALForSequenceClassification`].
+            labels, token_type_ids (*optional*): as in [`ALForSequenceClassification`].
             lengths (`torch.LongTensor` of shape `(N,)`, *optional*): tokens of each text, on the CPU; only for callers
                 that know that all padding is on the right. If None, read from the mask, which waits for its device.
 
@@ -202,8 +203,8 @@ class ALModel(ALPreTrainedModel):
         mask_NT = mask_NT.long()
         empty_N1 = mask_NT.sum(1, keepdim=True) == 0  # a text without tokens is read as one padding token
         inputs["attention_mask"] = torch.cat([mask_NT[:, :1] | empty_N1, mask_NT[:, 1:]], 1)
-        if labels is not None:
-            inputs["labels"] = labels
+        more = {"labels": labels, "token_type_ids": token_type_ids}
+        inputs |= {name: tensor for name, tensor in more.items() if tensor is not None}
         longest = self.config.max_position_embeddings
         inputs = truncate(inputs, longest, self.config.sep_token_id)
         inputs |= layout(inputs["attention_mask"], None if lengths is None else lengths.clamp(1, longest))
@@ -222,8 +223,8 @@ class ALModel(ALPreTrainedModel):
             )
         if self.config._attn_implementation != "eager":
             logger.warning_once(
-                f"{self.config._attn_implementation} attention returns no weights: `attentions` stays empty. For "
-                "output_attentions=True call model.set_attn_implementation('eager') first."
+                f"{self.config._attn_implementation} attention returns no weights: `attentions` stays empty. Call "
+                "model.set_attn_implementation('eager') first."
             )
         return True
 
@@ -233,6 +234,7 @@ class ALModel(ALPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -241,16 +243,13 @@ class ALModel(ALPreTrainedModel):
         (default: as in the config) also those of [`ALSequenceClassifierOutput`]. The other arguments are those of
         `prepare_inputs`. Nothing is cut here: gradients cross the blocks, for a head of your own."""
         wants_attentions = self._wants_attentions(output_attentions)
-        inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds)
-        hidden_states: list[Tensor] = []
-        attentions: list[Tensor] = []
-        for _, out in walk(self.blocks, {}, inputs, output_attentions=wants_attentions):
-            hidden_states.append(out.boundary["hidden"])
-            attentions += out.attentions
+        inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds, None, token_type_ids)
+        outs = [out for _, out in walk(self.blocks, {}, inputs, output_attentions=wants_attentions)]
+        hidden_states = tuple(out.boundary["hidden"] for out in outs)
         return BaseModelOutput(
             last_hidden_state=hidden_states[-1],
-            hidden_states=tuple(hidden_states) if self._wants("output_hidden_states", output_hidden_states) else None,
-            attentions=tuple(attentions) if wants_attentions else None,
+            hidden_states=hidden_states if self._wants("output_hidden_states", output_hidden_states) else None,
+            attentions=tuple(weights for out in outs for weights in out.attentions) if wants_attentions else None,
         )
 
 
@@ -272,6 +271,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         exit_block: int | None = None,
         output_exit_logits: bool = False,
         output_hidden_states: bool | None = None,
@@ -285,6 +285,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding, on either side.
             inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): instead of `input_ids`.
             labels (`torch.Tensor`, *optional*): class ids (N,), multi-hot rows (N, C), or values (N,) or (N, C).
+            token_type_ids (`torch.LongTensor` of shape `(N, T)`, *optional*): of pairs; if None, found by separators.
             exit_block (`int`, *optional*): the block to stop at, counted from 0; later blocks are not run.
             output_exit_logits (`bool`, defaults to False): return the logits of every exit on the way.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`ALSequenceClassifierOutput`].
@@ -301,7 +302,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
         learning = self.training and labels is not None
         last = self._last_block(exit_block, learning)
         wants_attentions = self.model._wants_attentions(output_attentions)
-        inputs = self.model.prepare_inputs(input_ids, attention_mask, inputs_embeds, labels)
+        inputs = self.model.prepare_inputs(input_ids, attention_mask, inputs_embeds, labels, token_type_ids)
         boundary = self.model.initial_boundary(labels if learning else None)
         exits = [k for k in range(last + 1) if k == last or (output_exit_logits and k in config.exits())]
         losses, hidden_states, exit_logits = [], [], []

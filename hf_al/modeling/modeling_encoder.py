@@ -19,9 +19,6 @@ class ALEncoderModel(ALModel):
     encoder_class = PretrainedEncoder
     plain_state_dict = plain_weights
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.blocks[0].encode.backbone.get_input_embeddings()
-
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.blocks[0].encode.backbone.set_input_embeddings(value)
         encoder_config: Any = self.config.encoder_config

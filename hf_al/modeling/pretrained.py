@@ -71,7 +71,8 @@ def load_pretrained(name: str) -> PreTrainedModel:
             raise
         raise ValueError(
             f"Expected the weights of {name} as safetensors, found none. Others are pickles, which can run any code "
-            "when they are read: save the encoder as safetensors."
+            "when they are read. Where you trust them, read them by AutoModel.from_pretrained and save them by "
+            "save_pretrained."
         ) from error
 
 
@@ -131,8 +132,12 @@ def add_adapters(config: ALEncoderConfig, model: PreTrainedModel) -> None:
         target_modules=names or "all-linear",
     )
     known = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-    if names and not set(names) & set(known):
-        raise ValueError(f"Expected lora_target_modules among {', '.join(known)}, got {', '.join(names)}.")
+    unknown = [name for name in names or () if name.split(".")[-1] not in known]
+    if unknown:
+        raise ValueError(
+            f"Expected lora_target_modules among {', '.join(known)}, got {', '.join(unknown)}. Leave it out for all of "
+            "them."
+        )
     inject_adapter_in_model(lora, model)
     for name, module in model.named_modules():
         if ".lora_" in name:  # or they would get the weights of our own layers
@@ -174,6 +179,9 @@ class PretrainedEncoder(Encoder):
         self.normalize_pooled = self.part.layout.pre_norm  # type: ignore[misc]
         self.output_size, self.is_first = config.hidden_size, self.part.layers.start == 0
 
+    def input_embeddings(self) -> Any:
+        return self.backbone.get_input_embeddings() if self.is_first else None
+
     @classmethod
     def look_ahead(cls, config: ALEncoderConfig, index: int) -> "PretrainedEncoder | None":
         """Copies of the layers that follow block `index`, `config.lookahead` of them; None if there are none."""
@@ -183,11 +191,16 @@ class PretrainedEncoder(Encoder):
 
     @staticmethod
     def prepare_inputs(config: ALEncoderConfig, inputs: Inputs) -> Inputs:
-        """Adds `token_type_ids` (N, T) if the encoder has such embeddings: 1 in the second text of a pair."""
+        """Adds `token_type_ids` (N, T), unless they were given, if the encoder has such embeddings: 1 in the second
+        text of a pair; and `position_ids` (N, T) if there is padding on the left that would shift them."""
         encoder_config: Any = config.encoder_config
-        has_types = getattr(encoder_config, "type_vocab_size", 0) > 1 and config.sep_token_id is not None
-        if has_types and "input_ids" in inputs:
-            mask_NT = inputs["attention_mask"]
+        layout, mask_NT = LAYOUTS[encoder_config.model_type], inputs["attention_mask"]
+        if inputs["padding"] == "mixed" and layout.absolute_positions:
+            first = (encoder_config.pad_token_id or 0) + 1 if layout.positions_after_padding else 0
+            inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0) + first
+        if getattr(encoder_config, "type_vocab_size", 0) <= 1:
+            inputs.pop("token_type_ids", None)
+        elif "token_type_ids" not in inputs and "input_ids" in inputs and config.sep_token_id is not None:
             ends_NT = ((inputs["input_ids"] == config.sep_token_id) & (mask_NT > 0)).long()
             is_second_NT = (ends_NT.cumsum(1) - ends_NT == 1) & (ends_NT.sum(1, keepdim=True) == 2)
             inputs["token_type_ids"] = is_second_NT.long() * mask_NT
@@ -197,7 +210,8 @@ class PretrainedEncoder(Encoder):
         mask_NT = None if inputs["padding"] == "none" else inputs["attention_mask"]  # to read it waits for its device
         read: dict[str, Any] = {"attention_mask": mask_NT, "return_dict": True}
         if self.is_first:
-            read |= {n: inputs[n] for n in ("input_ids", "inputs_embeds", "token_type_ids") if n in inputs}
+            names = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+            read |= {name: inputs[name] for name in names if name in inputs}
         else:
             read["inputs_embeds"] = boundary["hidden"]
         if self.part.layout.causal:

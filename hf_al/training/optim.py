@@ -101,7 +101,7 @@ class BlockOptimizers:
         self.names: dict[int, dict[str, nn.Parameter]] = {}
         self.by_unit: dict[range, list[torch.optim.Optimizer]] = {}
         self.plateaus: dict[int, ReduceLROnPlateau] = {}  # by the last block of a unit
-        self.embeddings = [m for k in blocks if k == 0 for m in [_word_embeddings(blocks[k])] if m is not None]
+        self.embeddings = [rows for k in blocks if (rows := _input_embeddings(blocks[k])) is not None]
         for table in self.embeddings:
             table.sparse = args.embedding_optimizer == "sparse_adam"
         frozen = [table.weight for table in self.embeddings if args.embedding_learning_rate_factor == 0]
@@ -151,7 +151,7 @@ class BlockOptimizers:
             decay = decay if args.target_weight_decay is None else of_block(args.target_weight_decay, k)
         elif name.startswith("bridge"):
             lr *= of_block(args.bridge_learning_rate_factor, k)
-        embedding = "word_embeddings" in name
+        embedding = any(parameter is table.weight for table in self.embeddings)
         if embedding:
             lr *= args.embedding_learning_rate_factor
         return lr, decay if parameter.ndim > 1 and not embedding else 0.0
@@ -251,5 +251,6 @@ class BlockOptimizers:
             setattr(self.plateaus[k], entry, value if entry == "best" else int(value))
 
 
-def _word_embeddings(block: nn.Module) -> nn.Embedding | None:
-    return next((m for n, m in block.named_modules() if n.endswith("word_embeddings")), None)
+def _input_embeddings(block: Any) -> nn.Embedding | None:
+    rows: nn.Embedding | None = block.encode.input_embeddings()
+    return rows

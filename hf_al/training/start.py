@@ -114,7 +114,7 @@ def _from_encoder(args: TrainingArguments, values: dict[str, Any]) -> ALForSeque
     if values["vocab_size"] > config.vocab_size:
         raise ValueError(
             f"Expected a tokenizer of at most {config.vocab_size} tokens, the embedding rows of {args.encoder}, got "
-            f"{values['vocab_size']}. Tokenizer and encoder are from different models."
+            f"{values['vocab_size']}. They are of different models: save the encoder's own tokenizer beside it."
         )
     model: Any = new_model(config, args.seed, args.offload)
     model.copy_encoder(load_encoder(args.encoder))
@@ -233,13 +233,16 @@ def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
         ValueError: weights, gradients and two moments of an optimizer that are more than the machine has.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
-    needed, there = 4 * (1 if offload else 4) * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    learning = 0 if offload else sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    needed, there = 4 * (count + 3 * learning), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        state = "" if offload else " with gradients and optimizer state"
+        state, more = ("", "") if offload else (" with gradients and optimizer state", ", or --offload")
+        smaller = "a smaller hidden_size, num_blocks or vocabulary"
+        if model.config.model_type == "al_encoder":
+            smaller = "a smaller encoder, or --lora_r"
         raise ValueError(
             f"Expected a model whose training fits the {there / 2**30:.0f} GiB of this machine, got one of {count:,} "
-            f"parameters, which needs {needed / 2**30:,.0f} GiB{state}. Pass a smaller hidden_size, num_blocks or "
-            f"vocabulary{'' if offload else ', or --offload'}."
+            f"parameters, which needs {needed / 2**30:,.0f} GiB{state}. Pass {smaller}{more}."
         )
 
 

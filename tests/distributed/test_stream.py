@@ -84,7 +84,8 @@ def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets
         assert sha256(tmp_path / f"{stages}") == sha256(tmp_path / "1")
 
 
-def test_a_pretrained_encoder_streams(encoder_folder, tweet_files, tmp_path):
+@pytest.mark.parametrize("more", [[], slow(["--lora_r=2"])], ids=["whole", "lora"])
+def test_a_pretrained_encoder_streams(more, encoder_folder, tweet_files, tmp_path):
     decided = ("--hidden_size", "--hidden_dropout", "--embedding_dropout")
     flags = [
         *tweet_files,
@@ -93,8 +94,8 @@ def test_a_pretrained_encoder_streams(encoder_folder, tweet_files, tmp_path):
         "--lookahead=1",
     ]
     for stages in (1, 3):
-        more = ["--max_steps=20", "--lora_r=2", f"--stages={stages}", f"--output_dir={tmp_path / str(stages)}"]
-        run_world(stages, jobs.train, [*flags, *more])
+        where = [f"--stages={stages}", f"--output_dir={tmp_path / str(stages)}"]
+        run_world(stages, jobs.train, [*flags, *more, "--max_steps=20", *where])
     assert sha256(tmp_path / "3") == sha256(tmp_path / "1")
 
 

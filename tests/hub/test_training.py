@@ -67,6 +67,17 @@ def test_a_shared_model_is_trained_further_by_its_id(hub, trained, files, tmp_pa
     assert "Training went on from the weights of tester/base." in card
 
 
+def test_an_encoder_is_fine_tuned_by_its_id(hub, flags, encoder_folder, tmp_path):
+    hub.run(jobs.push_files, str(encoder_folder), "tester/encoder")
+    flags = [flag for flag in flags if not flag.startswith(("--hidden_size", "--max_steps"))]
+    for name, encoder in (("id", "tester/encoder"), ("folder", str(encoder_folder))):
+        more = [f"--encoder={encoder}", "--max_steps=3", f"--output_dir={tmp_path / name}"]
+        status, _, err = hub.run(jobs.shell, "train", *flags, *more)
+        assert status == 0, err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("id", "folder")]
+    assert weights[0] == weights[1]
+
+
 def test_the_card_compares_with_a_run_by_backpropagation_on_the_same_data(hub, flags, tmp_path):
     runs = {
         "al": [],
