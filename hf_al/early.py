@@ -30,7 +30,9 @@ def check_training(args: TrainingArguments) -> None:
         ValueError: an output folder that cannot be used, a model or files that are not there, data named twice or not
             at all.
     """
-    check_output_dir(args)
+    is_main = os.environ.get("RANK", "0") == "0"  # others may be on a machine without its folders
+    if is_main:
+        check_output_dir(args)
     if args.model_name_or_path:
         check_model_name(args.model_name_or_path, args.model_revision)
     if args.encoder:
@@ -38,17 +40,19 @@ def check_training(args: TrainingArguments) -> None:
     if args.word_vectors not in (None, "auto"):
         check_word_vectors(args.word_vectors)
     check_data_arguments(args)
+    check_installed(args.trackers, is_installed)
+    if args.push_to_hub:
+        check_can_push(args.hub_id)
+    resumed = args.resume_from_checkpoint
+    if is_main and resumed not in (None, "last") and not Path(resumed).is_dir():
+        raise ValueError(f"Expected the folder of a checkpoint, or last, got resume_from_checkpoint={resumed}.")
+    if args.dispatch_data and "LOCAL_RANK" in os.environ:
+        return  # perhaps this process does not find the data
     known = {"tweets": ["text", "label"]} if args.dataset_name == "tweets" else {}
     for path in filter(None, (args.train_file, args.validation_file, args.test_file)):
         known[path] = columns_of(path, args.csv_delimiter)
     for where, columns in known.items():
         check_labelled(columns, args.text_column_names, args.label_column_name, where)
-    check_installed(args.trackers, is_installed)
-    if args.push_to_hub:
-        check_can_push(args.hub_id)
-    resumed = args.resume_from_checkpoint
-    if resumed not in (None, "last") and not Path(resumed).is_dir():
-        raise ValueError(f"Expected the folder of a checkpoint, or last, got resume_from_checkpoint={resumed}.")
 
 
 def check_word_vectors(name: str) -> None:

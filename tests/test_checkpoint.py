@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import hf_al
 from hf_al import atomic
-from hf_al.training import checkpoint
+from hf_al.training import checkpoint, run_folder
 from hf_al.training.optim import BlockOptimizers
 
 
@@ -61,7 +61,7 @@ def find(make_run):
             return damage.reason
         return None
 
-    return lambda name, folder: checkpoint.first_intact(checkpoint.candidates(name, folder), fault)
+    return lambda name, folder: run_folder.first_intact(run_folder.candidates(name, folder), fault)
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -132,7 +132,7 @@ def test_a_save_that_breaks_anywhere_leaves_the_old_or_the_new_checkpoint(find, 
             outcomes.add("old")
         again = content(save(folder, 20, new))
         assert again == new_content
-        checkpoint.rotate(folder, 1, None)
+        run_folder.rotate(folder, 1, None)
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-00000020"]
     assert ("none" if before is None else "old") in outcomes
 
@@ -330,7 +330,7 @@ def test_a_format_that_looks_different_is_not_taken_for_damage(make_run, tmp_pat
     path = tmp_path / "checkpoints" / "checkpoint-00000001"
     path.mkdir(parents=True)
     (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 9, "files": ["block-000.bin"]}))
-    for open_it in (lambda: checkpoint.open_checkpoint(path), lambda: checkpoint.candidates(str(path), tmp_path)):
+    for open_it in (lambda: checkpoint.open_checkpoint(path), lambda: run_folder.candidates(str(path), tmp_path)):
         with pytest.raises(ValueError, match=r"Expected a checkpoint of format 3, got format 9 in .* another version"):
             open_it()
 
@@ -442,7 +442,7 @@ def test_rotation_keeps_the_newest_and_the_best(keep, best, left, make_run, tmp_
     for step in (10, 20, 30, 40, 50):
         save(tmp_path, step, run)
     (tmp_path / "checkpoints" / "tmp-checkpoint-00000060").mkdir()
-    checkpoint.rotate(tmp_path, keep, best)
+    run_folder.rotate(tmp_path, keep, best)
     expected = [checkpoint.checkpoint_path(tmp_path, step) for step in left]
     assert sorted((tmp_path / "checkpoints").iterdir()) == expected
     assert checkpoint.complete_checkpoints(tmp_path) == expected
@@ -453,7 +453,7 @@ def test_checkpoints_of_an_abandoned_future_go_and_not_the_one_just_written(make
     run = make_run()
     for step in (20, 40, 50, 30):
         save(tmp_path, step, run)
-    checkpoint.rotate(tmp_path, 1, 20, step=30)
+    run_folder.rotate(tmp_path, 1, 20, step=30)
     expected = [checkpoint.checkpoint_path(tmp_path, step) for step in (20, 30)]
     assert checkpoint.complete_checkpoints(tmp_path) == expected
 
@@ -469,7 +469,7 @@ def test_rotation_that_breaks_leaves_the_newest_and_the_best(make_run, tmp_path,
 
     monkeypatch.setattr(shutil, "rmtree", delete_a_part)
     with pytest.raises(Broken):
-        checkpoint.rotate(tmp_path, 1, 20)
+        run_folder.rotate(tmp_path, 1, 20)
     kept = checkpoint.complete_checkpoints(tmp_path)
     assert {checkpoint.checkpoint_path(tmp_path, step) for step in (20, 40)} <= set(kept)
 
@@ -479,7 +479,7 @@ def test_what_a_broken_rotation_left_is_cleared_by_the_next(make_run, tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, run)
     (checkpoint.checkpoint_path(tmp_path, 10) / "manifest.json").unlink()
-    checkpoint.rotate(tmp_path, 1, None)
+    run_folder.rotate(tmp_path, 1, None)
     assert list((tmp_path / "checkpoints").iterdir()) == [checkpoint.checkpoint_path(tmp_path, 30)]
 
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import assert_mistake, run_program, slow, wait_for_a_checkpoint
+from conftest import assert_mistake, in_own_mounts, run_program, slow, wait_for_a_checkpoint
 
 from hf_al import cli, commands
 from hf_al.training import checkpoint
@@ -95,37 +97,60 @@ def test_accelerate_launch_takes_stages(data, shell, tmp_path):
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
 
 
+TWO_MACHINES = """
+set -e
+mount --bind hosts /etc/hosts
+unshare --net sleep 300 & other=$!
+trap "kill $other" EXIT
+sleep 1
+ip link set lo up
+ip link add wire type veth peer name wire netns $other
+ip address add 10.77.0.1/24 dev wire
+ip link set wire up
+second="nsenter --target $other --net"
+$second sh -c "ip link set lo up; ip address add 10.77.0.2/24 dev wire; ip link set wire up"
+(cd 1; exec $second unshare --time --monotonic 100000 "$@" --machine_rank=1 $PROGRAM >log 2>&1) & pid=$!
+(cd 0; exec "$@" --machine_rank=0 $PROGRAM >log 2>&1)
+wait $pid
+"""
+
+
 @pytest.mark.slow
-def test_two_launchers_meet_and_train_one_model(data, shell, tmp_path):
-    """Two machines, as far as loopback can show."""
-    flags = [*data, *SMALL, "--max_steps=6"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [
+@pytest.mark.timeout(180)
+def test_two_machines_that_share_nothing_train_one_model(files, shell, tmp_path):
+    """Each with a network, a folder, data and a clock of its own; they find each other by name."""
+    data = ["--train_file=train.csv", "--validation_file=validation.csv"]
+    flags = [*data, *SMALL, "--max_steps=6", "--output_dir=run", "--save_steps=2", "--trace=2"]
+    for machine in ("0", "1"):
+        shutil.copytree(files, tmp_path / machine)
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 first.machine\n10.77.0.2 second.machine\n")
+    launcher = [
         str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
-        str(ROOT / "recipes" / "accelerate" / "two_machines.yaml"), "--main_process_ip=127.0.0.1",
-        f"--main_process_port={port}",
+        str(ROOT / "recipes" / "accelerate" / "two_machines.yaml"), "--main_process_ip=first.machine",
+        "--main_process_port=29511",
     ]  # fmt: skip
-    recipe = [str(ROOT / "recipes" / "train.py"), *flags, "--stages=2", f"--output_dir={tmp_path / 'two'}"]
-    launchers = []
+    recipe = shlex.join([str(ROOT / "recipes" / "train.py"), *flags, "--stages=2"])
+    environment = {"ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "wire", "PROGRAM": recipe}
+    alone = [*in_own_mounts(tmp_path), "--net"]
+    if subprocess.run([*alone, "ip", "link", "add", "wire", "type", "veth"], capture_output=True).returncode:
+        pytest.skip("this container allows no virtual network, not even in a namespace of its own")
+    process = subprocess.Popen(
+        [*alone, "sh", "-c", TWO_MACHINES, "sh", *launcher], cwd=tmp_path, env={**os.environ, **environment},
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        for machine in range(2):
-            with (tmp_path / f"log{machine}").open("w") as log:
-                launchers.append(
-                    subprocess.Popen(
-                        [*program, f"--machine_rank={machine}", *recipe], stdout=log, stderr=log,
-                        env={**os.environ, "ACCELERATE_USE_CPU": "1"}, start_new_session=True,
-                    )
-                )  # fmt: skip
-        said = "\n".join((tmp_path / f"log{machine}").read_text() for machine in range(2))
-        assert [launcher.wait(50) for launcher in launchers] == [0, 0], said
+        _, err = process.communicate(timeout=120)
     finally:
-        for launcher in launchers:
-            if launcher.poll() is None:
-                os.killpg(launcher.pid, signal.SIGKILL)
-    assert shell("train", *flags, f"--output_dir={tmp_path / 'one'}")[0] == 0
-    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    said = [(tmp_path / machine / "log").read_text() for machine in ("0", "1")]
+    assert process.returncode == 0, "\n".join([err, *said])
+    assert "stage 0 does not find run: checkpoints go over the wire." in said[0]
+    assert not [path for path in (tmp_path / "1" / "run").rglob("*") if path.is_file()]
+    assert len(list((tmp_path / "0" / "run" / "checkpoints").iterdir())) == 2
+    here = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation")]
+    assert shell("train", *here, *SMALL, "--max_steps=6", f"--output_dir={tmp_path / 'alone'}")[0] == 0
+    assert weights(tmp_path / "0" / "run") == weights(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("more", [["--stages=3"], ["--stages=5", "--num_blocks=4"]])

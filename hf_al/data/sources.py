@@ -46,10 +46,8 @@ def load_with_fingerprints(
         ValueError: no data named, a file that is missing or cannot be read, ambiguous columns, labels that are missing
             or that train does not have.
     """
-    if given is not None and not args.streaming and (args.train_file or args.dataset_name):
-        raise ValueError(
-            f"Expected data once, got datasets and {args.train_file or args.dataset_name!r}. Pass one of them."
-        )
+    if not args.streaming and not args.dispatch_data:
+        check_once(args, given)
     raw = given if given is not None else load_raw(args)
     if "train" not in raw:
         raise ValueError(
@@ -77,6 +75,14 @@ def load_with_fingerprints(
 
 
 # --- raw splits
+
+
+def check_once(args: TrainingArguments, given: DatasetDict | None) -> None:
+    """ValueError if the data is both given and named."""
+    if given is not None and (args.train_file or args.dataset_name):
+        raise ValueError(
+            f"Expected data once, got datasets and {args.train_file or args.dataset_name!r}. Pass one of them."
+        )
 
 
 def load_raw(args: TrainingArguments) -> dict[str, Dataset]:

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..modeling.objectives import Boundary
 from .schema import Message
 
+FILES, ROWS = 0, 1  # what travels beside boundaries: of checkpoints, and of data
+
 
 class Alone:
     """One process: its stage receives the data, and what it sends is dropped.
@@ -17,10 +19,11 @@ class Alone:
         number, stages: which stage this is, and how many there are.
         replica, replicas: which copy of the stage, and how many of each there are.
         process, main: the places of this process and of the main one in what `gather` returns.
+        shares_folder: whether all processes find the files that the main process writes.
     """
 
     number, stages, replica, replicas, process, main = 0, 1, 0, 1, 0, 0
-    is_first = is_last = is_main = True
+    is_first = is_last = is_main = shares_folder = True
 
     def who(self, process: int | None = None) -> str:
         """A process for people, by its place in what `gather` returns; this one if None."""
@@ -57,6 +60,29 @@ class Alone:
     def stopping(self, signal: int) -> int:
         """After a step: the signal that makes all stages stop here, 0 for none. `signal`: what this process got."""
         return signal
+
+    # --- files and rows that other processes do not find by themselves
+
+    def open_files(self) -> None:
+        """Connects all processes for that."""
+
+    def share_no_folder(self) -> None:
+        """From here on, files go over the wire; said by all processes at the same point."""
+
+    def first_of(self, stage: int) -> int:
+        """The process of the first replica of a stage."""
+        return (stage + 1) * self.replicas - 1
+
+    def send_bytes(self, content: bytes, process: int, kind: int = FILES) -> None:
+        """Starts to send something whose size `process` knows."""
+        raise NotImplementedError
+
+    def wait_sent(self, kind: int = FILES) -> None:
+        """Until all of a kind that was sent has arrived."""
+
+    def receive_bytes(self, size: int, process: int, kind: int = FILES) -> bytes:
+        """The next of a kind that `process` sends to this one."""
+        raise NotImplementedError
 
     # --- words
 

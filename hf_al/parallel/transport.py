@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..modeling.objectives import Boundary
-from .alone import ALONE, Alone
+from .alone import ALONE, FILES, ROWS, Alone
 from .launch import leave_the_word
 from .placement import rank_of
 from .schema import ALIGNMENT, Message, Ring, Schema
@@ -55,6 +55,8 @@ class Neighbours(Alone):
         self.is_main = self.process == self.main
         self.before, self.after = self.process - replicas, self.process + replicas  # its neighbours in its replica
         self.group: dist.ProcessGroup | None = None  # of the replicas of this stage
+        self.files: dist.ProcessGroup | None = None  # of all processes, for files and rows
+        self.leaving: dict[int, list[tuple[Tensor, dist.Work, int]]] = {FILES: [], ROWS: []}  # and to which process
         self.store = dist.PrefixStore(f"hf_al/{next(RUNS)}", dist.distributed_c10d._get_default_store())
         self.incoming: dict[str, Schema] = {}
         self.outgoing: dict[str, Schema] = {}
@@ -190,6 +192,33 @@ class Neighbours(Alone):
             return 0
         self.next_question = time.monotonic() + ASK_EVERY
         return int(self._ask("get", "stop")) if self._ask("check", ["stop"]) else 0
+
+    # --- files and rows
+
+    def open_files(self) -> None:
+        timeout = timedelta(seconds=self.timeout)
+        if self.files is None:
+            self.files = self._begin(lambda: dist.new_group(backend="gloo", timeout=timeout), "another process")
+
+    def share_no_folder(self) -> None:
+        self.shares_folder = False
+        self.open_files()
+
+    def send_bytes(self, content: bytes, process: int, kind: int = FILES) -> None:
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        send = partial(dist.isend, buffer, self.main - process, group=self.files, tag=kind)
+        self.leaving[kind].append((buffer, self._begin(send, self.who(process)), process))
+
+    def wait_sent(self, kind: int = FILES) -> None:
+        while self.leaving[kind]:
+            _, work, process = self.leaving[kind].pop(0)
+            self._wait(work, "evaluation", self.who(process))
+
+    def receive_bytes(self, size: int, process: int, kind: int = FILES) -> bytes:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        receive = partial(dist.irecv, buffer, self.main - process, group=self.files, tag=kind)
+        self._wait(self._begin(receive, self.who(process)), "evaluation", self.who(process))
+        return buffer.numpy().tobytes()
 
     # --- words
 

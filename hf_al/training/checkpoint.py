@@ -14,17 +14,17 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 from torch import nn
 
-from ..atomic import disk_error, fsync, removed_if_broken, write_atomically
+from ..atomic import disk_error, fsync, write_atomically
 from ..loading import difference
 from ..parallel.alone import ALONE, Alone
 from .optim import BlockOptimizers
@@ -40,6 +40,11 @@ NAME = re.compile(r"checkpoint-\d{8,}(\.old)?")
 def checkpoint_path(output_dir: Path, step: int) -> Path:
     """The folder of the checkpoint after `step` optimizer steps."""
     return output_dir / "checkpoints" / f"checkpoint-{step:08d}"
+
+
+def block_file(k: int) -> str:
+    """The name of block k's file in a checkpoint."""
+    return f"block-{k:03d}.safetensors"
 
 
 class Damaged(ValueError):
@@ -72,8 +77,9 @@ def save_checkpoint(
     """Writes weights and optimizer state of `blocks`; the main process then writes history and manifest, and gives the
     folder its name.
 
-    Every stage writes into the folder that the first one creates, and passes on the list of its files. Returns whether
-    this process was the main one, so that the checkpoint is complete.
+    Every stage writes into the folder that the first one creates, and passes on the list of its files. Stages that do
+    not find the main process's folder send it their files. Returns whether this process was the main one, so that the
+    checkpoint is complete.
 
     Raises:
         OSError: a disk that is full or refuses, also as an exception of the library that writes; the incomplete
@@ -82,18 +88,26 @@ def save_checkpoint(
     written: list[dict[str, Any]] | None
     if transport.replica > 0:  # the first replica has the same tensors
         return False
+    transport.wait_sent()  # the files of the checkpoint before
     with _folder(path.with_name(f"tmp-{path.name}"), transport) as aside:
         files = {}
         for k, block in blocks.items():
             tensors = {WEIGHT + name: tensor for name, tensor in block.state_dict().items()}
             tensors |= {OPTIMIZER + name: tensor for name, tensor in optimizers.state(k).items()}
-            file = aside / f"block-{k:03d}.safetensors"
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, file)
-            fsync(file)
-            files[file.name] = _entry(file)
+            tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+            if transport.shares_folder or transport.is_main:
+                save_file(tensors, aside / block_file(k))
+                fsync(aside / block_file(k))
+                files[block_file(k)] = _entry(aside / block_file(k))
+            else:
+                content = save(tensors)
+                transport.send_bytes(content, transport.main)
+                files[block_file(k)] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         written = transport.pass_on([files])
         if written is None:
             return False
+        if not transport.shares_folder:
+            _fetch(aside, written, transport)
         write_atomically(aside / HISTORY, json.dumps(history))
         files = {name: file for of_stage in written for name, file in of_stage.items()}
         files[HISTORY] = _entry(aside / HISTORY)
@@ -108,18 +122,28 @@ def save_checkpoint(
         aside.rename(path)
     fsync(path.parent)
     if replaced.exists():
-        _remove(replaced)
+        remove(replaced)
     return True
+
+
+def _fetch(folder: Path, written: list[dict[str, Any]], transport: Alone) -> None:
+    """The main process writes the files that the other stages have sent; `written`: the entries of each stage."""
+    for stage, files in enumerate(written[:-1]):
+        for name, entry in files.items():
+            (folder / name).write_bytes(transport.receive_bytes(entry["size"], transport.first_of(stage)))
+            fsync(folder / name)
 
 
 @contextmanager
 def _folder(aside: Path, transport: Alone) -> Iterator[Path]:
-    """The folder that all stages write into: the first one creates it, empty, and then tells the others."""
+    """The folder that all stages write into: the first one creates it, empty, and then tells the others. The main
+    process does if it is the only one to write."""
     try:
-        if transport.is_first:
+        if transport.is_first if transport.shares_folder else transport.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        transport.pass_on([])
+        if transport.shares_folder:
+            transport.pass_on([])
         yield aside
     except BaseException as error:
         if isinstance(error, Exception):
@@ -172,65 +196,19 @@ def _is_complete(path: Path, manifest: Any) -> bool:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return [path for path in _by_step(output_dir) if read_manifest(path) is not None]
+    return [path for path in by_step(output_dir) if read_manifest(path) is not None]
 
 
-def _by_step(output_dir: Path) -> list[Path]:
+def by_step(output_dir: Path) -> list[Path]:
     """All folders named as checkpoints, oldest first; a replaced one (.old) comes before its replacement."""
     found = [p for p in (output_dir / "checkpoints").glob("checkpoint-*") if NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: (p.stem, p.suffix != ".old"))
 
 
-def candidates(name: str, output_dir: Path) -> list[Path]:
-    """Where a run may continue, best first. `last`: all folders named as checkpoints; a folder: that folder.
-
-    Raises:
-        ValueError: a folder that is not a complete checkpoint.
-    """
-    if name != "last":
-        try:
-            open_checkpoint(Path(name))
-        except Damaged:
-            raise ValueError(
-                f"Expected a complete checkpoint (manifest.json and its block files) in {name}, found none. "
-                "Pass the folder of one, or 'last'."
-            ) from None
-        return [Path(name)]
-    found = list(reversed(_by_step(output_dir)))
-    for i, path in enumerate(found):
-        if path.suffix == ".old" and not path.with_suffix("").exists():  # its replacement was never completed
-            found[i] = path.rename(path.with_suffix(""))
-    return found
-
-
-def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path | None:
-    """The first of the candidates without a fault; None if there are no candidates.
-
-    Args:
-        paths: from `candidates`.
-        fault: returns what is wrong with one, or None.
-
-    Raises:
-        ValueError: all of them are damaged.
-    """
-    found = None
-    for path in paths:
-        found = fault(path)
-        if found is None:
-            return path
-        logger.warning("Skipping a damaged checkpoint: %s.", found)
-    if found is not None:
-        raise ValueError(
-            f"Expected an intact checkpoint, got damaged ones only: {found}. Pass the folder of another "
-            "one, or start in another output_dir."
-        )
-    return None
-
-
-def _verified(path: Path, name: str, manifest: dict[str, Any]) -> bytes:
-    """The bytes of a file of a checkpoint, read once."""
+def verified(path: Path, name: str, manifest: dict[str, Any], sent: dict[str, bytes] | None = None) -> bytes:
+    """The bytes of a file of a checkpoint, read once; or those that were `sent`."""
     try:
-        found = (path / name).read_bytes()
+        found = (path / name).read_bytes() if sent is None else sent.pop(name)
     except OSError as error:
         raise Damaged(f"{path / name} cannot be read ({error.strerror})") from None
     if hashlib.sha256(found).hexdigest() != manifest["files"][name]["sha256"]:
@@ -273,8 +251,10 @@ def load_checkpoint(
     blocks: dict[int, nn.Module],
     optimizers: BlockOptimizers | None,
     manifest: dict[str, Any] | None = None,
+    sent: dict[str, bytes] | None = None,
 ) -> None:
-    """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files.
+    """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files, or what
+    was `sent` of them.
 
     Raises:
         Damaged: a file that is missing or not as it was written; earlier blocks have already been loaded.
@@ -282,11 +262,11 @@ def load_checkpoint(
     """
     manifest = manifest or open_checkpoint(path)
     for k, block in blocks.items():
-        file = f"block-{k:03d}.safetensors"
-        if optimizers is None:
+        file = block_file(k)
+        if optimizers is None and sent is None:
             tensors = _verified_weights(path, file, manifest)
         else:
-            tensors = load(_verified(path, file, manifest))
+            tensors = load(verified(path, file, manifest, sent))
         weights = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
         shapes = [{n: tuple(t.shape) for n, t in named.items()} for named in (block.state_dict(), weights)]
         other = difference(*shapes)
@@ -307,76 +287,17 @@ def read_history(path: Path, manifest: dict[str, Any] | None = None) -> list[dic
     Raises:
         Damaged: the file is not as it was written.
     """
-    rows: list[dict[str, Any]] = json.loads(_verified(path, HISTORY, manifest or open_checkpoint(path)))
+    rows: list[dict[str, Any]] = json.loads(verified(path, HISTORY, manifest or open_checkpoint(path)))
     return rows
 
 
-def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
-    """Checks, while another checkpoint can still be chosen, that the best checkpoint of the run of `resumed` is intact.
-    Copies it if the run continues in another folder.
-
-    Raises:
-        ValueError: that run no longer has it.
-    """
-    if best_step is None:
-        return
-    target = checkpoint_path(output_dir, best_step)
-    best = target if read_manifest(target) is not None else resumed.parent / target.name
-    try:
-        manifest = open_checkpoint(best)
-        for name in manifest["files"] if best != resumed else ():
-            _verified(best, name, manifest)
-    except Damaged as damage:
-        raise ValueError(
-            f"Expected the best checkpoint of the run, {best.name}, beside {resumed}, found none that is intact "
-            f"({damage.reason}). Resume from a checkpoint that has it beside it, or start anew."
-        ) from None
-    if best == target:
-        return
-    with removed_if_broken(target.with_name(f"tmp-{target.name}")) as aside:
-        shutil.copytree(best, aside, dirs_exist_ok=True)
-        for file in [*aside.iterdir(), aside]:
-            fsync(file)
-        aside.rename(target)
-    fsync(target.parent)
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Renames, then deletes: a folder that is half deleted when the process dies no longer has a checkpoint's name."""
     aside = path.with_name(f"tmp-{path.name}")
     if aside.exists():
         shutil.rmtree(aside)
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def clear_leftovers(folder: Path, step: int | None = None) -> None:
-    """Deletes leftovers of interrupted writes and deletions up to `step`; the first stage may be writing later ones."""
-    for leftover in folder.glob("tmp-*"):
-        if step is None or leftover.name <= f"tmp-checkpoint-{step:08d}.old":
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None = None) -> None:
-    """Deletes all checkpoints but the newest `keep` and the best one, and leftovers of interrupted writes.
-
-    Args:
-        output_dir: the run's folder.
-        keep: how many of the newest to keep.
-        best_step: the step of the best one.
-        step: the run's current step. Later checkpoints date from before the run was resumed from an earlier step: they
-            are deleted first, because `last` would find them.
-    """
-    clear_leftovers(output_dir / "checkpoints", step)
-    spared = [path for path in complete_checkpoints(output_dir) if path.suffix != ".old"]
-    if step is not None:
-        spared = [path for path in spared if path <= checkpoint_path(output_dir, step)]
-    spared = spared[-keep:]
-    if best_step is not None:
-        spared.append(checkpoint_path(output_dir, best_step))
-    for path in reversed(_by_step(output_dir)):
-        if path not in spared:
-            _remove(path)
 
 
 def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from ..data.streaming import StreamOrder
 from ..loading import weights_sha256
 from ..metrics import confusion_matrix, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
-from . import checkpoint, health
+from . import checkpoint, health, run_folder
 from .measure import exit_speeds
 from .plan import Plan
 from .progress import Progress
@@ -54,7 +54,9 @@ def finish(
     transport, model = stage.transport, stage.model
     chosen = progress.best_step or progress.step
     if chosen != progress.step:
-        checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), stage.blocks, None)
+        path = checkpoint.checkpoint_path(plan.output_dir, chosen)
+        manifest, sent = run_folder.open_everywhere(path, plan.placement, transport)
+        checkpoint.load_checkpoint(path, stage.blocks, None, manifest, sent)
     results = _results(plan, stage)
     codes = health.code_health(model, torch.as_tensor(plan.labels["validation"]), transport)
     warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, at_start)

@@ -33,7 +33,7 @@ from ..parallel.launch import said_once
 from ..parallel.schema import PROTOCOL
 from ..parallel.transport import connect
 from ..parsing import BALANCED
-from . import checkpoint, energy, health, trackers
+from . import checkpoint, dispatch, energy, health, run_folder, trackers
 from .finish import finish
 from .measure import measured_cuts, unit_seconds
 from .memory import shortage_explained
@@ -45,8 +45,8 @@ from .record import Record
 from .setup import (
     check_arguments,
     check_same,
-    check_shared,
     for_this_run,
+    look_for_folder,
     make_accelerator,
     place_blocks,
     prepare_output_dir,
@@ -116,7 +116,8 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         set_seed(args.seed)
         if args.model.get("cuts") == BALANCED and args.encoder:
             args.model["cuts"] = transport.tell(partial(measured_cuts, args, device))
-        model, tokenizer, data, order, about = transport.together(partial(load, args, datasets), main_first=True)
+        rows = dispatch.read(args, datasets, transport)
+        model, tokenizer, data, order, about = transport.together(partial(load, args, *rows), main_first=True)
         times = None
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
             times = transport.tell(lambda: unit_seconds(model, args, device, token_lengths(data["train"])))
@@ -134,9 +135,9 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         check_same("run", run_facts, transport)
         check_same("model", plan.identity["model"], transport)
         run = Run(plan, model, tokenizer, accelerator, transport)
+        look_for_folder(output_dir, transport)
         run.resume()
-        transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
-        check_shared(output_dir, transport)
+        transport.together(partial(prepare_output_dir, output_dir, args, transport.is_main))
         with energy.measured(transport.is_main and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
             run.fit()
         report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start, run.processes, kwh)
@@ -195,14 +196,14 @@ class Run:
         name, output_dir = self.args.resume_from_checkpoint, self.plan.output_dir
         if name is None:
             return
-        found = self.transport.tell(lambda: [str(path) for path in checkpoint.candidates(name, output_dir)])
-        path = checkpoint.first_intact([Path(folder) for folder in found], self._load)
+        found = self.transport.tell(lambda: [str(path) for path in run_folder.candidates(name, output_dir)])
+        path = run_folder.first_intact([Path(folder) for folder in found], self._load)
         if path is None:
             logger.warning("No complete checkpoint in %s: starting at step 0.", output_dir)
             return
         best = self.progress.best_step
         with checkpoint.writing("the best checkpoint so far", output_dir):
-            self.transport.tell(lambda: checkpoint.adopt_best(path, output_dir, best))
+            self.transport.tell(lambda: run_folder.adopt_best(path, output_dir, best))
         logger.info("Resuming from %s, step %d of %d.", path, self.progress.step, self.plan.total_steps)
 
     def _load(self, path: Path) -> str | None:
@@ -210,13 +211,13 @@ class Run:
 
         def load() -> str | None:
             try:
-                manifest = checkpoint.open_checkpoint(path)
+                manifest, sent = run_folder.open_everywhere(path, self.plan.placement, self.transport)
                 changed = self._check_run(manifest, path)
                 for k, block in self.stage.blocks.items():
-                    checkpoint.load_checkpoint(path, {k: block}, self.optimizers, manifest)
+                    checkpoint.load_checkpoint(path, {k: block}, self.optimizers, manifest, sent)
                     if self.stage.offload:
                         self.stage.offload.put_away(block)
-                history = checkpoint.read_history(path, manifest) if self.transport.is_last else []
+                history = checkpoint.read_history(path, manifest) if self.transport.is_main else []
             except checkpoint.Damaged as damage:
                 return damage.reason
             vars(self.progress).update(manifest["progress"], history=history)
@@ -386,6 +387,6 @@ class Run:
             if checkpoint.save_checkpoint(
                 path, self.stage.blocks, self.optimizers, manifest, progress.history, self.transport
             ):
-                checkpoint.rotate(output_dir, self.args.save_total_limit, progress.best_step, progress.step)
+                run_folder.rotate(output_dir, self.args.save_total_limit, progress.best_step, progress.step)
                 if self.shared:
                     self.shared.send(path)

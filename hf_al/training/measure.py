@@ -17,7 +17,7 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
 from ..parallel.placement import balanced_cuts
 from ..parsing import PER_BLOCK, planned_blocks
-from . import checkpoint
+from . import checkpoint, run_folder
 from .local_step import local_steps
 from .optim import BlockOptimizers
 from .setup import known_values, make_config
@@ -75,7 +75,7 @@ def measured_cuts(args: TrainingArguments, device: torch.device) -> list[int] | 
     """After which layers to cut the encoder of a new run, so that the slowest run of layers is as fast as possible; of
     a resumed run, where it was cut. Each layer is measured as a block of its own, without looking ahead."""
     if args.resume_from_checkpoint:
-        for path in checkpoint.candidates(args.resume_from_checkpoint, Path(args.output_dir)):
+        for path in run_folder.candidates(args.resume_from_checkpoint, Path(args.output_dir)):
             manifest = checkpoint.read_manifest(path)
             if manifest is not None:
                 cuts: list[int] | None = manifest["identity"]["model"].get("cuts")

@@ -34,8 +34,9 @@ from ..parsing import BALANCED, check_model_keys, check_new_model
 from ..registration import MODEL_CLASSES
 from ..values import available_cores, capped
 from . import trackers
-from .checkpoint import clear_leftovers, differences
+from .checkpoint import differences
 from .optim import make_optimizer, make_schedule
+from .run_folder import clear_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,13 @@ def make_config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
     return config
 
 
-def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
-    """Creates the folder; if the arguments say so, removes an earlier run from it, its config.json first."""
+def prepare_output_dir(folder: Path, args: TrainingArguments, is_main: bool) -> None:
+    """Creates the folder, in other processes for what waits on their disks; if the arguments say so, the main process
+    removes an earlier run from it, its config.json first."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not is_main:
+            return
         clear_leftovers(folder / "checkpoints")
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
             for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
@@ -126,27 +130,25 @@ def check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
     transport.together(compare)
 
 
-def check_shared(folder: Path, transport: Alone) -> None:
-    """All stages must see one output folder, also on several machines: each writes its blocks' checkpoints there.
-
-    Raises:
-        ValueError: a stage does not find what the last one wrote.
-    """
-    name = transport.tell(lambda: tempfile.mkstemp(prefix="shared-", suffix=".tmp", dir=folder)[1])
-
-    def check() -> None:
-        if not (folder / Path(name).name).exists():
-            raise ValueError(
-                f"Expected one output_dir for all stages, but {transport.who()} does not find in "
-                f"{folder.absolute()} what the main process wrote to {folder}. Pass a folder that all machines share, "
-                "by its absolute path."
-            )
-
+def look_for_folder(folder: Path, transport: Alone) -> None:
+    """Finds out whether all processes see the folder of the main process. If not, as on several machines, checkpoints
+    will go over the wire."""
+    if transport.main == 0:
+        return
+    name = transport.tell(lambda: tempfile.mkstemp(prefix="shared-", suffix=".tmp", dir=_existing(folder))[1])
     try:
-        transport.together(check)
+        found = transport.gather((_existing(folder) / Path(name).name).exists())
     finally:
         if transport.is_main:
             os.unlink(name)
+    if not all(found):
+        logger.info("%s does not find %s: checkpoints go over the wire.", transport.who(found.index(False)), folder)
+        transport.share_no_folder()
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:

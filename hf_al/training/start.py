@@ -15,7 +15,7 @@ from ..arguments import TrainingArguments
 from ..data import sources, tokenization
 from ..data.batching import BatchOrder, token_lengths
 from ..data.labels import encode_labels, label_names, problem_type_of
-from ..data.streaming import StreamOrder, open_windows
+from ..data.streaming import StreamOrder, Windows, open_windows
 from ..loading import difference, load_encoder, load_model
 from ..messages import some
 from ..modeling.blocks import ALBlock
@@ -35,16 +35,22 @@ Start = tuple[
 ]
 
 
-def load(args: TrainingArguments, datasets: DatasetDict | None) -> Start:
+def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows | None = None) -> Start:
     """The model, its tokenizer, the tokenized splits (of a stream, its first window), the batch order, and what the
     report says of the rows: the `fingerprint` of each split, and whether they are `pairs`.
+
+    Args:
+        args: of the run.
+        datasets: raw splits; with `streaming`, train as a stream or, if its `windows` are given, the first of them.
+        windows: of a stream that somebody else reads.
 
     Raises:
         ValueError: data, a tokenizer or a saved model that cannot be used.
     """
-    windows = None
     if args.streaming:
-        windows, datasets = open_windows(args, sources.load_raw(args) if datasets is None else datasets)
+        if windows is None:
+            windows, datasets = open_windows(args, sources.load_raw(args) if datasets is None else datasets)
+        assert datasets is not None
         columns = sources.choose_columns(datasets["train"], args)
     data, fingerprints = sources.load_with_fingerprints(args, datasets)
     about = {"fingerprint": fingerprints, "pairs": "text_pair" in data["train"].column_names}

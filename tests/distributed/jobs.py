@@ -81,10 +81,10 @@ def train_twice(stage: int, folder: str, flags: list[str]) -> list[dict]:
     return [train(stage, [*flags, f"--seed={seed}", f"--output_dir={folder}/{seed}"]) for seed in (1, 2)]
 
 
-def elsewhere_at_the_first_stage(stage: int, folders: list[str], flags: list[str]) -> dict:
+def in_folders_of_their_own(stage: int, folders: list[str], job: str, *args: Any) -> Any:
     """The same relative output_dir in another working folder, as on another machine."""
     os.chdir(folders[stage])
-    return train(stage, flags)
+    return globals()[job](stage, *args)
 
 
 def read_by_the_last_stage(stage: int, flags: list[str]) -> dict:

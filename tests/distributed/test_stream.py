@@ -1,6 +1,8 @@
 """The stream: any number of stages gives the same bits; nothing goes back; disturbances are noticed."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jobs
 import pytest
@@ -127,16 +129,57 @@ def test_the_model_is_merged_without_the_optimizer_state_of_other_stages(run_fla
     assert not [name for name in found[1]["read"] if name.startswith(checkpoint.OPTIMIZER)]
 
 
-def test_stages_with_folders_of_their_own_are_refused_before_training(run_flags, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize("more", [[], slow(["--replicas=2", "--gradient_accumulation_steps=1"])], ids=["1", "2"])
+def test_processes_that_share_no_folder_leave_the_bytes_of_one(more, run_flags, alone, tmp_path):
+    """As on several machines; also after one of them has failed. Only the last stage's folder has any files."""
+    processes = 2 * (1 + bool(more))
+    folders = [str(tmp_path / str(process)) for process in range(processes)]
+    for folder in folders:
+        Path(folder).mkdir()
     flags = [f for f in run_flags("lstm_al_ce", 2, tmp_path) if "output_dir" not in f]
-    folders = [str(tmp_path / "one"), str(tmp_path / "two")]
-    said = run_world(2, jobs.elsewhere_at_the_first_stage, folders, [*flags, "--output_dir=run"], check=False)
-    assert "Expected one output_dir for all stages, but stage 0 does not find in" in said[0]
-    assert "Pass a folder that all machines share, by its absolute path." in said[0]
+    flags += [*more, "--output_dir=run", "--resume_from_checkpoint=last", "--trace=3"]
+    said = run_world(processes, jobs.in_folders_of_their_own, folders, "dies", "in a step", "error", flags, check=False)
+    assert "ValueError: Died on purpose" in said[0]
+    assert (Path(folders[-1]) / "run" / "checkpoints").is_dir()
+    run_world(processes, jobs.in_folders_of_their_own, folders, "train", flags)
+    events = json.loads((Path(folders[-1]) / "run" / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == set(range(processes))
+    (Path(folders[-1]) / "run" / "trace.json").unlink()
+    if more:
+        run_world(2, jobs.train, [*flags, "--stages=1", f"--output_dir={tmp_path / 'shared'}"])
+        (tmp_path / "shared" / "trace.json").unlink()
+    expected = sha256(tmp_path / "shared") if more else alone("lstm_al_ce")
+    assert sha256(Path(folders[-1]) / "run") == expected
+    assert not [path for folder in folders[:-1] for path in Path(folder).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("more", [slow([]), ["--streaming", "--streaming_buffer_size=150"]], ids=["whole", "streamed"])
+def test_data_that_only_the_first_stage_finds_gives_the_same_bits(more, run_flags, tmp_path):
+    """Also after a failure."""
+    more = ["--dispatch_data", "--resume_from_checkpoint=last", *more]
+    flags = [*run_flags("lstm_al_ce", 3, tmp_path / "three"), *more]
+    folders = [tmp_path / str(stage) for stage in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    for i, (flag, path) in enumerate(flag.split("=") for flag in flags if "_file=" in flag):
+        shutil.copy(path, folders[0])
+        flags[i] = f"{flag}={Path(path).name}"
+    said = run_world(3, jobs.in_folders_of_their_own, folders, "dies", "in a step", "error", flags, check=False)
+    assert "ValueError: Died on purpose" in said[0]
+    run_world(3, jobs.in_folders_of_their_own, folders, "train", flags)
+    assert not list(folders[1].iterdir())
+    one = [*flags, "--stages=1", f"--output_dir={tmp_path / 'one'}"]
+    run_world(1, jobs.in_folders_of_their_own, folders, "train", one)
+    assert sha256(tmp_path / "three") == sha256(tmp_path / "one")
+
+
+def test_data_that_the_first_stage_cannot_read_is_one_message(run_flags, tmp_path):
+    flags = [f for f in run_flags("lstm_al_ce", 2, tmp_path / "run") if "_file=" not in f]
+    (tmp_path / "bad.csv").write_text("text,label\n")
+    flags += ["--dispatch_data", f"--train_file={tmp_path / 'bad.csv'}"]
+    said = run_world(2, jobs.train, flags, check=False)
+    assert f"ValueError: Expected rows in {tmp_path / 'bad.csv'}, got only a header." in said[0]
     assert said[1].splitlines()[-1] == "SystemExit: 2"
-    assert not list(tmp_path.glob("*/run/*"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,175 @@
+"""The checkpoints in a run's folder: where the run can continue, and which of them are kept.
+
+If the other processes do not find that folder, the main process sends them the files of their blocks.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..atomic import fsync, removed_if_broken
+from ..parallel.alone import Alone
+from ..parallel.placement import Placement
+from .checkpoint import (
+    Damaged,
+    block_file,
+    by_step,
+    checkpoint_path,
+    complete_checkpoints,
+    open_checkpoint,
+    read_manifest,
+    remove,
+    verified,
+)
+
+logger = logging.getLogger(__name__)
+
+Files = dict[str, bytes]  # by name
+
+
+def candidates(name: str, output_dir: Path) -> list[Path]:
+    """Where a run may continue, best first. `last`: all folders named as checkpoints; a folder: that folder.
+
+    Raises:
+        ValueError: a folder that is not a complete checkpoint.
+    """
+    if name != "last":
+        try:
+            open_checkpoint(Path(name))
+        except Damaged:
+            raise ValueError(
+                f"Expected a complete checkpoint (manifest.json and its block files) in {name}, found none. "
+                "Pass the folder of one, or 'last'."
+            ) from None
+        return [Path(name)]
+    found = list(reversed(by_step(output_dir)))
+    for i, path in enumerate(found):
+        if path.suffix == ".old" and not path.with_suffix("").exists():  # its replacement was never completed
+            found[i] = path.rename(path.with_suffix(""))
+    return found
+
+
+def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path | None:
+    """The first of the candidates without a fault; None if there are no candidates.
+
+    Args:
+        paths: from `candidates`.
+        fault: returns what is wrong with one, or None.
+
+    Raises:
+        ValueError: all of them are damaged.
+    """
+    found = None
+    for path in paths:
+        found = fault(path)
+        if found is None:
+            return path
+        logger.warning("Skipping a damaged checkpoint: %s.", found)
+    if found is not None:
+        raise ValueError(
+            f"Expected an intact checkpoint, got damaged ones only: {found}. Pass the folder of another "
+            "one, or start in another output_dir."
+        )
+    return None
+
+
+def open_everywhere(path: Path, placement: Placement, transport: Alone) -> tuple[dict[str, Any], Files | None]:
+    """The manifest of a checkpoint, in every process. If only the main process finds it, also the files of this
+    process's blocks, which it sends; else None.
+
+    Raises:
+        Damaged, ValueError: see `open_checkpoint`.
+    """
+    if transport.shares_folder:
+        return open_checkpoint(path), None
+
+    def look() -> list[Any]:
+        try:
+            return [open_checkpoint(path), None]
+        except Damaged as damage:
+            return [None, damage.reason]
+
+    manifest, reason = transport.tell(look)
+    if reason:
+        raise Damaged(reason)
+
+    def of(process: int) -> list[tuple[str, int]]:
+        names = [block_file(k) for k in placement.blocks(process // transport.replicas)]
+        return [(name, manifest["files"][name]["size"]) for name in names]
+
+    if not transport.is_main:  # all of them, before one turns out to be damaged: the main process waits for that
+        return manifest, {name: transport.receive_bytes(size, transport.main) for name, size in of(transport.process)}
+    for process in range(transport.main):
+        for name, size in of(process):
+            transport.send_bytes(_read(path / name, size), process)
+        transport.wait_sent()
+    return manifest, None
+
+
+def _read(file: Path, size: int) -> bytes:
+    """The file as it is: the receiver knows its checksum. Zeros if it cannot be read."""
+    try:
+        return file.read_bytes()[:size].ljust(size, b"\0")
+    except OSError:
+        return bytes(size)
+
+
+def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
+    """Checks, while another checkpoint can still be chosen, that the best checkpoint of the run of `resumed` is intact.
+    Copies it if the run continues in another folder.
+
+    Raises:
+        ValueError: that run no longer has it.
+    """
+    if best_step is None:
+        return
+    target = checkpoint_path(output_dir, best_step)
+    best = target if read_manifest(target) is not None else resumed.parent / target.name
+    try:
+        manifest = open_checkpoint(best)
+        for name in manifest["files"] if best != resumed else ():
+            verified(best, name, manifest)
+    except Damaged as damage:
+        raise ValueError(
+            f"Expected the best checkpoint of the run, {best.name}, beside {resumed}, found none that is intact "
+            f"({damage.reason}). Resume from a checkpoint that has it beside it, or start anew."
+        ) from None
+    if best == target:
+        return
+    with removed_if_broken(target.with_name(f"tmp-{target.name}")) as aside:
+        shutil.copytree(best, aside, dirs_exist_ok=True)
+        for file in [*aside.iterdir(), aside]:
+            fsync(file)
+        aside.rename(target)
+    fsync(target.parent)
+
+
+def clear_leftovers(folder: Path, step: int | None = None) -> None:
+    """Deletes leftovers of interrupted writes and deletions up to `step`; the first stage may be writing later ones."""
+    for leftover in folder.glob("tmp-*"):
+        if step is None or leftover.name <= f"tmp-checkpoint-{step:08d}.old":
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def rotate(output_dir: Path, keep: int, best_step: int | None, step: int | None = None) -> None:
+    """Deletes all checkpoints but the newest `keep` and the best one, and leftovers of interrupted writes.
+
+    Args:
+        output_dir: the run's folder.
+        keep: how many of the newest to keep.
+        best_step: the step of the best one.
+        step: the run's current step. Later checkpoints date from before the run was resumed from an earlier step: they
+            are deleted first, because `last` would find them.
+    """
+    clear_leftovers(output_dir / "checkpoints", step)
+    spared = [path for path in complete_checkpoints(output_dir) if path.suffix != ".old"]
+    if step is not None:
+        spared = [path for path in spared if path <= checkpoint_path(output_dir, step)]
+    spared = spared[-keep:]
+    if best_step is not None:
+        spared.append(checkpoint_path(output_dir, best_step))
+    for path in reversed(by_step(output_dir)):
+        if path not in spared:
+            remove(path)
