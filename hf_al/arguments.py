@@ -85,7 +85,9 @@ class TrainingArguments:
         False, "Read train while training on it, again and again; needs max_steps and validation data."
     )
     dispatch_data: bool = _arg(
-        False, "Only the first stage reads the data, and sends the other processes its rows (default: each reads it)."
+        False,
+        "Only the first stage reads the data, and sends the others its rows, which they keep in memory (default: each "
+        "process reads it).",
     )
     streaming_buffer_size: int = _arg(10000, "Rows of a stream that are read, shuffled and sorted by length together.")
     max_train_samples: int | None = _arg(None, "Use only the first N training rows.")

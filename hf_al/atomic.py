@@ -21,6 +21,11 @@ CODE = (
 EXPORTS = f"export.{'[0-9a-f]' * 8}.tmp"
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
 def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from .early import (
 )
 from .messages import table
 from .metadata import check_metadata
-from .parallel.launch import is_for_others_to_start, launch, said_once, speaks
+from .parallel.launch import is_for_others_to_start, launch, said_once
 from .parallel.placement import check_placement
 from .parsing import FlagParser, add_training_flags, planned_blocks, reader, resolve
 from .report import read_report
@@ -87,7 +88,7 @@ def _train(flags: Namespace) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if not speaks():
+    if os.environ.get("RANK", "0") != "0":
         return
     split = "test" if "test" in report else "validation"
     print(f"{split} metrics by exit ({args.output_dir}/report.md has the rest):\n{table(report[split])}")

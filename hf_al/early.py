@@ -41,7 +41,7 @@ def check_training(args: TrainingArguments) -> None:
         check_word_vectors(args.word_vectors)
     check_data_arguments(args)
     check_installed(args.trackers, is_installed)
-    if args.push_to_hub:
+    if is_main and args.push_to_hub:
         check_can_push(args.hub_id)
     resumed = args.resume_from_checkpoint
     if is_main and resumed not in (None, "last") and not Path(resumed).is_dir():

@@ -24,11 +24,13 @@ from .streaming import whole
 logger = logging.getLogger(__name__)
 
 TWEETS_RULES = 2  # raise it whenever `_tweets` yields something else: `datasets` caches by the arguments, not the code
+SPLITS = ("train", "validation", "test")
 TEXT_FEATURES = (Value("string"), Value("large_string"))
 
 
 def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None) -> DatasetDict:
     """The data of a run: splits train, validation and, if there is one, test. See `load_with_fingerprints`."""
+    check_given_once(args, given)
     return load_with_fingerprints(args, given)[0]
 
 
@@ -46,15 +48,13 @@ def load_with_fingerprints(
         ValueError: no data named, a file that is missing or cannot be read, ambiguous columns, labels that are missing
             or that train does not have.
     """
-    if not args.streaming and not args.dispatch_data:
-        check_once(args, given)
     raw = given if given is not None else load_raw(args)
     if "train" not in raw:
         raise ValueError(
             f"Expected a split named train, got {list(raw)}. Rename yours, or name it: --train_split_name."
         )
     columns = choose_columns(raw["train"], args)
-    data = {name: named_columns(raw[name], *columns, name) for name in ("train", "validation", "test") if name in raw}
+    data = {name: named_columns(raw[name], *columns, name) for name in SPLITS if name in raw}
     for name in data:
         check_rows(data[name], name)
     read, data = data, encode_labels(data, args.problem_type)
@@ -77,7 +77,7 @@ def load_with_fingerprints(
 # --- raw splits
 
 
-def check_once(args: TrainingArguments, given: DatasetDict | None) -> None:
+def check_given_once(args: TrainingArguments, given: DatasetDict | None) -> None:
     """ValueError if the data is both given and named."""
     if given is not None and (args.train_file or args.dataset_name):
         raise ValueError(

@@ -1,8 +1,8 @@
 """A train split that is read while it is used, for data that is too large to download or to keep.
 
 It is read in windows, and each window is shuffled and batched like an epoch of a small data set. The batches follow
-from (rows, window size, seed): a resumed run finds its place by reading from the start, and every stage reads by
-itself.
+from (rows, window size, seed): a resumed run finds its place by reading from the start. Every process reads the stream
+by itself, unless `--dispatch_data` says otherwise.
 """
 
 import hashlib

@@ -77,7 +77,8 @@ class Encoder(nn.Module):
 
     def input_embeddings(self) -> nn.Embedding | None:
         """The rows of the token ids, in block 0."""
-        return None if self.embeddings is None else self.embeddings.word_embeddings
+        embeddings = getattr(self, "embeddings", None)
+        return None if embeddings is None else embeddings.word_embeddings
 
     @staticmethod
     def look_ahead(config, index: int) -> "Encoder | None":

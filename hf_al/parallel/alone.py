@@ -63,18 +63,15 @@ class Alone:
 
     # --- files and rows that other processes do not find by themselves
 
-    def open_files(self) -> None:
-        """Connects all processes for that."""
-
-    def share_no_folder(self) -> None:
-        """From here on, files go over the wire; said by all processes at the same point."""
+    def connect_all(self) -> None:
+        """Before the first of them is sent: by all processes at the same point."""
 
     def first_of(self, stage: int) -> int:
         """The process of the first replica of a stage."""
         return (stage + 1) * self.replicas - 1
 
-    def send_bytes(self, content: bytes, process: int, kind: int = FILES) -> None:
-        """Starts to send something whose size `process` knows."""
+    def send_bytes(self, content: bytes, processes: Iterable[int], kind: int = FILES) -> None:
+        """Starts to send something whose size the `processes` know."""
         raise NotImplementedError
 
     def wait_sent(self, kind: int = FILES) -> None:
@@ -114,7 +111,8 @@ class Alone:
         """Tells the others that this process ends with an error that it will show."""
 
     def statistics(self) -> dict[str, float]:
-        """Bytes by direction, and seconds of waiting: in training by `receive`, `send` and `sum`; in `evaluation`."""
+        """Bytes by direction, and seconds of waiting: in training by `receive`, `send`, `sum` and `rows`; in
+        `evaluation`, and for files."""
         return {}
 
 

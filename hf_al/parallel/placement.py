@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a placement can be checked without it
 
 @dataclass(frozen=True)
 class Placement:
-    """Contiguous units on stages; one stage is one process.
+    """Contiguous units on stages; each replica of a stage is one process.
 
     Args:
         stages: for each stage, the units it owns; each is a run of blocks that are trained together.

@@ -2,11 +2,11 @@
 
 The last stage of the first replica is rank 0, the main process: boundaries, and the rows of logs and metrics after
 them, travel forward and end where trackers, checkpoints and the report are written. Only a verdict at an evaluation
-goes back (`tell`).
+goes back (`tell`), and what a checkpoint holds, before and after the steps.
 
-Boundaries go point to point, within a replica; gradients are summed over the replicas of a stage. Everything else is
-json, or small tensors as safetensors, in the store that the process group has anyway: writing there never waits, and
-its content outlives a process that dies.
+Boundaries go point to point, within a replica; so do files and rows of data that other processes do not find. Gradients
+are summed over the replicas of a stage. Everything else is json, or small tensors as safetensors, in the store that the
+process group has anyway: writing there never waits, and its content outlives a process that dies.
 """
 
 import itertools
@@ -34,6 +34,8 @@ from .schema import ALIGNMENT, Message, Ring, Schema
 RUNS = itertools.count()  # of this process: each has words of its own
 AHEAD = 2  # receives that are posted ahead, and sends in flight
 ASK_EVERY = 0.2  # seconds after which the first stage checks again whether another one was told to stop
+PIECE = 2**26  # bytes of a file that are sent at once: each piece has the whole timeout
+KINDS = {FILES: "evaluation", ROWS: "rows"}  # what a wait for them counts as
 SILENCE = 3.0  # seconds for a process that failed to report why
 
 
@@ -55,8 +57,8 @@ class Neighbours(Alone):
         self.is_main = self.process == self.main
         self.before, self.after = self.process - replicas, self.process + replicas  # its neighbours in its replica
         self.group: dist.ProcessGroup | None = None  # of the replicas of this stage
-        self.files: dist.ProcessGroup | None = None  # of all processes, for files and rows
-        self.leaving: dict[int, list[tuple[Tensor, dist.Work, int]]] = {FILES: [], ROWS: []}  # and to which process
+        self.everybody: dist.ProcessGroup | None = None  # for files and rows
+        self.under_way: dict[int, list[tuple[Tensor, dist.Work, int]]] = {FILES: [], ROWS: []}  # and to which process
         self.store = dist.PrefixStore(f"hf_al/{next(RUNS)}", dist.distributed_c10d._get_default_store())
         self.incoming: dict[str, Schema] = {}
         self.outgoing: dict[str, Schema] = {}
@@ -73,7 +75,7 @@ class Neighbours(Alone):
         self.count = dict.fromkeys(
             ("sent_later_bytes", "received_bytes", "told_bytes", "summed_bytes", "boundary_bytes"), 0
         )
-        self.waited = dict.fromkeys(("receive", "send", "sum", "evaluation"), 0.0)
+        self.waited = dict.fromkeys(("receive", "send", "sum", "rows", "evaluation"), 0.0)
 
     def meet(self) -> None:
         if self.replicas == 1:
@@ -127,7 +129,8 @@ class Neighbours(Alone):
             if message.kind == "train" and message.micro_batch == 0:
                 self.signal = self.signal or int(self.agreed)
             return first()
-        self._post()  # into the buffer of the previous batch, which is done
+        if not self.posted:
+            self._post()
         expected, buffer, work = self.posted.popleft()
         assert expected == message, f"expected {expected}, the loop is at {message}"
         self._wait(work, "receive" if message.kind == "train" else "evaluation", self.who(self.before))
@@ -136,6 +139,8 @@ class Neighbours(Alone):
         if header != message.header(self.signal):
             raise RuntimeError(f"{self.who().capitalize()} expected {message}, {self.who(self.before)} sent {header}.")
         self.count["received_bytes"] += len(buffer)
+        if not self.signal:  # else no more may come: the first stage may not even know what it would be
+            self._post()  # into the buffer of the previous batch, which is done
         return self.incoming[message.kind].read(buffer, message.rows, message.tokens)
 
     def send(self, message: Message, boundary: Boundary) -> None:
@@ -195,29 +200,30 @@ class Neighbours(Alone):
 
     # --- files and rows
 
-    def open_files(self) -> None:
+    def connect_all(self) -> None:
         timeout = timedelta(seconds=self.timeout)
-        if self.files is None:
-            self.files = self._begin(lambda: dist.new_group(backend="gloo", timeout=timeout), "another process")
+        if self.everybody is None:
+            self.everybody = self._begin(lambda: dist.new_group(backend="gloo", timeout=timeout), "another process")
 
-    def share_no_folder(self) -> None:
-        self.shares_folder = False
-        self.open_files()
-
-    def send_bytes(self, content: bytes, process: int, kind: int = FILES) -> None:
-        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        send = partial(dist.isend, buffer, self.main - process, group=self.files, tag=kind)
-        self.leaving[kind].append((buffer, self._begin(send, self.who(process)), process))
+    def send_bytes(self, content: bytes, processes: Iterable[int], kind: int = FILES) -> None:
+        pieces = torch.frombuffer(bytearray(content), dtype=torch.uint8).split(PIECE)
+        for process in processes:
+            self.count["sent_later_bytes" if process > self.process else "told_bytes"] += len(content)
+            for piece in pieces:
+                send = partial(dist.isend, piece, self.main - process, group=self.everybody, tag=kind)
+                self.under_way[kind].append((piece, self._begin(send, self.who(process)), process))
 
     def wait_sent(self, kind: int = FILES) -> None:
-        while self.leaving[kind]:
-            _, work, process = self.leaving[kind].pop(0)
-            self._wait(work, "evaluation", self.who(process))
+        while self.under_way[kind]:
+            _, work, process = self.under_way[kind].pop(0)
+            self._wait(work, KINDS[kind], self.who(process))
 
     def receive_bytes(self, size: int, process: int, kind: int = FILES) -> bytes:
         buffer = torch.empty(size, dtype=torch.uint8)
-        receive = partial(dist.irecv, buffer, self.main - process, group=self.files, tag=kind)
-        self._wait(self._begin(receive, self.who(process)), "evaluation", self.who(process))
+        for piece in buffer.split(PIECE):
+            receive = partial(dist.irecv, piece, self.main - process, group=self.everybody, tag=kind)
+            self._wait(self._begin(receive, self.who(process)), KINDS[kind], self.who(process))
+        self.count["received_bytes"] += size
         return buffer.numpy().tobytes()
 
     # --- words
@@ -228,6 +234,8 @@ class Neighbours(Alone):
         spared = main_first and not self.is_main and json.loads(self._get(f"{name}/{self.main}", self.main))
         try:
             result = None if spared else work()
+        except ConnectionError:  # without another process there is no together
+            raise
         except (ValueError, OSError) as raised:
             error = raised
         self._ask("set", f"{name}/{self.process}", json.dumps(error is not None))
@@ -273,7 +281,7 @@ class Neighbours(Alone):
         return json.loads(self._get(name, self.main))
 
     def failed(self, error: Exception) -> None:
-        if isinstance(error, ConnectionError) or self.has_failed:
+        if self.has_failed:
             return
         self.has_failed = True
         status = 2 if isinstance(error, (ValueError, OSError)) else 1

@@ -77,9 +77,9 @@ def save_checkpoint(
     """Writes weights and optimizer state of `blocks`; the main process then writes history and manifest, and gives the
     folder its name.
 
-    Every stage writes into the folder that the first one creates, and passes on the list of its files. Stages that do
-    not find the main process's folder send it their files. Returns whether this process was the main one, so that the
-    checkpoint is complete.
+    Every stage writes into the folder that the first one creates, and passes on the list of its files; if not all
+    processes find the main one's folder, they send it their files. Returns whether this process was the main one, so
+    that the checkpoint is complete.
 
     Raises:
         OSError: a disk that is full or refuses, also as an exception of the library that writes; the incomplete
@@ -101,7 +101,7 @@ def save_checkpoint(
                 files[block_file(k)] = _entry(aside / block_file(k))
             else:
                 content = save(tensors)
-                transport.send_bytes(content, transport.main)
+                transport.send_bytes(content, [transport.main])
                 files[block_file(k)] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         written = transport.pass_on([files])
         if written is None:
@@ -139,7 +139,8 @@ def _folder(aside: Path, transport: Alone) -> Iterator[Path]:
     """The folder that all stages write into: the first one creates it, empty, and then tells the others. The main
     process does if it is the only one to write."""
     try:
-        if transport.is_first if transport.shares_folder else transport.is_main:
+        creates = transport.is_first if transport.shares_folder else transport.is_main
+        if creates:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         if transport.shares_folder:
@@ -205,10 +206,10 @@ def by_step(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: (p.stem, p.suffix != ".old"))
 
 
-def verified(path: Path, name: str, manifest: dict[str, Any], sent: dict[str, bytes] | None = None) -> bytes:
+def verified(path: Path, name: str, manifest: dict[str, Any], sent: bytes | None = None) -> bytes:
     """The bytes of a file of a checkpoint, read once; or those that were `sent`."""
     try:
-        found = (path / name).read_bytes() if sent is None else sent.pop(name)
+        found = (path / name).read_bytes() if sent is None else sent
     except OSError as error:
         raise Damaged(f"{path / name} cannot be read ({error.strerror})") from None
     if hashlib.sha256(found).hexdigest() != manifest["files"][name]["sha256"]:
@@ -251,10 +252,10 @@ def load_checkpoint(
     blocks: dict[int, nn.Module],
     optimizers: BlockOptimizers | None,
     manifest: dict[str, Any] | None = None,
-    sent: dict[str, bytes] | None = None,
+    sent: bytes | None = None,
 ) -> None:
-    """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files, or what
-    was `sent` of them.
+    """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files; of one
+    block, it may have been `sent`.
 
     Raises:
         Damaged: a file that is missing or not as it was written; earlier blocks have already been loaded.

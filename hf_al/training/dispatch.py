@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from datasets.table import InMemoryTable
 
 from ..arguments import TrainingArguments
-from ..data.sources import check_once, load_raw
+from ..data.sources import SPLITS, check_given_once, load_raw
 from ..data.streaming import Windows, open_windows
 from ..parallel.alone import ROWS, Alone
 
@@ -26,22 +26,24 @@ def read(
     Raises:
         ValueError: data that cannot be read.
     """
+    check_given_once(args, given)
     if not args.dispatch_data or transport.main == 0:
         return given, None
-    transport.open_files()
+    transport.connect_all()
     reads = transport.process == transport.first_of(0)
 
     def look() -> tuple[Windows | None, Any]:
         if not reads:
             return None, {}
-        check_once(args, given)
         splits = load_raw(args) if given is None else given
         return open_windows(args, splits) if args.streaming else (None, splits)
 
     windows, splits = transport.together(look)
-    names = json.loads(_sent(json.dumps(list(splits)).encode() if reads else None, transport))
-    rows = {name: _rows(splits.get(name), transport) for name in names}
-    return DatasetDict(rows), SentWindows(windows, args.streaming_buffer_size, transport) if args.streaming else None
+    names = [name for name in SPLITS if name in splits]
+    names = json.loads(_broadcast(json.dumps(names).encode() if reads else None, transport))
+    rows = DatasetDict({name: _rows(splits.get(name), transport) for name in names})
+    transport.wait_sent(ROWS)
+    return rows, SentWindows(windows, args.streaming_buffer_size, transport) if args.streaming else None
 
 
 class SentWindows(Windows):
@@ -62,7 +64,7 @@ class SentWindows(Windows):
         while True:
             rows = _rows(next(source) if source else None, self.transport)
             total = json.dumps(self.windows.total).encode() if self.windows else None
-            self.total = json.loads(_sent(total, self.transport))
+            self.total = json.loads(_broadcast(total, self.transport))
             yield rows
 
 
@@ -75,19 +77,18 @@ def _rows(rows: Dataset | None, transport: Alone) -> Dataset:
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         content = sink.getvalue().to_pybytes()
-    with pa.ipc.open_stream(_sent(content, transport)) as reader:
+    with pa.ipc.open_stream(_broadcast(content, transport)) as reader:
         return Dataset(InMemoryTable(reader.read_all()))
 
 
-def _sent(content: bytes | None, transport: Alone) -> bytes:
+def _broadcast(content: bytes | None, transport: Alone) -> bytes:
     """`content` of the process that reads the data, in every process."""
     if content is None:
         source = transport.first_of(0)
         size = int.from_bytes(transport.receive_bytes(8, source, ROWS), "little")
         return transport.receive_bytes(size, source, ROWS)
-    transport.wait_sent(ROWS)
-    for process in range(transport.main + 1):
-        if process != transport.process:
-            transport.send_bytes(len(content).to_bytes(8, "little"), process, ROWS)
-            transport.send_bytes(content, process, ROWS)
+    others = [process for process in range(transport.main + 1) if process != transport.process]
+    transport.wait_sent(ROWS)  # at most one is under way
+    transport.send_bytes(len(content).to_bytes(8, "little"), others, ROWS)
+    transport.send_bytes(content, others, ROWS)
     return content

@@ -55,8 +55,11 @@ def finish(
     chosen = progress.best_step or progress.step
     if chosen != progress.step:
         path = checkpoint.checkpoint_path(plan.output_dir, chosen)
-        manifest, sent = run_folder.open_everywhere(path, plan.placement, transport)
-        checkpoint.load_checkpoint(path, stage.blocks, None, manifest, sent)
+        manifest, damage = run_folder.manifest_of(path, transport)
+        if damage:
+            raise checkpoint.Damaged(damage)
+        for _ in run_folder.load_blocks(path, manifest, stage.blocks, None, plan.placement, transport):
+            pass
     results = _results(plan, stage)
     codes = health.code_health(model, torch.as_tensor(plan.labels["validation"]), transport)
     warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, at_start)

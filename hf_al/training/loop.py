@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import FILES, TrainingArguments
+from ..atomic import existing
 from ..data.batching import Collator, token_lengths
 from ..data.streaming import StreamOrder
 from ..hub import Checkpoints, push_or_warn
@@ -137,7 +138,7 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         run = Run(plan, model, tokenizer, accelerator, transport)
         look_for_folder(output_dir, transport)
         run.resume()
-        transport.together(partial(prepare_output_dir, output_dir, args, transport.is_main))
+        transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
         with energy.measured(transport.is_main and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
             run.fit()
         report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start, run.processes, kwh)
@@ -208,23 +209,27 @@ class Run:
 
     def _load(self, path: Path) -> str | None:
         """Loads this stage's blocks from a checkpoint of this run. Returns what any stage found damaged, else None."""
-
-        def load() -> str | None:
-            try:
-                manifest, sent = run_folder.open_everywhere(path, self.plan.placement, self.transport)
-                changed = self._check_run(manifest, path)
-                for k, block in self.stage.blocks.items():
-                    checkpoint.load_checkpoint(path, {k: block}, self.optimizers, manifest, sent)
-                    if self.stage.offload:
-                        self.stage.offload.put_away(block)
-                history = checkpoint.read_history(path, manifest) if self.transport.is_main else []
-            except checkpoint.Damaged as damage:
-                return damage.reason
+        transport, offload = self.transport, self.stage.offload
+        manifest, damage = run_folder.manifest_of(path, transport)
+        if damage:
+            return damage
+        if isinstance(self.plan.order, StreamOrder):
+            self.plan.order.read_up_to(manifest["progress"]["step"])  # outside of `together`: others may send its rows
+        changed = transport.together(partial(self._check_run, manifest, path))
+        history = []
+        try:
+            found = self.stage.blocks, self.optimizers, self.plan.placement
+            for k in run_folder.load_blocks(path, manifest, *found, transport):
+                if offload:
+                    offload.put_away(self.stage.blocks[k])
+            history = checkpoint.read_history(path, manifest) if transport.is_main else []
+        except checkpoint.Damaged as error:
+            damage = error.reason
+        damage = next(filter(None, transport.gather(damage)), None)
+        if damage is None:
             vars(self.progress).update(manifest["progress"], history=history)
             self.progress.changes += [f"after step {self.progress.step}, {change}" for change in changed]
-            return None
-
-        return next(filter(None, self.transport.gather(self.transport.together(load))), None)
+        return damage
 
     def _check_run(self, manifest: dict[str, Any], path: Path) -> list[str]:
         """Refuses another run's checkpoint; warns about other differences, and returns them."""
@@ -298,7 +303,7 @@ class Run:
             stop.raise_received()
 
     def _cache_frozen(self) -> None:
-        rows, folder = self.plan.data["train"], self.plan.output_dir
+        rows, folder = self.plan.data["train"], existing(self.plan.output_dir)
         logger.info("Computing the states of frozen blocks, once for each of %d rows.", len(rows))
         with (
             checkpoint.writing("the states of frozen blocks", folder),
@@ -368,6 +373,8 @@ class Run:
         return better
 
     def _not_finite(self, error: str) -> ValueError:
+        if not (self.transport.is_main or self.transport.shares_folder):
+            return ValueError(error)  # this process does not see the checkpoints
         kept = checkpoint.complete_checkpoints(self.plan.output_dir)
         last = f"The last checkpoint was written before that: {kept[-1]}." if kept else "There is no checkpoint yet."
         return ValueError(f"{error} {last}")

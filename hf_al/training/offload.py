@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import existing
 from ..modeling.blocks import ALBlock
 from .optim import BlockOptimizers
 
@@ -90,7 +91,7 @@ class MappedFile:
     """Tensors in a file without a name, mapped into memory."""
 
     def __init__(self, folder: Path):
-        self.folder = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        self.folder = existing(folder)
         self.regions: dict[int, mmap.mmap] = {}  # by the address of each tensor in them
 
     def go(self, tensors: list[Tensor], changed: bool) -> None:

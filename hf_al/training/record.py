@@ -110,7 +110,9 @@ class Record:
     def work_done(self) -> list[dict[str, Any]]:
         """What each process did in the training steps since the run was started, for the report."""
         counted, seconds = self.transport.statistics(), self.progress.seconds - self.began
-        wait = sum(counted.get(f"waited_{what}", 0.0) for what in ("receive", "send", "sum")) / max(seconds, 1e-9)
+        wait = sum(counted.get(f"waited_{what}", 0.0) for what in ("receive", "send", "sum", "rows")) / max(
+            seconds, 1e-9
+        )
         mine = {
             "process": self.transport.who(),
             "busy": 1 - wait,

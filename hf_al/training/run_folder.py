@@ -1,11 +1,11 @@
 """The checkpoints in a run's folder: where the run can continue, and which of them are kept.
 
-If the other processes do not find that folder, the main process sends them the files of their blocks.
+If other processes do not find that folder, the main process sends them the files of their blocks.
 """
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from .checkpoint import (
     by_step,
     checkpoint_path,
     complete_checkpoints,
+    load_checkpoint,
     open_checkpoint,
     read_manifest,
     remove,
     verified,
 )
+from .optim import BlockOptimizers
 
 logger = logging.getLogger(__name__)
-
-Files = dict[str, bytes]  # by name
 
 
 def candidates(name: str, output_dir: Path) -> list[Path]:
@@ -75,37 +75,67 @@ def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path
     return None
 
 
-def open_everywhere(path: Path, placement: Placement, transport: Alone) -> tuple[dict[str, Any], Files | None]:
-    """The manifest of a checkpoint, in every process. If only the main process finds it, also the files of this
-    process's blocks, which it sends; else None.
+def manifest_of(path: Path, transport: Alone) -> tuple[dict[str, Any], str | None]:
+    """The manifest of a checkpoint as the main process finds it, in every process; and what is damaged, if it is.
 
     Raises:
-        Damaged, ValueError: see `open_checkpoint`.
+        ValueError: see `open_checkpoint`.
     """
-    if transport.shares_folder:
-        return open_checkpoint(path), None
 
     def look() -> list[Any]:
         try:
             return [open_checkpoint(path), None]
         except Damaged as damage:
-            return [None, damage.reason]
+            return [{}, damage.reason]
 
-    manifest, reason = transport.tell(look)
-    if reason:
-        raise Damaged(reason)
+    manifest, damage = transport.tell(look)
+    return manifest, damage
 
-    def of(process: int) -> list[tuple[str, int]]:
-        names = [block_file(k) for k in placement.blocks(process // transport.replicas)]
-        return [(name, manifest["files"][name]["size"]) for name in names]
 
-    if not transport.is_main:  # all of them, before one turns out to be damaged: the main process waits for that
-        return manifest, {name: transport.receive_bytes(size, transport.main) for name, size in of(transport.process)}
-    for process in range(transport.main):
-        for name, size in of(process):
-            transport.send_bytes(_read(path / name, size), process)
-        transport.wait_sent()
-    return manifest, None
+def load_blocks(
+    path: Path,
+    manifest: dict[str, Any],
+    blocks: dict[int, Any],
+    optimizers: BlockOptimizers | None,
+    placement: Placement,
+    transport: Alone,
+) -> Iterator[int]:
+    """`load_checkpoint` in every process, block by block. If not all find their files, the main process sends them.
+
+    Yields:
+        The number of each block that was loaded.
+
+    Raises:
+        Damaged, ValueError: see `load_checkpoint`.
+    """
+    sizes = {name: file["size"] for name, file in manifest["files"].items()}
+    here = all(_size(path / block_file(k)) == sizes[block_file(k)] for k in blocks)
+    if transport.shares_folder and all(transport.gather(here)):
+        for k, block in blocks.items():
+            load_checkpoint(path, {k: block}, optimizers, manifest)
+            yield k
+        return
+    transport.connect_all()
+    if transport.is_main:
+        for process in range(transport.main):
+            for name in map(block_file, placement.blocks(process // transport.replicas)):
+                transport.send_bytes(_read(path / name, sizes[name]), [process])
+                transport.wait_sent()
+    damage = None
+    for k, block in blocks.items():
+        sent = None if transport.is_main else transport.receive_bytes(sizes[block_file(k)], transport.main)
+        try:
+            if damage is None:
+                load_checkpoint(path, {k: block}, optimizers, manifest, sent)
+                yield k
+        except Damaged as found:
+            damage = found  # the main process sends the rest, too
+    if damage is not None:
+        raise damage
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1
 
 
 def _read(file: Path, size: int) -> bytes:

@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 
 from ..arguments import TrainingArguments
-from ..atomic import CODE, EXPORTS, WEIGHTS
+from ..atomic import CODE, EXPORTS, WEIGHTS, existing
 from ..early import check_can_push, check_output_dir
 from ..loading import load_encoder_config
 from ..messages import last_line
@@ -44,7 +44,7 @@ NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check 
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "config.json", *WEIGHTS, EXPORTS, "shared-????????.tmp", "checkpoints", "logs", "report.json", "report.md", "plots",
-    "trace*.json", "training_config.yaml", "tokenizer.json", "tokenizer_config.json", *CODE,
+    "trace.json", "training_config.yaml", "tokenizer.json", "tokenizer_config.json", *CODE,
 )  # fmt: skip
 
 
@@ -96,13 +96,11 @@ def make_config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
     return config
 
 
-def prepare_output_dir(folder: Path, args: TrainingArguments, is_main: bool) -> None:
-    """Creates the folder, in other processes for what waits on their disks; if the arguments say so, the main process
-    removes an earlier run from it, its config.json first."""
+def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
+    """Creates the folder, and one for its checkpoints; if the arguments say so, removes an earlier run from it, its
+    config.json first."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not is_main:
-            return
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder / "checkpoints")
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
             for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
@@ -135,20 +133,16 @@ def look_for_folder(folder: Path, transport: Alone) -> None:
     will go over the wire."""
     if transport.main == 0:
         return
-    name = transport.tell(lambda: tempfile.mkstemp(prefix="shared-", suffix=".tmp", dir=_existing(folder))[1])
+    name = transport.tell(lambda: tempfile.mkstemp(prefix="shared-", suffix=".tmp", dir=existing(folder))[1])
     try:
-        found = transport.gather((_existing(folder) / Path(name).name).exists())
+        found = transport.gather((existing(folder) / Path(name).name).exists())
     finally:
         if transport.is_main:
             os.unlink(name)
     if not all(found):
         logger.info("%s does not find %s: checkpoints go over the wire.", transport.who(found.index(False)), folder)
-        transport.share_no_folder()
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        transport.shares_folder = False
+        transport.connect_all()
 
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:

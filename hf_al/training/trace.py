@@ -55,34 +55,21 @@ def write_trace(folder: Path, trace: Trace, transport: Alone) -> None:
     if not trace.steps:
         return
     own = json.dumps(trace.events(transport.process, transport.who())).encode()
-    if transport.shares_folder and not transport.is_main:
-        write_atomically(_part(folder, transport.process), own.decode())
-    elif not transport.is_main:
-        transport.wait_sent()
-        transport.send_bytes(own, transport.main)
-    sizes = transport.gather(len(own))
+    transport.connect_all()
     if not transport.is_main:
+        transport.wait_sent()
+        transport.send_bytes(own, [transport.main])
+        transport.gather(len(own))
+        transport.wait_sent()
         return
     events = []
-    for process, size in enumerate(sizes):
-        if process == transport.main:
-            said = own
-        elif transport.shares_folder:
-            said = _part(folder, process).read_bytes()
-            _part(folder, process).unlink()
-        else:
-            said = transport.receive_bytes(size, process)
-        events += json.loads(said)
+    for process, size in enumerate(transport.gather(len(own))):
+        events += json.loads(own if process == transport.main else transport.receive_bytes(size, process))
     start = min((event["ts"] for event in events if "ts" in event), default=0.0)
     for event in events:
         if "ts" in event:
             event["ts"] -= start
     write_atomically(folder / TRACE, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-
-
-def _part(folder: Path, process: int) -> Path:
-    """What a process says, for the main one to read."""
-    return folder / f"trace-{process}.json"
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:

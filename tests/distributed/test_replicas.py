@@ -117,3 +117,23 @@ def test_a_killed_replica_ends_the_others_with_its_name(run_flags, tmp_path):
     said = run_world(2, jobs.dies, "in a step", "killed", flags, check=False)
     assert said[0] == "ended with status -9"
     assert "ConnectionError: Stage 0 of replica 0 lost another replica of stage 0 at step 32" in said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [("at the start", "killed"), ("in an evaluation", "killed"), ("in a step", "stopped"), ("in a step", "memory")],
+)
+def test_whatever_ends_a_replica_ends_the_others_in_time(when, how, run_flags, tmp_path):
+    flags = run_flags("lstm_al_ce", 2, tmp_path / "run", "--replicas=2", "--ddp_timeout=3")
+    hung = 0 if how == "stopped" else None
+    said = run_world(4, jobs.dies, when, how, flags, check=False, timeout=3 + 30, hung=hung)
+    last = {
+        "killed": "ended with status -9",
+        "stopped": "still busy",
+        "memory": "ValueError: Ran out of memory at step",
+    }
+    assert last[how] in said[0]
+    for words in said[1:]:
+        assert words.splitlines()[-1].startswith(("hf_al", "ConnectionError: Stage", "SystemExit: ")), words
+    assert how == "memory" or any("ConnectionError: Stage" in words for words in said[1:])

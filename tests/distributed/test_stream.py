@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jobs
@@ -171,6 +172,42 @@ def test_data_that_only_the_first_stage_finds_gives_the_same_bits(more, run_flag
     one = [*flags, "--stages=1", f"--output_dir={tmp_path / 'one'}"]
     run_world(1, jobs.in_folders_of_their_own, folders, "train", one)
     assert sha256(tmp_path / "three") == sha256(tmp_path / "one")
+
+
+def test_a_signal_stops_stages_that_wait_for_rows(run_flags, tmp_path):
+    """The first stage stops before it reads the window that the others would need next."""
+    more = ["--dispatch_data", "--streaming", "--streaming_buffer_size=8", "--gradient_accumulation_steps=1"]
+    flags = [*run_flags("lstm_al_ce", 2, tmp_path / "run"), *more, "--ddp_timeout=20"]
+    said = run_world(2, jobs.signalled_in_step, signal.SIGTERM, 20, 0, flags, timeout=15)
+    assert said[0] == said[1]
+    assert said[0][0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["damaged", "other format", "other model"])
+def test_a_checkpoint_that_goes_over_the_wire_is_checked(how, run_flags, alone, tmp_path):
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    flags = [f for f in run_flags("lstm_al_ce", 2, tmp_path) if "output_dir" not in f]
+    flags += ["--output_dir=run", "--resume_from_checkpoint=last", "--ddp_timeout=20"]
+    run_world(2, jobs.in_folders_of_their_own, folders, "dies", "in a step", "error", flags, check=False)
+    newest = checkpoint.complete_checkpoints(folders[1] / "run")[-1]
+    if how == "damaged":
+        block = newest / "block-000.safetensors"
+        block.write_bytes(block.read_bytes()[:-1] + b"x")
+        run_world(2, jobs.in_folders_of_their_own, folders, "train", flags)
+        assert sha256(folders[1] / "run") == alone("lstm_al_ce")
+        return
+    expected = "Expected the model of"
+    if how == "other format":
+        manifest = json.loads((newest / "manifest.json").read_text())
+        (newest / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+        expected = f"Expected a checkpoint of format {checkpoint.FORMAT}, got format 1"
+    more = [] if how == "other format" else ["--hidden_size=20"]
+    said = run_world(2, jobs.in_folders_of_their_own, folders, "train", [*flags, *more], check=False, timeout=15)
+    assert any(f"ValueError: {expected}" in words for words in said)
+    assert any(words.splitlines()[-1] == "SystemExit: 2" for words in said)
 
 
 def test_data_that_the_first_stage_cannot_read_is_one_message(run_flags, tmp_path):

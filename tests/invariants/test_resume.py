@@ -13,7 +13,7 @@ from hooks import hook
 
 import hf_al
 from hf_al.parsing import parse_arguments
-from hf_al.training import checkpoint
+from hf_al.training import checkpoint, run_folder
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
 
@@ -209,7 +209,7 @@ def test_a_resume_that_forgets_something_is_seen(what, run_flags, never_stopped,
             if call.result is not None:
                 call.result["progress"]["step"] -= 1
 
-        hook(monkeypatch, checkpoint, "open_checkpoint", after=earlier)
+        hook(monkeypatch, run_folder, "open_checkpoint", after=earlier)
     hf_al.train(parse_arguments(flags))
     spoiled, expected = weights_of(tmp_path / "run"), weights_of(never_stopped("al_lstm", "associated"))
     assert all(spoiled[name] != expected[name] for name in expected if name.startswith("block"))
