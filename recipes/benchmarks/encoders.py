@@ -7,8 +7,9 @@ what `--encoder` names. FOLDER has a folder for each data set (its name begins w
 and optionally validation as csv or csv.gz.
 
 Each arm, an objective, a number of blocks and perhaps a lookahead (`al_ce:3:2`), tries every rate of `--learning_rates`
-with the first seed, chooses one by validation accuracy alone, and trains with it for all seeds. Backpropagation is an
-arm like the others. Rows that are already in the json are not computed again, so that a long series can be continued.
+with the first seed, chooses one by validation accuracy alone, trains with it for all seeds, and reads test for these.
+Backpropagation is an arm like the others. Rows that are already in the json are not computed again, so that a long
+series can be continued.
 """
 
 import argparse
@@ -45,40 +46,50 @@ def packaged_encoder() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def train(name: str, arm: str, rate: str, seed: int, known: argparse.Namespace, more: list[str]) -> dict[str, Any]:
-    """One run as a row, with which test rows its last exit got right (bits, in hexadecimal)."""
-    objective, blocks, *ahead = arm.split(":")
-    folder = Path(known.output_dir) / f"{name}_{arm.replace(':', '_')}_{rate}_{seed}"
+def folder_of(row: dict[str, Any], known: argparse.Namespace) -> Path:
+    """Where the model of a row is, as long as it is needed."""
+    return Path(known.output_dir) / "_".join(
+        str(row[key]).replace(":", "_") for key in ("set", "arm", "learning rate", "seed")
+    )
+
+
+def train(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -> None:
+    """Trains the model of a row, and adds to it what validation says."""
+    name = row["set"]
+    objective, blocks, *ahead = row["arm"].split(":")
     files = data_flags(known.data_dir, name) or ["--dataset_name=tweets"]
     cap = [f"--max_train_samples={CAPS[name]}"] if name in CAPS else []
     argv = [
         *FLAGS, *cap, *(flag for flag in files if not flag.startswith("--test_file")), f"--encoder={known.encoder}",
-        f"--num_train_epochs={EPOCHS.get(name, 3)}",
-        f"--objective={objective}", f"--num_blocks={blocks}", f"--learning_rate={rate}", f"--seed={seed}",
-        f"--output_dir={folder}", *(f"--lookahead={layers}" for layers in ahead), *more,
+        f"--num_train_epochs={EPOCHS.get(name, 3)}", f"--objective={objective}", f"--num_blocks={blocks}",
+        f"--learning_rate={row['learning rate']}", f"--seed={row['seed']}", f"--output_dir={folder_of(row, known)}",
+        *(f"--lookahead={layers}" for layers in ahead), *more,
     ]  # fmt: skip
     report = hf_al.train(parse_arguments(argv)).report
-    answers = folder / "answers.jsonl"
-    if name == "tweets":
-        rows = load_tweets()["test"]
-    else:
-        test = next(flag for flag in files if flag.startswith("--test_file")).partition("=")[2]
-        rows = load_dataset("csv", data_files=test, split="train", keep_in_memory=True)
-    hf_al.evaluate(str(folder), rows, predictions=str(answers))
-    found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-    shutil.rmtree(folder)  # 90 MB each
-    return {
-        "set": name,
-        "arm": arm,
-        "learning rate": rate,
-        "seed": seed,
+    row |= {
         "validation": report["validation"][-1]["accuracy"],
-        "validation by exit": [row["accuracy"] for row in report["validation"]],
+        "validation by exit": [exit_row["accuracy"] for exit_row in report["validation"]],
         "seconds": report["speed"]["train_seconds"],
-        "tests": len(found),
-        "right": np.packbits([row["true"] == row["label"] for row in found]).tobytes().hex(),
         "device": machine()["gpu"] or "CPU",
     }
+
+
+def read_test(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -> None:
+    """Adds which rows of test the last exit gets right (bits, in hexadecimal)."""
+    folder = folder_of(row, known)
+    if not folder.is_dir():  # the series was interrupted
+        train(row, known, more)
+    if row["set"] == "tweets":
+        rows = load_tweets()["test"]
+    else:
+        flags = data_flags(known.data_dir, row["set"])
+        test = next(flag for flag in flags if flag.startswith("--test_file")).partition("=")[2]
+        rows = load_dataset("csv", data_files=test, split="train", keep_in_memory=True)
+    answers = folder / "answers.jsonl"
+    hf_al.evaluate(str(folder), rows, predictions=str(answers))
+    found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    right = np.packbits([answer["true"] == answer["label"] for answer in found])
+    row |= {"tests": len(found), "right": right.tobytes().hex()}
 
 
 def hits(row: dict[str, Any]) -> np.ndarray:
@@ -160,18 +171,27 @@ def main() -> None:
     arms, sets, rates = (getattr(known, name).split(",") for name in ("arms", "sets", "learning_rates"))
     rows = kept_rows(known.json)
 
-    def once(name: str, arm: str, rate: str, seed: int) -> None:
-        if (name, arm, rate, seed) not in {(r["set"], r["arm"], r["learning rate"], r["seed"]) for r in rows}:
-            rows.append(train(name, arm, rate, seed, known, more))
-            print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
-            write_results(known.json, rows, {})
+    def once(name: str, arm: str, rate: str, seed: int, test: bool = False) -> None:
+        key = {"set": name, "arm": arm, "learning rate": rate, "seed": seed}
+        row = next((row for row in rows if row.items() >= key.items()), None)
+        if row is None:
+            train(row := key, known, more)
+            rows.append(row)
+        elif not test or "right" in row:
+            return
+        if test:
+            read_test(row, known, more)
+        print(json.dumps({k: v for k, v in row.items() if k != "right"}), flush=True)
+        write_results(known.json, rows, {})
 
     for name in sets:
         for arm in arms:
             for rate in rates:
                 once(name, arm, rate, seeds[0])
-            for seed in seeds[1:]:
-                once(name, arm, chosen_rate(rows, name, arm, seeds[0]), seed)
+            for seed in seeds:
+                once(name, arm, chosen_rate(rows, name, arm, seeds[0]), seed, test=True)
+            for folder in Path(known.output_dir).glob(f"{name}_{arm.replace(':', '_')}_*_*"):
+                shutil.rmtree(folder)  # 90 MB each
     final = [row for row in rows if row["learning rate"] == chosen_rate(rows, row["set"], row["arm"], seeds[0])]
     lines, ratios = summary(final, arms[0])
     print(table(lines, markdown=True))

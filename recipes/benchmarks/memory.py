@@ -50,6 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "al_ce, 3 blocks, offload": {"num_blocks": 3, "offload": True},
     "al_ce, 6 blocks": {"num_blocks": 6},
     "al_ce, 6 blocks, lookahead 1": {"num_blocks": 6, "lookahead": 1},
+    "al_ce, 6 blocks, lookahead 2": {"num_blocks": 6, "lookahead": 2},
     "al_ce, 6 blocks, offload": {"num_blocks": 6, "offload": True},
 }
 DEPTH_ARMS = ("backprop", "al_ce", "al_ce, offload")

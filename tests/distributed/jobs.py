@@ -131,6 +131,13 @@ def dies(stage: int, when: str, how: str, flags: list[str]) -> dict:
     return train(stage, flags)
 
 
+def killed_after(stage: int, victim: int, seconds: float, flags: list[str]) -> dict:
+    """A stage is killed, wherever it is by then."""
+    if stage == victim:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return train(stage, flags)
+
+
 def sends_after_the_update(stage: int, flags: list[str]) -> dict:
     """The stage sends what it computes from the weights after the update, when the decoders have changed already."""
     send, late = Neighbours.send, []

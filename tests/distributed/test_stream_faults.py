@@ -165,6 +165,18 @@ def test_a_launcher_kills_a_stage_that_hangs(run_flags, tmp_path):
     assert "Traceback" not in said
 
 
+def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(run_flags, alone, tmp_path):
+    """A short form of the next one, in worlds."""
+    moments = random.Random(0)
+    flags = run_flags("lstm_al_ce", 2, tmp_path / "run", "--ddp_timeout=4", "--resume_from_checkpoint=last")
+    for _ in range(3):
+        victim, seconds = moments.randrange(2), moments.uniform(0.3, 2.5)
+        said = run_world(2, jobs.killed_after, victim, seconds, flags, check=False)
+        assert said[victim] == "ended with status -9"
+    run_world(2, jobs.train, flags)
+    assert sha256(tmp_path / "run") == alone("lstm_al_ce")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_kills_at_any_time_leave_the_bytes_of_an_undisturbed_run(run_flags, alone, tmp_path):

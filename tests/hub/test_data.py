@@ -40,6 +40,16 @@ def test_a_data_set_of_a_hub_can_be_streamed(hub, data, files, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_first_stage_reads_a_stream_of_a_hub_for_all(hub, data, tmp_path):
+    flags = [*SMALL, f"--dataset_name={data}", "--streaming", "--eval_strategy=no"]
+    for name, more in (("one", []), ("two", ["--stages=2", "--dispatch_data"])):
+        status, _, err = hub.run(jobs.shell, "train", *flags, *more, f"--output_dir={tmp_path / name}")
+        assert status == 0, err
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.slow
 def test_a_model_is_evaluated_on_a_split_of_a_hub(hub, data, trained, files):
     for split in ("test", "validation"):
         by_id = hub.run(jobs.shell, "evaluate", str(trained[0]), "--dataset_name", data, "--test_split_name", split)

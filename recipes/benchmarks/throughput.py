@@ -1,0 +1,221 @@
+"""Associated Learning in two stages beside other ways to use two processes, on the same blocks, rows and batches.
+
+    python recipes/benchmarks/throughput.py --json out/throughput.json --plot out/throughput.png
+
+Needs no data. 8 transformer layers or 4 LSTM layers of width 256, an embedding of 30,000 words in the first block, and
+32 texts of 64 tokens in a step. Two processes with one thread each take turns at these arms, for `--rounds` rounds:
+
+    stream        Associated Learning in two stages
+    ceiling       the same two halves, not connected: what this machine could do at most
+    alone         Associated Learning in one process with two threads
+    backprop      backpropagation in one process with two threads
+    ddp           torch's DistributedDataParallel: half of the rows in each process
+    gpipe, 1f1b   torch's pipelines of two stages, with 2, 4 or 8 micro-batches
+
+Of the places where an arm can be cut, and of numbers of micro-batches, a first tournament chooses the fastest. A turn
+counts from the end of its third step, so that no arm pays for filling its pipeline.
+
+    python recipes/benchmarks/throughput.py --link_mbits 0,1000,300,100,50 --json out/link.json --plot out/link.png
+
+joins the two processes by a link of that many Mbit/s (0: no limit) in network namespaces of their own.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from arms import make_arm
+from common import write_results
+from pair import WARM, Pair, Turn, can_limit
+from step import BATCH, SHAPES
+
+from hf_al.commands import set_up_output
+from hf_al.messages import table
+
+PIPELINES, BACKPROP = ("gpipe", "1f1b"), ("backprop", "ddp", "gpipe", "1f1b")
+
+
+# --- the rounds
+
+
+def step_seconds(turns: list[Turn]) -> float:
+    """Seconds of a step once the turn is under way, of the process that takes longest."""
+    running = [turn.ends for turn in turns if turn.ends]
+    last, first = max(ends[-1] for ends in running), max(ends[WARM - 1] for ends in running)
+    return (last - first) / (len(running[0]) - WARM)
+
+
+def wait_share(turns: list[Turn]) -> float:
+    """Share of the time that the process that waits most was waiting."""
+    return max(turn.waited / (turn.ends[-1] - turn.ends[WARM - 1]) for turn in turns)
+
+
+def choices(network: str, kind: str) -> dict[str, list[int]]:
+    """What the tournament chooses from: where to cut, and into how many micro-batches."""
+    middle = SHAPES[network]["num_blocks"] // 2
+    cuts = {"cut": [cut for cut in (middle, middle - 1, middle + 1) if cut > 0]}
+    if kind in PIPELINES:
+        return {"cut": cuts["cut"], "micro_batches": [4, 2, 8]}
+    return cuts if kind == "stream" else {}
+
+
+def tournament(pair: Pair, kind: str, common: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Makes the fastest version of an arm, choosing one setting after the other, and returns its spec."""
+    found = choices(common["network"], kind)
+    best = {"kind": kind, **common, **{name: values[0] for name, values in found.items()}}
+    for name, values in found.items():
+        seconds = {}
+        for value in values:
+            pair.make(kind, {**best, name: value})
+            seconds[value] = step_seconds(pair.run(kind, WARM + steps))
+            pair.drop(kind)
+        best[name] = min(seconds, key=lambda value: seconds[value])
+        print(f"{kind}, {name}: {', '.join(f'{v} {1000 * s:.0f} ms' for v, s in seconds.items())}", flush=True)
+    pair.make(kind, best)
+    return best
+
+
+def take_turns(pair: Pair, arms: list[str], rounds: int, steps: int) -> dict[str, list[list[Turn]]]:
+    found: dict[str, list[list[Turn]]] = {arm: [] for arm in arms}
+    for number in range(rounds):
+        for arm in arms if number % 2 else reversed(arms):
+            found[arm].append(pair.run(arm, WARM + steps))
+    return found
+
+
+def ratio(found: dict[str, list[list[Turn]]], arm: str, others: Iterable[str]) -> float:
+    """Median over rounds: how many times as fast an arm is as the fastest of the others (by their medians)."""
+    seconds = {name: [step_seconds(turns) for turns in found[name]] for name in (arm, *others)}
+    best = min(others, key=lambda name: statistics.median(seconds[name]))
+    return statistics.median(b / a for a, b in zip(seconds[arm], seconds[best], strict=True))
+
+
+def row_of(network: str, arm: str, rounds: list[list[Turn]], spec: dict[str, Any], rows: int) -> dict[str, Any]:
+    rates = sorted(rows / step_seconds(turns) for turns in rounds)
+    settings = (f"{name.replace('_', ' ')} {spec[name]}" for name in ("cut", "micro_batches") if name in spec)
+    return {
+        "network": network,
+        "arm": arm,
+        "settings": ", ".join(settings),
+        "texts/s": statistics.median(rates),
+        "slowest": rates[0],
+        "fastest": rates[-1],
+        "wait": statistics.median(map(wait_share, rounds)) if arm.startswith("stream") else "",
+    }
+
+
+def compare(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """All arms on loopback."""
+    common = {name: getattr(known, name) for name in ("objective", "embedding_optimizer", "rows")} | {
+        "network": network
+    }
+    with Pair(make_arm) as pair:
+        specs = {kind: tournament(pair, kind, common, known.steps) for kind in ("stream", *PIPELINES)}
+        for kind in ("alone", "backprop", "ddp"):
+            specs[kind] = tournament(pair, kind, common, known.steps)
+        specs["ceiling"] = {**specs["stream"], "kind": "ceiling"}
+        pair.make("ceiling", specs["ceiling"])
+        found = take_turns(pair, list(specs), known.rounds, known.steps)
+    rows = [row_of(network, arm, found[arm], specs[arm], known.rows) for arm in specs]
+    ratios = {
+        f"stream_over_ceiling_{network}": ratio(found, "stream", ["ceiling"]),
+        f"stream_wait_share_{network}": statistics.median(map(wait_share, found["stream"])),
+        f"stream_over_best_pipeline_{network}": ratio(found, "stream", PIPELINES),
+        f"stream_over_best_backprop_{network}": ratio(found, "stream", BACKPROP),
+    }
+    return rows, ratios
+
+
+def compare_links(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The arms that send something, at each rate of the link."""
+    common = {name: getattr(known, name) for name in ("objective", "embedding_optimizer", "rows")} | {
+        "network": network
+    }
+    rows, ratios, unlimited = [], {}, 0.0
+    with Pair(make_arm, link=True) as pair:
+        specs = {kind: tournament(pair, kind, common, known.steps) for kind in ("stream", *PIPELINES)}
+        specs["ddp"] = tournament(pair, "ddp", common, known.steps)
+        specs["stream, bf16 wire"] = {**specs["stream"], "wire": "bf16"}
+        pair.make("stream, bf16 wire", specs["stream, bf16 wire"])
+        for mbit in map(float, known.link_mbits.split(",")):
+            pair.limit(mbit or None)
+            found = take_turns(pair, list(specs), known.rounds, known.steps)
+            at_rate = [row_of(network, arm, found[arm], specs[arm], known.rows) for arm in specs]
+            print(table([{"Mbit/s": f"{mbit:g}" if mbit else "no limit", **row} for row in at_rate], markdown=True))
+            rows += [{"mbit": mbit, **row} for row in at_rate]
+            rate = at_rate[0]["texts/s"]
+            unlimited = unlimited if mbit else rate
+            name = f"link_{mbit:g}mbit_over"
+            if mbit:
+                ratios |= {
+                    f"{name}_ddp_{network}": ratio(found, "stream", ["ddp"]),
+                    f"{name}_1f1b_{network}": ratio(found, "stream", ["1f1b"]),
+                    **({f"{name}_unlimited_{network}": rate / unlimited} if unlimited else {}),
+                }
+    return rows, ratios
+
+
+def plot(path: str, rows: list[dict[str, Any]]) -> None:
+    """Texts per second: of each arm as bars, or over the rate of the link as lines."""
+    from matplotlib.figure import Figure
+
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure(figsize=(5.2 * len(networks), 3.8), layout="constrained")
+    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        mine = [row for row in rows if row["network"] == network]
+        axes.set_title(network)
+        axes.set_ylabel("texts per second")
+        if "mbit" not in mine[0]:
+            spread = np.array([[r["texts/s"] - r["slowest"], r["fastest"] - r["texts/s"]] for r in mine]).T
+            colors = ["#0072b2" if r["arm"] in ("stream", "alone") else "#999999" for r in mine]
+            axes.bar([r["arm"] for r in mine], [r["texts/s"] for r in mine], yerr=spread, color=colors, capsize=3)
+            continue
+        rates = sorted({row["mbit"] for row in mine if row["mbit"]})
+        for arm in dict.fromkeys(row["arm"] for row in mine):
+            by_rate = {row["mbit"]: row["texts/s"] for row in mine if row["arm"] == arm}
+            (line,) = axes.plot(rates, [by_rate[rate] for rate in rates], marker="o", label=arm)
+            if 0 in by_rate:
+                axes.axhline(by_rate[0], color=line.get_color(), linewidth=0.6, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("Mbit/s between the processes (dotted: no limit)")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="where to write machine, rows and ratios")
+    parser.add_argument("--plot", metavar="FILE", help="where to draw them")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each arm (default: 7)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a turn (default: 10)")
+    parser.add_argument("--rows", type=int, default=BATCH, help=f"texts in a step (default: {BATCH})")
+    parser.add_argument("--networks", default="transformer,lstm", help="comma-separated (default: transformer,lstm)")
+    parser.add_argument("--objective", default="al_ce", help="of Associated Learning (default: al_ce)")
+    parser.add_argument("--embedding_optimizer", default="sparse_adam", help="of all arms (default: sparse_adam)")
+    parser.add_argument("--link_mbits", metavar="LIST", help="Mbit/s of a link, comma-separated; 0 for no limit")
+    known = parser.parse_args()
+    set_up_output()
+    if known.link_mbits and (reason := can_limit()):
+        raise SystemExit(f"Cannot make a link of its own here, so --link_mbits was not measured: {reason}")
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    for network in known.networks.split(","):
+        found, more = (compare_links if known.link_mbits else compare)(network, known)
+        if not known.link_mbits:
+            print(table(found, markdown=True), flush=True)
+        rows += found
+        ratios |= more
+    for name, value in ratios.items():
+        print(f"{name}: {value:.4g}")
+    write_results(known.json, rows, ratios)
+    if known.plot:
+        plot(known.plot, rows)
+
+
+if __name__ == "__main__":
+    main()
