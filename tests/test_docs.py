@@ -227,7 +227,7 @@ def run(line: str, monkeypatch) -> None:
             "throughput.py": ["--rounds=1", "--steps=1", "--rows=8", "--networks=lstm"],
             "encoders.py": [*encoders, "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],
         }.get(Path(argv[0]).name, SHORT)
-        if "--link_mbits" in argv and os.geteuid() != 0:
+        if "--link_mbits" in argv and runpy.run_path("recipes/benchmarks/pair.py")["can_limit"]():
             return  # no right to make one
         monkeypatch.setattr(sys, "argv", [*argv, *short])
         monkeypatch.syspath_prepend(Path(argv[0]).parent)

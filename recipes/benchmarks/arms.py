@@ -118,7 +118,7 @@ def inputs_of(model: Any, rows: int, mine: slice = slice(None)) -> list[dict[str
 
 
 def ddp_arm(process: int, spec: dict[str, Any], args: TrainingArguments) -> Arm:
-    """Half of the rows in each process; torch averages the gradients while the backward pass goes on."""
+    """Half of the rows in each process; torch averages the gradients, a bucket as soon as its last one is there."""
     model = new_model(SHAPES[spec["network"]], "backprop")
     batches = inputs_of(model, spec["rows"], slice(process, None, 2))
 
@@ -138,7 +138,8 @@ def ddp_arm(process: int, spec: dict[str, Any], args: TrainingArguments) -> Arm:
     for parameter in whole.parameters():  # DistributedDataParallel waits for each gradient: none will come for these
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
-    parallel = nn.parallel.DistributedDataParallel(whole)
+    bucket = spec["bucket_mb"]
+    parallel = nn.parallel.DistributedDataParallel(whole, bucket_cap_mb=bucket, gradient_as_bucket_view=True)
 
     def step(number: int) -> None:
         parallel(batches[number % BATCHES]).backward()

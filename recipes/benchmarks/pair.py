@@ -12,13 +12,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 CLONE_NEWNET = 0x40000000
-WARM = 3  # steps of a turn before its clock starts
-PATIENCE = 300.0  # seconds that a turn may take
+WARM, COOL = 3, 4  # steps of a turn before its clock starts, and after it has stopped
+PATIENCE = 600.0  # seconds that a turn may take
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -43,18 +43,21 @@ class Pair:
 
     def __init__(self, make_arm: MakeArm, link: bool = False):
         self.make_arm, self.link = make_arm, link
-        self.ends: list[Connection] = []
+        self.folder = tempfile.TemporaryDirectory(prefix="hf_al_pair_")
+        self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
 
     def __enter__(self) -> "Pair":
         context = multiprocessing.get_context("spawn")
-        folder = tempfile.mkdtemp(prefix="hf_al_pair_")
         try:
             for number in (0, 1):
                 here, there = context.Pipe()
-                process = context.Process(target=_work, args=(number, there, self.make_arm, self.link, folder))
+                process = context.Process(
+                    target=_work, args=(number, there, self.make_arm, self.link, self.folder.name)
+                )
                 process.start()
-                self.ends.append(here)
+                there.close()  # or its end would not be seen
+                self.pipes.append(here)
                 self.processes.append(process)
             if self.link:
                 self._both("namespace")
@@ -70,6 +73,7 @@ class Pair:
         for process in self.processes:
             process.kill()
             process.join()
+        self.folder.cleanup()
 
     def make(self, name: str, spec: dict[str, Any]) -> None:
         self._both("make", name, spec)
@@ -82,30 +86,38 @@ class Pair:
         self._both("limit", mbit)
 
     def run(self, name: str, steps: int) -> list[Turn]:
-        """One turn of an arm: what each process did."""
-        return self._both("run", name, steps)
+        """One turn of an arm, with so many steps that count: what each process did."""
+        return self._both("run", name, WARM + steps + COOL)
 
     def _both(self, *request: Any) -> list[Any]:
-        for end in self.ends:
-            end.send(request)
-        return [self._answer(number) for number in (0, 1)]
+        return self._answers({0: request, 1: request})
 
     def _ask(self, number: int, *request: Any) -> Any:
-        self.ends[number].send(request)
-        return self._answer(number)
+        return self._answers({number: request})[0]
 
-    def _answer(self, number: int) -> Any:
-        if not self.ends[number].poll(PATIENCE):
-            raise TimeoutError(f"Process {number} said nothing for {PATIENCE:g} seconds.")
-        good, answer = self.ends[number].recv()
-        if not good:
-            raise RuntimeError(f"Process {number} failed:\n{answer}")
-        return answer
+    def _answers(self, requests: dict[int, tuple]) -> list[Any]:
+        """Of the processes in order; the first failure ends it."""
+        pipes = {self.pipes[number]: number for number in requests}
+        for pipe, number in pipes.items():
+            pipe.send(requests[number])
+        found: dict[int, Any] = {}
+        while len(found) < len(requests):
+            ready: list[Any] = wait([pipe for pipe in pipes if pipes[pipe] not in found], PATIENCE)
+            if not ready:
+                raise TimeoutError(f"No answer to {next(iter(requests.values()))} for {PATIENCE:g} seconds.")
+            for pipe in ready:
+                number = pipes[pipe]
+                try:
+                    good, found[number] = pipe.recv()
+                except EOFError:
+                    raise RuntimeError(f"Process {number} ended.") from None
+                if not good:
+                    raise RuntimeError(f"Process {number} failed:\n{found[number]}")
+        return [found[number] for number in requests]
 
 
 def _work(number: int, pipe: Connection, make_arm: MakeArm, link: bool, folder: str) -> None:
     arms: dict[str, Arm] = {}
-    os.environ["OMP_NUM_THREADS"] = "1"
 
     def meet() -> None:
         import torch

@@ -6,14 +6,14 @@ Needs no data. 8 transformer layers or 4 LSTM layers of width 256, an embedding 
 32 texts of 64 tokens in a step. Two processes with one thread each take turns at these arms, for `--rounds` rounds:
 
     stream        Associated Learning in two stages
-    ceiling       the same two halves, not connected: what this machine could do at most
+    ceiling       the same two halves, not connected
     alone         Associated Learning in one process with two threads
     backprop      backpropagation in one process with two threads
     ddp           torch's DistributedDataParallel: half of the rows in each process
     gpipe, 1f1b   torch's pipelines of two stages, with 2, 4 or 8 micro-batches
 
-Of the places where an arm can be cut, and of numbers of micro-batches, a first tournament chooses the fastest. A turn
-counts from the end of its third step, so that no arm pays for filling its pipeline.
+Where to cut, how many micro-batches and how large DDP's buckets: a tournament before the first round chooses
+what is fastest. The first steps of a turn do not count, so that no arm pays for filling its pipeline, nor do the last.
 
     python recipes/benchmarks/throughput.py --link_mbits 0,1000,300,100,50 --json out/link.json --plot out/link.png
 
@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 from arms import make_arm
 from common import write_results
-from pair import WARM, Pair, Turn, can_limit
+from pair import COOL, WARM, Pair, Turn, can_limit
 from step import BATCH, SHAPES
 
 from hf_al.commands import set_up_output
 from hf_al.messages import table
 
+CHOSEN = ("cut", "micro_batches", "bucket_mb")
 PIPELINES, BACKPROP = ("gpipe", "1f1b"), ("backprop", "ddp", "gpipe", "1f1b")
 
 
@@ -43,8 +44,8 @@ PIPELINES, BACKPROP = ("gpipe", "1f1b"), ("backprop", "ddp", "gpipe", "1f1b")
 def step_seconds(turns: list[Turn]) -> float:
     """Seconds of a step once the turn is under way, of the process that takes longest."""
     running = [turn.ends for turn in turns if turn.ends]
-    last, first = max(ends[-1] for ends in running), max(ends[WARM - 1] for ends in running)
-    return (last - first) / (len(running[0]) - WARM)
+    last, first = (max(ends[place - 1] for ends in running) for place in (-COOL, WARM))
+    return (last - first) / (len(running[0]) - WARM - COOL)
 
 
 def wait_share(turns: list[Turn]) -> float:
@@ -53,11 +54,13 @@ def wait_share(turns: list[Turn]) -> float:
 
 
 def choices(network: str, kind: str) -> dict[str, list[int]]:
-    """What the tournament chooses from: where to cut, and into how many micro-batches."""
+    """What the tournament chooses from: where to cut, into how many micro-batches, the size of DDP's buckets."""
     middle = SHAPES[network]["num_blocks"] // 2
     cuts = {"cut": [cut for cut in (middle, middle - 1, middle + 1) if cut > 0]}
     if kind in PIPELINES:
         return {"cut": cuts["cut"], "micro_batches": [4, 2, 8]}
+    if kind == "ddp":
+        return {"bucket_mb": [25, 4, 1]}
     return cuts if kind == "stream" else {}
 
 
@@ -69,7 +72,7 @@ def tournament(pair: Pair, kind: str, common: dict[str, Any], steps: int) -> dic
         seconds = {}
         for value in values:
             pair.make(kind, {**best, name: value})
-            seconds[value] = step_seconds(pair.run(kind, WARM + steps))
+            seconds[value] = min(step_seconds(pair.run(kind, steps)) for _ in range(2))
             pair.drop(kind)
         best[name] = min(seconds, key=lambda value: seconds[value])
         print(f"{kind}, {name}: {', '.join(f'{v} {1000 * s:.0f} ms' for v, s in seconds.items())}", flush=True)
@@ -81,7 +84,7 @@ def take_turns(pair: Pair, arms: list[str], rounds: int, steps: int) -> dict[str
     found: dict[str, list[list[Turn]]] = {arm: [] for arm in arms}
     for number in range(rounds):
         for arm in arms if number % 2 else reversed(arms):
-            found[arm].append(pair.run(arm, WARM + steps))
+            found[arm].append(pair.run(arm, steps))
     return found
 
 
@@ -94,7 +97,7 @@ def ratio(found: dict[str, list[list[Turn]]], arm: str, others: Iterable[str]) -
 
 def row_of(network: str, arm: str, rounds: list[list[Turn]], spec: dict[str, Any], rows: int) -> dict[str, Any]:
     rates = sorted(rows / step_seconds(turns) for turns in rounds)
-    settings = (f"{name.replace('_', ' ')} {spec[name]}" for name in ("cut", "micro_batches") if name in spec)
+    settings = (f"{name.replace('_', ' ')} {spec[name]}" for name in CHOSEN if name in spec)
     return {
         "network": network,
         "arm": arm,
@@ -113,10 +116,10 @@ def compare(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any
     }
     with Pair(make_arm) as pair:
         specs = {kind: tournament(pair, kind, common, known.steps) for kind in ("stream", *PIPELINES)}
+        specs = {"stream": specs["stream"], "ceiling": {**specs["stream"], "kind": "ceiling"}, **specs}  # side by side
+        pair.make("ceiling", specs["ceiling"])
         for kind in ("alone", "backprop", "ddp"):
             specs[kind] = tournament(pair, kind, common, known.steps)
-        specs["ceiling"] = {**specs["stream"], "kind": "ceiling"}
-        pair.make("ceiling", specs["ceiling"])
         found = take_turns(pair, list(specs), known.rounds, known.steps)
     rows = [row_of(network, arm, found[arm], specs[arm], known.rows) for arm in specs]
     ratios = {
@@ -139,7 +142,7 @@ def compare_links(network: str, known: argparse.Namespace) -> tuple[list[dict[st
         specs["ddp"] = tournament(pair, "ddp", common, known.steps)
         specs["stream, bf16 wire"] = {**specs["stream"], "wire": "bf16"}
         pair.make("stream, bf16 wire", specs["stream, bf16 wire"])
-        for mbit in map(float, known.link_mbits.split(",")):
+        for mbit in sorted(map(float, known.link_mbits.split(","))):
             pair.limit(mbit or None)
             found = take_turns(pair, list(specs), known.rounds, known.steps)
             at_rate = [row_of(network, arm, found[arm], specs[arm], known.rows) for arm in specs]
@@ -192,13 +195,17 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where to write machine, rows and ratios")
     parser.add_argument("--plot", metavar="FILE", help="where to draw them")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each arm (default: 7)")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a turn (default: 10)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a turn (default: 8)")
     parser.add_argument("--rows", type=int, default=BATCH, help=f"texts in a step (default: {BATCH})")
     parser.add_argument("--networks", default="transformer,lstm", help="comma-separated (default: transformer,lstm)")
     parser.add_argument("--objective", default="al_ce", help="of Associated Learning (default: al_ce)")
     parser.add_argument("--embedding_optimizer", default="sparse_adam", help="of all arms (default: sparse_adam)")
     parser.add_argument("--link_mbits", metavar="LIST", help="Mbit/s of a link, comma-separated; 0 for no limit")
     known = parser.parse_args()
+    if min(known.rounds, known.steps) < 1 or known.rows % 8 or not set(known.networks.split(",")) <= set(SHAPES):
+        parser.error(
+            f"expected --rounds and --steps of at least 1, --rows in eights, --networks among {', '.join(SHAPES)}"
+        )
     set_up_output()
     if known.link_mbits and (reason := can_limit()):
         raise SystemExit(f"Cannot make a link of its own here, so --link_mbits was not measured: {reason}")
@@ -210,9 +217,9 @@ def main() -> None:
             print(table(found, markdown=True), flush=True)
         rows += found
         ratios |= more
+        write_results(known.json, rows, ratios)
     for name, value in ratios.items():
         print(f"{name}: {value:.4g}")
-    write_results(known.json, rows, ratios)
     if known.plot:
         plot(known.plot, rows)
 
