@@ -18,7 +18,7 @@ SCRIPT = str(Path(sys.executable).with_name("hf-al"))
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("command", ["inspect", slow("predict"), "evaluate", slow("export")])
+@pytest.mark.parametrize("command", ["inspect", slow("predict"), slow("evaluate"), slow("export")])
 def test_each_command_works_in_a_process_of_its_own(command, trained, files, tmp_path):
     """In a test's process all modules are there, whoever imported them."""
     more = {

@@ -29,6 +29,7 @@ def test_200_steps_on_all_tweets_give_the_same_bits(case, run_flags, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow  # the first one reads it for all below
 def test_stages_that_each_read_a_stream_give_the_same_bits(run_flags, tmp_path):
     found = []
     for stages in (1, 2):
