@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from .early import (
 )
 from .messages import table
 from .metadata import check_metadata
-from .parallel.launch import is_for_others_to_start, launch, said_once
+from .parallel.launch import is_for_others_to_start, is_launched, is_main, launch, said_once
 from .parallel.placement import check_placement
 from .parsing import FlagParser, add_training_flags, planned_blocks, reader, resolve
 from .report import read_report
@@ -72,7 +71,7 @@ def _train(flags: Namespace) -> None:
     if flags.print_config:
         print(args.to_yaml(), end="")
         return
-    said_once(lambda: check_training(args))
+    said_once(lambda: check_training(args, is_main(), reads_data=not (args.dispatch_data and is_launched())))
     if not args.model_name_or_path:
         said_once(lambda: check_placement(args.placement, planned_blocks(args), args.stages))
     if args.processes > 1 and not is_for_others_to_start():
@@ -88,7 +87,7 @@ def _train(flags: Namespace) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main():
         return
     split = "test" if "test" in report else "validation"
     print(f"{split} metrics by exit ({args.output_dir}/report.md has the rest):\n{table(report[split])}")

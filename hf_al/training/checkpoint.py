@@ -252,10 +252,8 @@ def load_checkpoint(
     blocks: dict[int, nn.Module],
     optimizers: BlockOptimizers | None,
     manifest: dict[str, Any] | None = None,
-    sent: bytes | None = None,
 ) -> None:
-    """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files; of one
-    block, it may have been `sent`.
+    """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files.
 
     Raises:
         Damaged: a file that is missing or not as it was written; earlier blocks have already been loaded.
@@ -263,23 +261,35 @@ def load_checkpoint(
     """
     manifest = manifest or open_checkpoint(path)
     for k, block in blocks.items():
-        file = block_file(k)
-        if optimizers is None and sent is None:
-            tensors = _verified_weights(path, file, manifest)
-        else:
-            tensors = load(verified(path, file, manifest, sent))
-        weights = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
-        shapes = [{n: tuple(t.shape) for n, t in named.items()} for named in (block.state_dict(), weights)]
-        other = difference(*shapes)
-        if other:
-            raise ValueError(
-                f"Expected the weights of block {k} in {path / file}, got another model's: {other}. Resume with the "
-                "model values of that run."
-            )
-        block.load_state_dict(weights)
-        if optimizers is not None:
-            state = {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)}
-            optimizers.load_state(k, state)
+        load_block(path, k, block, optimizers, manifest)
+
+
+def load_block(
+    path: Path,
+    k: int,
+    block: nn.Module,
+    optimizers: BlockOptimizers | None,
+    manifest: dict[str, Any],
+    sent: bytes | None = None,
+) -> None:
+    """`load_checkpoint` for block k, from its file or from what was `sent` of it."""
+    file = block_file(k)
+    if optimizers is None and sent is None:
+        tensors = _verified_weights(path, file, manifest)
+    else:
+        tensors = load(verified(path, file, manifest, sent))
+    weights = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
+    shapes = [{n: tuple(t.shape) for n, t in named.items()} for named in (block.state_dict(), weights)]
+    other = difference(*shapes)
+    if other:
+        raise ValueError(
+            f"Expected the weights of block {k} in {path / file}, got another model's: {other}. Resume with the "
+            "model values of that run."
+        )
+    block.load_state_dict(weights)
+    if optimizers is not None:
+        state = {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)}
+        optimizers.load_state(k, state)
 
 
 def read_history(path: Path, manifest: dict[str, Any] | None = None) -> list[dict[str, Any]]:

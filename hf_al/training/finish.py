@@ -22,7 +22,6 @@ from .progress import Progress
 from .record import Record
 from .stage import Stage
 from .start import new_block
-from .trace import read_trace
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     at_start: dict[str, tuple[float, float]],
     processes: list[dict[str, Any]],
+    events: list[dict[str, Any]],
     kwh: dict[str, float],
 ) -> dict[str, Any]:
     """Loads the best checkpoint and reads test once; the main process writes model, tokenizer, arguments and report.
@@ -43,6 +43,7 @@ def finish(
         plan, progress, record, stage, tokenizer: of the run.
         at_start: `health.part_sums` of the stage's blocks before the first step.
         processes: what each process did while training, for the report.
+        events: those of trace.json, in the main process; empty without one.
         kwh: energy of the training, empty if it was not measured.
 
     Returns:
@@ -55,9 +56,7 @@ def finish(
     chosen = progress.best_step or progress.step
     if chosen != progress.step:
         path = checkpoint.checkpoint_path(plan.output_dir, chosen)
-        manifest, damage = run_folder.manifest_of(path, transport)
-        if damage:
-            raise checkpoint.Damaged(damage)
+        manifest = run_folder.manifest_of(path, transport)
         for _ in run_folder.load_blocks(path, manifest, stage.blocks, None, plan.placement, transport):
             pass
     results = _results(plan, stage)
@@ -88,7 +87,6 @@ def finish(
             tokenizer.save_pretrained(aside)
             plan.args.save(aside / "training_config.yaml")
             report["weights"] = weights_sha256(aside)
-            events = read_trace(plan.output_dir) if plan.args.trace else []
             reporting.write_report(aside, report, plan.args.plots, events)
         if len(processes) > 1:
             logger.info("%s", reporting.work_table(processes))

@@ -141,7 +141,8 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
         with energy.measured(transport.is_main and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
             run.fit()
-        report = finish(plan, run.progress, run.record, run.stage, tokenizer, run.at_start, run.processes, kwh)
+        found = run.at_start, run.processes, run.events, kwh
+        report = finish(plan, run.progress, run.record, run.stage, tokenizer, *found)
         if args.push_to_hub and transport.is_main:
             push_or_warn(args.output_dir, args.hub_id, args.hub_private_repo)
     except Exception as error:
@@ -190,6 +191,7 @@ class Run:
         self.progress = Progress()
         self.record = Record(plan, self.progress, accelerator, transport)
         self.processes: list[dict[str, Any]] = []  # what each did, once they are done
+        self.events: list[dict[str, Any]] = []  # of the trace
         self.at_start = health.part_sums(model, args.embedding_learning_rate_factor == 0)
 
     def resume(self) -> None:
@@ -209,15 +211,12 @@ class Run:
 
     def _load(self, path: Path) -> str | None:
         """Loads this stage's blocks from a checkpoint of this run. Returns what any stage found damaged, else None."""
-        transport, offload = self.transport, self.stage.offload
-        manifest, damage = run_folder.manifest_of(path, transport)
-        if damage:
-            return damage
-        if isinstance(self.plan.order, StreamOrder):
-            self.plan.order.read_up_to(manifest["progress"]["step"])  # outside of `together`: others may send its rows
-        changed = transport.together(partial(self._check_run, manifest, path))
-        history = []
+        transport, offload, damage = self.transport, self.stage.offload, None
         try:
+            manifest = run_folder.manifest_of(path, transport)
+            if isinstance(self.plan.order, StreamOrder):  # outside of `together`: others may send its rows
+                self.plan.order.read_up_to(manifest["progress"]["step"])
+            changed = transport.together(partial(self._check_run, manifest, path))
             found = self.stage.blocks, self.optimizers, self.plan.placement
             for k in run_folder.load_blocks(path, manifest, *found, transport):
                 if offload:
@@ -289,7 +288,7 @@ class Run:
                 self.shared.finish()
             self.processes = self.record.work_done()
             with checkpoint.writing("the trace", plan.output_dir):
-                write_trace(plan.output_dir, self.stage.trace, self.transport)
+                self.events = write_trace(plan.output_dir, self.stage.trace, self.transport)
             self.transport.tell(lambda: None)  # the main process has everything, and its checkpoint has its name
             # a signal that came meanwhile, to whichever stage, stops all of them here
             received = max(self.transport.gather(int(stop.received or 0)))

@@ -18,7 +18,7 @@ from .checkpoint import (
     by_step,
     checkpoint_path,
     complete_checkpoints,
-    load_checkpoint,
+    load_block,
     open_checkpoint,
     read_manifest,
     remove,
@@ -75,10 +75,11 @@ def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path
     return None
 
 
-def manifest_of(path: Path, transport: Alone) -> tuple[dict[str, Any], str | None]:
-    """The manifest of a checkpoint as the main process finds it, in every process; and what is damaged, if it is.
+def manifest_of(path: Path, transport: Alone) -> dict[str, Any]:
+    """The manifest of a checkpoint as the main process finds it, in every process.
 
     Raises:
+        Damaged: it is not complete; in every process.
         ValueError: see `open_checkpoint`.
     """
 
@@ -88,8 +89,11 @@ def manifest_of(path: Path, transport: Alone) -> tuple[dict[str, Any], str | Non
         except Damaged as damage:
             return [{}, damage.reason]
 
+    manifest: dict[str, Any]
     manifest, damage = transport.tell(look)
-    return manifest, damage
+    if damage:
+        raise Damaged(damage)
+    return manifest
 
 
 def load_blocks(
@@ -112,7 +116,7 @@ def load_blocks(
     here = all(_size(path / block_file(k)) == sizes[block_file(k)] for k in blocks)
     if transport.shares_folder and all(transport.gather(here)):
         for k, block in blocks.items():
-            load_checkpoint(path, {k: block}, optimizers, manifest)
+            load_block(path, k, block, optimizers, manifest)
             yield k
         return
     transport.connect_all()
@@ -126,7 +130,7 @@ def load_blocks(
         sent = None if transport.is_main else transport.receive_bytes(sizes[block_file(k)], transport.main)
         try:
             if damage is None:
-                load_checkpoint(path, {k: block}, optimizers, manifest, sent)
+                load_block(path, k, block, optimizers, manifest, sent)
                 yield k
         except Damaged as found:
             damage = found  # the main process sends the rest, too

@@ -50,29 +50,25 @@ class Trace:
         return {"name": name, "ph": "X", "pid": process, "tid": 0, **times, "args": {"step": step + 1}}
 
 
-def write_trace(folder: Path, trace: Trace, transport: Alone) -> None:
-    """The main process writes trace.json with the laps of all processes."""
+def write_trace(folder: Path, trace: Trace, transport: Alone) -> list[dict[str, Any]]:
+    """The main process writes trace.json with the laps of all processes, and returns its events; others return none."""
     if not trace.steps:
-        return
+        return []
     own = json.dumps(trace.events(transport.process, transport.who())).encode()
     transport.connect_all()
     if not transport.is_main:
         transport.wait_sent()
         transport.send_bytes(own, [transport.main])
-        transport.gather(len(own))
+    sizes = transport.gather(len(own))
+    if not transport.is_main:
         transport.wait_sent()
-        return
-    events = []
-    for process, size in enumerate(transport.gather(len(own))):
+        return []
+    events: list[dict[str, Any]] = []
+    for process, size in enumerate(sizes):
         events += json.loads(own if process == transport.main else transport.receive_bytes(size, process))
     start = min((event["ts"] for event in events if "ts" in event), default=0.0)
     for event in events:
         if "ts" in event:
             event["ts"] -= start
     write_atomically(folder / TRACE, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-
-
-def read_trace(folder: Path) -> list[dict[str, Any]]:
-    """The events of trace.json."""
-    events: list[dict[str, Any]] = json.loads((folder / TRACE).read_text())["traceEvents"]
     return events

@@ -1,5 +1,6 @@
 """The ways of training that throughput.py compares: each is made in both processes of a pair."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from pair import WARM, Arm, Turn, now
+from pair import WARM, Arm, Turn
 from step import BATCHES, SHAPES, TOKENS, new_model, random_rows
 from torch import Tensor, nn
 
@@ -19,11 +20,11 @@ from hf_al.parallel.alone import ALONE, Alone
 from hf_al.parallel.placement import Placement, place
 from hf_al.parallel.schema import Message
 from hf_al.parallel.transport import Neighbours
+from hf_al.training.loop import WIRES
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
 
 CPU = torch.device("cpu")
-WIRES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def make_arm(process: int, spec: dict[str, Any]) -> Arm:
@@ -98,7 +99,7 @@ def run_stage(stage: Stage, rows: int, steps: int) -> Turn:
     ends, before = [], 0.0
     for number, parts in stage.batches(data, plan):
         stage.train_batch(parts, number, seed=0)
-        ends.append(now())
+        ends.append(time.monotonic())
         if number == WARM - 1:
             before = waited(stage)
     stage.settle()
@@ -205,7 +206,7 @@ def run_steps(step: Callable[[int], None], steps: int) -> Turn:
     ends = []
     for number in range(steps):
         step(number)
-        ends.append(now())
+        ends.append(time.monotonic())
     return Turn(ends, 0.0)
 
 

@@ -35,6 +35,15 @@ def series_parser(doc: str | None, sets: str, seeds: str, output_dir: str) -> ar
     return parser
 
 
+def timing_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The flags of a benchmark that times its arms in turns; `doc` is the help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="where to write machine, rows and ratios")
+    parser.add_argument("--plot", metavar="FILE", help="where to draw them")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"timed turns of each arm (default: {rounds})")
+    return parser
+
+
 def kept_rows(path: str | None) -> list[dict[str, Any]]:
     """The rows that `write_results` wrote before, so that a series goes on after them."""
     return json.loads(Path(path).read_text())["rows"] if path and Path(path).is_file() else []

@@ -15,7 +15,6 @@ model (on a GPU, the bytes that its allocator gave out). Times steps in turns. T
                               with --offload, in the folder --offload_dir
 """
 
-import argparse
 import gc
 import multiprocessing
 import statistics
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interleaved, paired_ratio, peak_bytes, write_results
+from common import interleaved, paired_ratio, peak_bytes, timing_parser, write_results
 from datasets import Dataset
 from step import CLASSES, loop_step, random_rows
 from transformers import BertConfig
@@ -192,13 +191,10 @@ def plot(path: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="where to keep machine, rows and ratios")
-    parser.add_argument("--plot", metavar="FILE", help="where to draw the peak by depth")
+    parser = timing_parser(__doc__, rounds=5)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches that the batch is cut into")
     parser.add_argument("--tokens", default="128,512", help="lengths, comma-separated")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--depths", default="2,6,12,24,48", help="layers, comma-separated; empty: none")
     parser.add_argument("--arms", help="a part of them, separated by semicolons; backprop and checkpointed are needed")
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16 (autocast)")

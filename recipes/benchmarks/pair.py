@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import subprocess
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -23,7 +22,8 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 class Turn(NamedTuple):
-    """What one process did in its turn: when each step ended, and the seconds of the later ones that it waited."""
+    """What one process did in its turn: when each step ended, by `time.monotonic`, which both processes share; and the
+    seconds of the later ones that it waited."""
 
     ends: list[float]
     waited: float
@@ -143,11 +143,6 @@ def _work(number: int, pipe: Connection, make_arm: MakeArm, link: bool, folder: 
             pipe.send((True, actions[what](*values)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
-
-
-def now() -> float:
-    """Of a clock that both processes share."""
-    return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 # --- a network of their own

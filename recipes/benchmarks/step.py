@@ -7,7 +7,6 @@ takes medians. Counts the floating-point operations of each step: their ratio is
 were the only cost. Measures the most bytes that activations and gradients hold.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interleaved, paired_ratio, peak_bytes, write_results
+from common import interleaved, paired_ratio, peak_bytes, timing_parser, write_results
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -231,10 +230,7 @@ def plot(path: str, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="where to write machine, rows and ratios")
-    parser.add_argument("--plot", metavar="FILE", help="where to draw them")
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each arm that are timed")
+    parser = timing_parser(__doc__, rounds=20)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--networks", default="transformer,lstm", help="networks to time, comma-separated")
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16 (autocast)")

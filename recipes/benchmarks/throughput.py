@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from arms import make_arm
-from common import write_results
+from common import timing_parser, write_results
 from pair import COOL, WARM, Pair, Turn, can_limit
 from step import BATCH, SHAPES
 
@@ -109,11 +109,15 @@ def row_of(network: str, arm: str, rounds: list[list[Turn]], spec: dict[str, Any
     }
 
 
+def common_of(network: str, known: argparse.Namespace) -> dict[str, Any]:
+    """What the specs of all arms have in common."""
+    shared = ("objective", "embedding_optimizer", "rows")
+    return {"network": network, **{name: getattr(known, name) for name in shared}}
+
+
 def compare(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """All arms on loopback."""
-    common = {name: getattr(known, name) for name in ("objective", "embedding_optimizer", "rows")} | {
-        "network": network
-    }
+    common = common_of(network, known)
     with Pair(make_arm) as pair:
         specs = {kind: tournament(pair, kind, common, known.steps) for kind in ("stream", *PIPELINES)}
         specs = {"stream": specs["stream"], "ceiling": {**specs["stream"], "kind": "ceiling"}, **specs}  # side by side
@@ -133,9 +137,7 @@ def compare(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any
 
 def compare_links(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The arms that send something, at each rate of the link."""
-    common = {name: getattr(known, name) for name in ("objective", "embedding_optimizer", "rows")} | {
-        "network": network
-    }
+    common = common_of(network, known)
     rows, ratios, unlimited = [], {}, 0.0
     with Pair(make_arm, link=True) as pair:
         specs = {kind: tournament(pair, kind, common, known.steps) for kind in ("stream", *PIPELINES)}
@@ -191,10 +193,7 @@ def plot(path: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="where to write machine, rows and ratios")
-    parser.add_argument("--plot", metavar="FILE", help="where to draw them")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each arm (default: 7)")
+    parser = timing_parser(__doc__, rounds=7)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a turn (default: 8)")
     parser.add_argument("--rows", type=int, default=BATCH, help=f"texts in a step (default: {BATCH})")
     parser.add_argument("--networks", default="transformer,lstm", help="comma-separated (default: transformer,lstm)")
