@@ -227,8 +227,8 @@ def run(line: str, monkeypatch) -> None:
             "throughput.py": ["--rounds=1", "--steps=1", "--rows=8", "--networks=lstm"],
             "encoders.py": [*encoders, "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],
         }.get(Path(argv[0]).name, SHORT)
-        if "--link_mbits" in argv and runpy.run_path("recipes/benchmarks/pair.py")["can_limit"]():
-            return  # no right to make one
+        if "--link_mbits" in argv:
+            return  # below, by itself: with the other benchmarks of its page it takes too long
         monkeypatch.setattr(sys, "argv", [*argv, *short])
         monkeypatch.syspath_prepend(Path(argv[0]).parent)
         runpy.run_path(argv[0], run_name="__main__")
@@ -259,6 +259,24 @@ def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, caps
         assert len(answers.read_text(encoding="utf-8").splitlines()) == 60
     if page == "five_minutes":
         assert (room / "docs/images/five_minutes.png").read_bytes() != PLOT.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_benchmark_over_a_slow_link_runs(room, monkeypatch):
+    if reason := runpy.run_path("recipes/benchmarks/pair.py")["can_limit"]():
+        pytest.skip(reason)  # no right to make one
+    (line,) = [line for line in commands("measured") if "--link_mbits" in line]
+    _, program, *argv = shlex.split(line)
+    small = ["--rounds=1", "--steps=1", "--rows=8", "--networks=lstm", "--link_mbits=0,100"]
+    monkeypatch.setattr(sys, "argv", [program, *argv, *small])
+    monkeypatch.syspath_prepend(Path(program).parent)
+    runpy.run_path(program, run_name="__main__")
+    ratios = json.loads((room / "out" / "link.json").read_text())["ratios"]
+    assert {"link_100mbit_over_ddp_lstm", "link_100mbit_over_1f1b_lstm", "link_100mbit_over_unlimited_lstm"} == set(
+        ratios
+    )
+    assert (room / "out" / "link.png").is_file()
 
 
 @pytest.mark.medium
