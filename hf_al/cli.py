@@ -1,4 +1,4 @@
-"""The command line: hf-al train | evaluate | predict | inspect | compare | push | export | demo.
+"""The command line: hf-al train | evaluate | predict | inspect | compare | push | export | plan | demo.
 
 Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
 A command's imports happen when it runs: no `--help` waits for torch.
@@ -27,6 +27,7 @@ EXAMPLES = """\
   hf-al compare out/mine out/other
   hf-al push out/mine user/name
   hf-al export out/mine out/small --inference_only
+  hf-al plan --config recipes/tweets_lstm.yaml --stages 1,2
   hf-al demo out/mine
 hf-al COMMAND --help lists the flags of a command."""
 

@@ -13,6 +13,7 @@ import shtab
 
 from .early import (
     check_can_push,
+    check_data_arguments,
     check_destination,
     check_exit,
     check_input_and_output,
@@ -292,6 +293,40 @@ def _export(flags: Namespace) -> None:
     tokenizer.save_pretrained(out)
 
 
+# --- plan
+
+
+def _plan_flags(parser: FlagParser) -> None:
+    parser.usage = "hf-al plan [--config FILE] [flags of hf-al train] [--stages LIST] [--bandwidth RATE]"
+    parser.conflict_handler = "resolve"  # --stages is a list here
+    add_training_flags(parser)
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--stages", type=reader(list[int]), default=[1, 2, 4], metavar="LIST", help="how many (default: 1,2,4)"
+    )
+    group.add_argument("--bandwidth", default="10Gbit", metavar="RATE", help="of a link, per second (default: 10Gbit)")
+    group.add_argument("--latency", default="50us", metavar="TIME", help="of a link (default: 50us)")
+    group.add_argument("--tokens", type=positive, metavar="N", help="of each text; then no data is read")
+    group.add_argument("--json", action="store_true", help="one json object instead of a table")
+    _add_file(group, "--plot", "draw texts per second over stages, and time over depth")
+
+
+def _plan(flags: Namespace) -> None:
+    names = ("stages", "bandwidth", "latency", "tokens", "json", "plot")
+    own = {name: vars(flags).pop(name) for name in names}
+    args = resolve({**vars(flags), "print_config": True})  # without an output folder
+    if own["tokens"] is None:
+        check_data_arguments(args)
+    set_up_output(args.disable_tqdm)
+    from .forecast import Link, as_text, draw, plan, quantity
+
+    link = Link(quantity(own["bandwidth"], "bit"), quantity(own["latency"], "s"))
+    found = plan(args, own["stages"], link, own["tokens"])
+    print(json.dumps(found) if own["json"] else as_text(found))
+    if own["plot"]:
+        draw(own["plot"], found)
+
+
 # --- the table
 
 
@@ -310,6 +345,7 @@ COMMANDS = {
     "compare": Command("a table of several runs", _compare_flags, _compare),
     "push": Command("share a finished run on the Hub: model, card, results", _push_flags, _push),
     "export": Command("a copy of a model, whole or for inference only", _export_flags, _export),
+    "plan": Command("predict speed, waiting and memory of a split over machines", _plan_flags, _plan),
     "demo": Command("a page on which to try a model: the answer at every exit", _demo_flags, _demo),
 }
 

@@ -118,11 +118,14 @@ wait $pid
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_machines_that_share_nothing_train_one_model(files, shell, tmp_path):
-    """Each with a network, a folder, data and a clock of its own; they find each other by name."""
+    """Each with a network, a folder, data and clocks of its own; they find each other by name."""
     data = ["--train_file=train.csv", "--validation_file=validation.csv"]
-    flags = [*data, *SMALL, "--max_steps=6", "--output_dir=run", "--save_steps=2", "--trace=2"]
-    for machine in ("0", "1"):
+    flags = [*data, *SMALL, "--max_steps=6", "--output_dir=run", "--save_steps=2", "--trace=2", "--import=clock"]
+    for machine, hours in (("0", 0), ("1", 5)):
         shutil.copytree(files, tmp_path / machine)
+        (tmp_path / machine / "clock.py").write_text(
+            f"import time\nnow = time.time\ntime.time = lambda: now() + 3600 * {hours}\n"
+        )
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 first.machine\n10.77.0.2 second.machine\n")
     launcher = [
         str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",

@@ -1,4 +1,4 @@
-"""Which blocks go where, and when they work."""
+"""Which blocks go where."""
 
 from itertools import combinations, pairwise
 
@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_al
-from hf_al.parallel import schedule
 from hf_al.parallel.placement import balanced_cuts, place
 from hf_al.training.measure import unit_seconds
 
@@ -65,28 +64,3 @@ def test_timing_leaves_model_and_generator_as_they_were(model_type, make_model):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-
-
-@given(st.integers(1, 6), st.integers(1, 9))
-def test_in_the_stream_no_boundary_is_used_before_it_exists(stages, batches):
-    table = schedule.stream(stages, batches)
-    slots = [{task.batch: t for t, task in enumerate(row) if task} for row in table]
-    for row in slots:
-        assert list(row) == list(range(batches)), "every batch once and in order"
-    for before, after in pairwise(slots):
-        assert all(before[b] < after[b] for b in range(batches))
-    assert all(len(row) == batches + stages - 1 for row in table)
-    assert schedule.bubble(table) == pytest.approx((stages - 1) / (batches + stages - 1))
-
-
-@given(st.sampled_from([schedule.gpipe, schedule.one_f_one_b]), st.integers(1, 6), st.integers(1, 9))
-def test_in_a_pipeline_forwards_go_down_and_backwards_come_back(make, stages, batches):
-    table = make(stages, batches)
-    at = {(s, task.kind, task.batch): t for s, row in enumerate(table) for t, task in enumerate(row) if task}
-    assert len(at) == 2 * stages * batches
-    for b in range(batches):
-        for s in range(stages - 1):
-            assert at[s, "forward", b] < at[s + 1, "forward", b]
-            assert at[s + 1, "backward", b] < at[s, "backward", b]
-        assert at[stages - 1, "forward", b] < at[stages - 1, "backward", b]
-    assert schedule.bubble(table) == pytest.approx((stages - 1) / (batches + stages - 1))

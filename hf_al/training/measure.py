@@ -1,42 +1,27 @@
 """How long things take on this machine: a step of each unit, on throw-away copies, and an answer at each exit."""
 
-import copy
 import dataclasses
 import logging
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..arguments import TrainingArguments
 from ..modeling.modeling_al import ALForSequenceClassification
-from ..modeling.objectives import Boundary
 from ..parallel.placement import balanced_cuts
 from ..parsing import PER_BLOCK, planned_blocks
 from . import checkpoint, run_folder
-from .local_step import local_steps
-from .optim import BlockOptimizers
+from .costs import local_costs, now
 from .setup import known_values, make_config
 from .start import new_model
 
 logger = logging.getLogger(__name__)
 
-ROUNDS = 4  # the first one warms up
 ANSWERS = 6  # of each exit; the first one warms up
 MANY = 32  # texts of a batch
-
-
-def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Tensor]:
-    """The inputs of a throw-away batch of this shape, with labels of the model's kind."""
-    config, rows = model.config, len(input_ids)
-    single = config.resolved_problem_type == "single_label_classification"
-    labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
-    mask = torch.ones_like(input_ids)
-    return model.model.prepare_inputs(input_ids, mask, labels=labels.to(input_ids.device))
 
 
 def unit_seconds(
@@ -47,28 +32,9 @@ def unit_seconds(
     A step is forward, backward, clipping and update, including the embedding and the label side. The state of the
     random generator is restored.
     """
-    tokens = _median_length(model, lengths)
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (args.per_device_train_batch_size, tokens))
-    inputs: dict[str, Any] = throw_away_inputs(model, torch.from_numpy(ids).to(device))
-    boundary = model.model.initial_boundary(inputs["labels"])
-    if args.cache_frozen:
-        shapes = {k: (*ids.shape, model.model.blocks[k].encode.output_size) for k in range(args.frozen_blocks)}
-        inputs["encoded"] = {k: torch.zeros(shape, device=device) for k, shape in shapes.items()}
-    steps, copies = [], []
-    for unit in model.config.units:
-        blocks = {k: copy.deepcopy(model.model.blocks[k]).to(device).train() for k in unit}
-        optimizers = BlockOptimizers(blocks, [unit], args, ROUNDS)
-        times = []
-        for step in range(ROUNDS):
-            start = _now(device)
-            *_, (_, out) = local_steps(blocks.values(), boundary, inputs, (0, step, 0, 0), device, args.bf16)
-            out.loss.backward()
-            optimizers.update(unit, step)
-            times.append(_now(device) - start)
-        steps.append(min(times[1:]))
-        copies.append(min(_copy_seconds(out.boundary, device) for _ in range(ROUNDS)))
-        boundary = out.boundary
-    return steps, copies
+    tokens = median_length(model, lengths)
+    costs = local_costs(model, args, device, args.per_device_train_batch_size, tokens)
+    return [cost.step for cost in costs], [cost.copy for cost in costs]
 
 
 def measured_cuts(args: TrainingArguments, device: torch.device) -> list[int] | None:
@@ -101,14 +67,14 @@ def exit_speeds(model: ALForSequenceClassification, device: torch.device, length
         device: where it answers.
         lengths: tokens of each text.
     """
-    tokens, exits = _median_length(model, lengths), model.config.exits()
+    tokens, exits = median_length(model, lengths), model.config.exits()
     times: dict[tuple[int, int], list[float]] = {(k, rows): [] for k in exits for rows in (1, MANY)}
     for _ in range(ANSWERS):
         for (k, rows), seconds in times.items():
             ids, mask = torch.ones(2, rows, tokens, dtype=torch.long, device=device)
-            start = _now(device)
+            start = now(device)
             model(input_ids=ids, attention_mask=mask, exit_block=k)
-            seconds.append(_now(device) - start)
+            seconds.append(now(device) - start)
     typical = {key: statistics.median(seconds[1:]) for key, seconds in times.items()}
     return [
         {
@@ -121,18 +87,6 @@ def exit_speeds(model: ALForSequenceClassification, device: torch.device, length
     ]
 
 
-def _median_length(model: ALForSequenceClassification, lengths: np.ndarray) -> int:
+def median_length(model: ALForSequenceClassification, lengths: np.ndarray) -> int:
+    """Of texts, as the model cuts them."""
     return min(max(1, int(np.median(lengths))), model.config.max_position_embeddings)
-
-
-def _copy_seconds(boundary: Boundary, device: torch.device) -> float:
-    start = _now(device)
-    for tensor in boundary.values():
-        tensor.clone()
-    return _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

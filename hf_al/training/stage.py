@@ -26,9 +26,9 @@ from ..modeling.objectives import Boundary, cut
 from ..parallel.alone import ALONE, Alone
 from ..parallel.placement import Placement
 from ..parallel.schema import Message
+from .costs import throw_away_inputs
 from .frozen import FrozenStates
 from .local_step import local_steps
-from .measure import throw_away_inputs
 from .offload import Offload
 from .optim import BlockOptimizers
 from .trace import Trace

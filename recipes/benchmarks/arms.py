@@ -1,5 +1,6 @@
 """The ways of training that throughput.py compares: each is made in both processes of a pair."""
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from hf_al.parallel.alone import ALONE, Alone
 from hf_al.parallel.placement import Placement, place
 from hf_al.parallel.schema import Message
 from hf_al.parallel.transport import Neighbours
+from hf_al.training.costs import backprop_costs, local_costs
 from hf_al.training.loop import WIRES
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
@@ -31,7 +33,8 @@ def make_arm(process: int, spec: dict[str, Any]) -> Arm:
     """One way of training, from its name and settings."""
     torch.manual_seed(0)
     args = TrainingArguments(output_dir="unused", embedding_optimizer=spec["embedding_optimizer"])
-    makers = {"stream": stage_arm, "ceiling": stage_arm, "ddp": ddp_arm, "gpipe": pipeline_arm, "1f1b": pipeline_arm}
+    makers: dict[str, Any] = {"stream": stage_arm, "ceiling": stage_arm, "ddp": ddp_arm, "costs": costs_arm}
+    makers |= {"gpipe": pipeline_arm, "1f1b": pipeline_arm}
     return makers.get(spec["kind"], one_process_arm)(process, spec, args)
 
 
@@ -199,6 +202,26 @@ def pipeline_arm(process: int, spec: dict[str, Any], args: TrainingArguments) ->
         optimizers.update(unit, number)
 
     return partial(run_steps, step)
+
+
+def costs_arm(process: int, spec: dict[str, Any], args: TrainingArguments) -> Arm:
+    """What `hf-al plan` starts from, with a thread in each process at the same time, or with two in process 0."""
+    alone = spec["threads"] == 2
+    local, whole = (new_model(SHAPES[spec["network"]], objective) for objective in (spec["objective"], "backprop"))
+
+    def run(steps: int) -> Any:
+        if alone and process:
+            return None
+        torch.set_num_threads(spec["threads"])
+        try:
+            timed: dict[str, Any] = {"tokens": TOKENS, "rounds": steps, "typical": statistics.median}
+            parts = (1,) if alone else (2, 4, 8)
+            backprop = {m: backprop_costs(whole, args, CPU, spec["rows"] // m, **timed) for m in parts}
+            return local_costs(local, args, CPU, spec["rows"], **timed), backprop
+        finally:
+            torch.set_num_threads(1)
+
+    return run
 
 
 def run_steps(step: Callable[[int], None], steps: int) -> Turn:

@@ -29,7 +29,7 @@ class Turn(NamedTuple):
     waited: float
 
 
-Arm = Callable[[int], Turn]  # takes that many steps
+Arm = Callable[[int], Any]  # takes that many steps; most return a Turn
 MakeArm = Callable[[int, dict[str, Any]], Arm]  # process number, spec
 
 
@@ -87,7 +87,11 @@ class Pair:
 
     def run(self, name: str, steps: int) -> list[Turn]:
         """One turn of an arm, with so many steps that count: what each process did."""
-        return self._both("run", name, WARM + steps + COOL)
+        return self.ask_both(name, WARM + steps + COOL)
+
+    def ask_both(self, name: str, number: int) -> list[Any]:
+        """What an arm returns for a number, in both processes at the same time."""
+        return self._both("run", name, number)
 
     def _both(self, *request: Any) -> list[Any]:
         return self._answers({0: request, 1: request})

@@ -31,11 +31,17 @@ from common import timing_parser, write_results
 from pair import COOL, WARM, Pair, Turn, can_limit
 from step import BATCH, SHAPES
 
+from hf_al.arguments import TrainingArguments
 from hf_al.commands import set_up_output
+from hf_al.forecast import Link, rows_of
 from hf_al.messages import table
 
 CHOSEN = ("cut", "micro_batches", "bucket_mb")
 PIPELINES, BACKPROP = ("gpipe", "1f1b"), ("backprop", "ddp", "gpipe", "1f1b")
+PLANNED = {  # by the number of stages and the way as `hf-al plan` calls it
+    (1, "Associated Learning"): "alone", (1, "backpropagation"): "backprop", (2, "Associated Learning"): "stream",
+    (2, "GPipe"): "gpipe", (2, "1F1B"): "1f1b", (2, "data parallel"): "ddp",
+}  # fmt: skip
 
 
 # --- the rounds
@@ -64,27 +70,39 @@ def choices(network: str, kind: str) -> dict[str, list[int]]:
     return cuts if kind == "stream" else {}
 
 
-def tournament(pair: Pair, kind: str, common: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Makes the fastest version of an arm, choosing one setting after the other, and returns its spec."""
+def tournament(
+    pair: Pair, kind: str, common: dict[str, Any], steps: int, names: Iterable[str] = CHOSEN
+) -> dict[str, Any]:
+    """Chooses the settings of an arm that are among `names`, one after the other, and returns its spec. Others are
+    those of `common`, or the first choice."""
     found = choices(common["network"], kind)
-    best = {"kind": kind, **common, **{name: values[0] for name, values in found.items()}}
-    for name, values in found.items():
+    best = {**{name: values[0] for name, values in found.items()}, **common, "kind": kind}
+    for name in (name for name in found if name in names):
         seconds = {}
-        for value in values:
+        for value in found[name]:
             pair.make(kind, {**best, name: value})
             seconds[value] = min(step_seconds(pair.run(kind, steps)) for _ in range(2))
             pair.drop(kind)
         best[name] = min(seconds, key=lambda value: seconds[value])
         print(f"{kind}, {name}: {', '.join(f'{v} {1000 * s:.0f} ms' for v, s in seconds.items())}", flush=True)
-    pair.make(kind, best)
     return best
 
 
-def take_turns(pair: Pair, arms: list[str], rounds: int, steps: int) -> dict[str, list[list[Turn]]]:
-    found: dict[str, list[list[Turn]]] = {arm: [] for arm in arms}
-    for number in range(rounds):
-        for arm in arms if number % 2 else reversed(arms):
-            found[arm].append(pair.run(arm, steps))
+def take_turns(pair: Pair, arms: list[str], number: int, steps: int, found: dict[str, list[list[Turn]]]) -> None:
+    """One round, every other one in the opposite order; adds to what was found."""
+    for arm in arms if number % 2 else reversed(arms):
+        found.setdefault(arm, []).append(pair.run(arm, steps))
+
+
+def forecast(pair: Pair, common: dict[str, Any]) -> dict[str, float]:
+    """Texts per second of the arms as `hf-al plan` predicts them."""
+    args = TrainingArguments(output_dir="unused")
+    found: dict[str, float] = {}
+    for threads, stages in ((2, 1), (1, 2)):
+        local, backprop = pair.ask_both(f"costs {threads}", 4)[0]
+        for row in rows_of(stages, args, local, backprop, Link(), common["rows"]):
+            if arm := PLANNED.get((stages, row["way"])):
+                found[arm] = row["texts_per_second"]
     return found
 
 
@@ -119,47 +137,80 @@ def compare(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any
     """All arms on loopback."""
     common = common_of(network, known)
     with Pair(make_arm) as pair:
-        specs = {kind: tournament(pair, kind, common, known.steps) for kind in ("stream", *PIPELINES)}
+        kinds = ("stream", *PIPELINES, "alone", "backprop", "ddp")
+        specs = {kind: tournament(pair, kind, common, known.steps) for kind in kinds}
         specs = {"stream": specs["stream"], "ceiling": {**specs["stream"], "kind": "ceiling"}, **specs}  # side by side
-        pair.make("ceiling", specs["ceiling"])
-        for kind in ("alone", "backprop", "ddp"):
-            specs[kind] = tournament(pair, kind, common, known.steps)
-        found = take_turns(pair, list(specs), known.rounds, known.steps)
+        for arm, spec in specs.items():
+            pair.make(arm, spec)
+        for threads in (1, 2):
+            pair.make(f"costs {threads}", {"kind": "costs", "threads": threads, **common})
+        found: dict[str, list[list[Turn]]] = {}
+        planned: list[dict[str, float]] = []
+        for number in range(known.rounds):
+            take_turns(pair, list(specs), number, known.steps, found)
+            planned.append(forecast(pair, common))
     rows = [row_of(network, arm, found[arm], specs[arm], known.rows) for arm in specs]
+    for row in rows:
+        row["planned"] = statistics.median(p[row["arm"]] for p in planned) if row["arm"] in planned[0] else ""
     ratios = {
         f"stream_over_ceiling_{network}": ratio(found, "stream", ["ceiling"]),
         f"stream_wait_share_{network}": statistics.median(map(wait_share, found["stream"])),
         f"stream_over_best_pipeline_{network}": ratio(found, "stream", PIPELINES),
         f"stream_over_best_backprop_{network}": ratio(found, "stream", BACKPROP),
+        **{f"plan_over_measured_{r['arm']}_{network}": r["planned"] / r["texts/s"] for r in rows if r["planned"]},
     }
     return rows, ratios
 
 
 def compare_links(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The arms that send something, at each rate of the link."""
+    """The arms that send something, at each rate of the link, with the settings that are fastest at that rate."""
     common = common_of(network, known)
-    rows, ratios, unlimited = [], {}, 0.0
+    rates = sorted(map(float, known.link_mbits.split(",")))
+    specs: dict[float, dict[str, dict[str, Any]]] = {}
+    found: dict[float, dict[str, list[list[Turn]]]] = {rate: {} for rate in rates}
     with Pair(make_arm, link=True) as pair:
-        specs = {kind: tournament(pair, kind, common, known.steps) for kind in ("stream", *PIPELINES)}
-        specs["ddp"] = tournament(pair, "ddp", common, known.steps)
-        specs["stream, bf16 wire"] = {**specs["stream"], "wire": "bf16"}
-        pair.make("stream, bf16 wire", specs["stream, bf16 wire"])
-        for mbit in sorted(map(float, known.link_mbits.split(","))):
-            pair.limit(mbit or None)
-            found = take_turns(pair, list(specs), known.rounds, known.steps)
-            at_rate = [row_of(network, arm, found[arm], specs[arm], known.rows) for arm in specs]
-            print(table([{"Mbit/s": f"{mbit:g}" if mbit else "no limit", **row} for row in at_rate], markdown=True))
-            rows += [{"mbit": mbit, **row} for row in at_rate]
-            rate = at_rate[0]["texts/s"]
-            unlimited = unlimited if mbit else rate
-            name = f"link_{mbit:g}mbit_over"
-            if mbit:
-                ratios |= {
-                    f"{name}_ddp_{network}": ratio(found, "stream", ["ddp"]),
-                    f"{name}_1f1b_{network}": ratio(found, "stream", ["1f1b"]),
-                    **({f"{name}_unlimited_{network}": rate / unlimited} if unlimited else {}),
-                }
+        cuts = {kind: tournament(pair, kind, common, known.steps, ["cut"]) for kind in ("stream", *PIPELINES)}
+        for rate in rates:
+            pair.limit(rate or None)
+            print(f"At {rate:g} Mbit/s (0: no limit):")
+            settings = {"1f1b": ["micro_batches"], "gpipe": ["micro_batches"], "ddp": ["bucket_mb"]}
+            specs[rate] = {"stream": cuts["stream"], "stream, bf16 wire": {**cuts["stream"], "wire": "bf16"}}
+            for kind, names in settings.items():
+                specs[rate][kind] = tournament(pair, kind, cuts.get(kind, common), 1, names)
+        made: dict[str, dict[str, Any]] = {}
+        for arms in specs.values():
+            for arm, spec in arms.items():
+                if (name := name_of(arm, spec)) not in made:
+                    pair.make(name, spec)
+                    made[name] = spec
+        for number in range(known.rounds):
+            for rate in rates:
+                pair.limit(rate or None)
+                names = {name_of(arm, spec): arm for arm, spec in specs[rate].items()}
+                turns: dict[str, list[list[Turn]]] = {}
+                take_turns(pair, list(names), number, known.steps, turns)
+                for name, arm in names.items():
+                    found[rate].setdefault(arm, []).extend(turns[name])
+    rows = [
+        {"mbit": rate, **row_of(network, arm, found[rate][arm], spec, known.rows)}
+        for rate in rates
+        for arm, spec in specs[rate].items()
+    ]
+    print(table(rows, markdown=True), flush=True)
+    ratios = {}
+    for rate in filter(None, rates):
+        name, mine = f"link_{rate:g}mbit_over", found[rate]
+        ratios |= {f"{name}_{arm}_{network}": ratio(mine, "stream", [arm]) for arm in ("ddp", "1f1b")}
+        if 0 in rates:
+            for arm, suffix in (("stream", ""), ("stream, bf16 wire", "_bf16")):
+                both = {"limited": mine[arm], "unlimited": found[0][arm]}
+                ratios[f"{name}_unlimited{suffix}_{network}"] = ratio(both, "limited", ["unlimited"])
     return rows, ratios
+
+
+def name_of(arm: str, spec: dict[str, Any]) -> str:
+    """Of an arm with its settings, so that rates that chose the same ones share it."""
+    return ", ".join([arm, *(f"{name} {spec[name]}" for name in CHOSEN if name in spec)])
 
 
 def plot(path: str, rows: list[dict[str, Any]]) -> None:
