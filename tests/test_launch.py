@@ -156,6 +156,26 @@ def test_two_machines_that_share_nothing_train_one_model(files, shell, tmp_path)
     assert weights(tmp_path / "0" / "run") == weights(tmp_path / "alone")
 
 
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_reported_where_it_is(data, tmp_path):
+    """By accelerate's launcher, before any process starts."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launcher = [
+            str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
+            str(ROOT / "recipes" / "accelerate" / "two_machines.yaml"), "--main_process_ip=127.0.0.1",
+            f"--main_process_port={port}",
+        ]  # fmt: skip
+        recipe = [str(ROOT / "recipes" / "train.py"), *data, *SMALL, "--stages=2", f"--output_dir={tmp_path / 'run'}"]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+        done = subprocess.run([*launcher, *recipe], env=environment, capture_output=True, text=True, timeout=55)
+    assert done.returncode != 0
+    assert f"port `{port}`, but another process is utilizing it" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("more", [["--stages=3"], ["--stages=5", "--num_blocks=4"]])
 def test_more_stages_than_blocks_are_refused_before_any_process_starts(more, data, shell, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "launch", lambda *args: pytest.fail("started"))
