@@ -97,7 +97,8 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM (status 143): the step is finished and saved first. Status 2 in
             processes that end because another one raised.
     """
-    with progress_bars(shown=not args.disable_tqdm):
+    at_ends = partial(shortage_explained, lambda: "the start or the end of the run", "model")
+    with progress_bars(shown=not args.disable_tqdm), at_ends(can_offload=not args.offload):
         return _train(said_once(partial(for_this_run, args)), datasets)
 
 

@@ -14,7 +14,7 @@ def shortage_explained(where: Callable[[], str], kind: str, can_offload: bool) -
 
     Args:
         where: what the run was doing.
-        kind: of the batches: train or eval.
+        kind: of the batches, train or eval; or model, where there are none.
         can_offload: whether --offload is left to try.
 
     Raises:
@@ -26,10 +26,12 @@ def shortage_explained(where: Callable[[], str], kind: str, can_offload: bool) -
         is_shortage = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not is_shortage and not any(text in str(error) for text in SHORTAGES):
             raise
-        advice = [f"a smaller --per_device_{kind}_batch_size"]
+        if kind == "model":
+            advice = ["a smaller --hidden_size", "a smaller vocabulary"]
+        else:
+            advice = [f"a smaller --per_device_{kind}_batch_size", "a shorter --max_seq_length"]
         if kind == "train":
             advice[0] += " (with --gradient_accumulation_steps the batch stays the same)"
-        advice.append("a shorter --max_seq_length")
         if can_offload:
             advice.append("--offload")
         raise ValueError(f"Ran out of memory at {where()}. Pass {', '.join(advice[:-1])} or {advice[-1]}.") from error

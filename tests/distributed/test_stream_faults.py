@@ -76,21 +76,32 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_all(run_flags, alon
     assert sha256(tmp_path / "run") == alone("lstm_al_ce")
 
 
-@pytest.mark.parametrize("when", ["in a step", slow("in an evaluation"), slow("while saving"), slow("at the start")])
+WHENS = [slow("in an evaluation"), slow("while saving"), slow("at the start"), slow("while exporting")]
+
+
+@pytest.mark.parametrize("when", ["in a step", *WHENS])
 def test_a_stage_that_hangs_is_named_and_ends_the_others(when, run_flags, tmp_path):
     flags = run_flags("lstm_al_ce", 2, tmp_path / "run", "--ddp_timeout=3")
-    said = run_world(2, jobs.dies, when, "stopped", flags, check=False, timeout=20, hung=0)
-    assert said[0].startswith("still busy")  # no launcher here kills it
-    where = {"in an evaluation": "an evaluation", "at the start": "the start"}.get(when, "step ")
-    assert f"ConnectionError: Stage 1 lost stage 0 at {where}" in said[1]
-    assert "no word for 3 seconds. --resume_from_checkpoint last continues" in said[1]
+    hung = int(when == "while exporting")
+    said = run_world(2, jobs.dies, when, "stopped", flags, check=False, timeout=20, hung=hung)
+    assert said[hung].startswith("still busy")  # no launcher here kills it
+    where = {"in a step": "step ", "while saving": "step ", "at the start": "the start"}.get(when, "an evaluation")
+    assert f"ConnectionError: Stage {1 - hung} lost stage {hung} at {where}" in said[1 - hung]
+    assert "no word for 3 seconds. --resume_from_checkpoint last continues" in said[1 - hung]
 
 
-def test_a_stage_without_memory_says_what_to_change(run_flags, tmp_path):
-    said = run_world(2, jobs.dies, "in a step", "memory", run_flags("lstm_al_ce", 2, tmp_path / "run"), check=False)
-    assert "ValueError: Ran out of memory at step 32 of 60. Pass a smaller --per_device_train_batch_size" in said[0]
-    assert "a shorter --max_seq_length or --offload." in said[0]
-    assert said[1].splitlines()[-1] == "SystemExit: 2"
+@pytest.mark.parametrize("when", ["in a step", *WHENS])
+def test_a_stage_without_memory_says_what_to_change(when, run_flags, tmp_path):
+    said = run_world(2, jobs.dies, when, "memory", run_flags("lstm_al_ce", 2, tmp_path / "run"), check=False)
+    victim = int(when == "while exporting")
+    where, advice = {
+        "in a step": ("step 32 of 60", "per_device_train_batch_size"),
+        "while saving": ("step 25 of 60", "per_device_train_batch_size"),
+        "in an evaluation": ("the evaluation after step 44", "per_device_eval_batch_size"),
+    }.get(when, ("the start or the end of the run", "hidden_size"))
+    assert f"ValueError: Ran out of memory at {where}. Pass a smaller --{advice}" in said[victim]
+    assert said[victim].splitlines()[-1].endswith(" or --offload.")
+    assert "SystemExit" in said[1 - victim].splitlines()[-1]
 
 
 @pytest.mark.parametrize("when", ["at the start", slow("while exporting")])
