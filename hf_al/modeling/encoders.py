@@ -59,6 +59,8 @@ class Encoder(nn.Module):
 
     normalize_pooled: ClassVar[bool] = False  # whether the bridge starts with a layer norm: for pre-norm encoders
     has_attention: ClassVar[bool] = False  # whether `forward` takes `output_attentions`
+    # Of what `forward` returns beside `hidden`: the axis that counts the texts, 0 if not named
+    text_axes: ClassVar[dict[str, int]] = {}
     embeddings: Embeddings | None
     output_size: int
 
@@ -96,6 +98,8 @@ class LstmEncoder(Encoder):
 
     With `carry_state` the boundary also holds `h` and `c`, each (2 * layers, N, D / 2). Arguments: see [`Encoder`].
     """
+
+    text_axes: ClassVar[dict[str, int]] = {"h": 1, "c": 1}
 
     def __init__(self, config, index: int):
         super().__init__()
