@@ -21,6 +21,7 @@ from hf_al.modeling.blocks import ALBlock
 from hf_al.modeling.early_exit import ExitRule, Pool
 from hf_al.saved.prediction import predict
 from hf_al.saved.rows import Unusable
+from hf_al.training.measure import block_seconds
 
 KINDS = [
     ("al_lstm", {}),
@@ -375,6 +376,16 @@ def test_the_expected_speedup_is_that_of_the_blocks_that_run():
     assert share == pytest.approx(0.5, abs=0.01)
     assert outcome.speedup == pytest.approx(3.1 / (share * 1.1 + (1 - share) * 3.2))
     assert trial.outcome([None, None, None]).speedup == pytest.approx(1.0)
+
+
+def test_a_bridge_that_looks_ahead_is_part_of_what_its_exit_costs(classifier):
+    sizes = {"hidden_size": 64, "intermediate_size": 256}
+    model = classifier("al_encoder", lookahead=2, **sizes)
+    blocks, exits = block_seconds(model, torch.device("cpu"), np.full(9, 64))
+    assert len(blocks) == len(exits) == 3
+    assert min(blocks) > 0
+    assert min(exits) >= 0
+    assert exits[0] > 0
 
 
 @pytest.fixture
