@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .arguments import TrainingArguments as TrainingArguments
     from .evaluation import evaluate as evaluate
+    from .exits import calibrate_exits as calibrate_exits
     from .modeling.configuration_al import ALLstmConfig as ALLstmConfig
     from .modeling.configuration_al import ALTransformerConfig as ALTransformerConfig
     from .modeling.configuration_encoder import ALEncoderConfig as ALEncoderConfig
@@ -42,6 +43,7 @@ _LAZY = {
     "TrainResult": ".training.loop",
     "train": ".training.loop",
     "evaluate": ".evaluation",
+    "calibrate_exits": ".exits",
 }
 
 
@@ -74,6 +76,7 @@ __all__ = [
     "ALTransformerModel",
     "TrainResult",
     "TrainingArguments",
+    "calibrate_exits",
     "evaluate",
     "register_architecture",
     "train",

@@ -71,6 +71,7 @@ def model_card(
         split=split,
         rows=report["data"]["rows"],
         exits=exits,
+        calibration=_calibration(model.config),
         exits_table=table([{**row, **_cost(model, report, row["block"])} for row in exits], True),
         comparison=table([_in_short(r, split) for r in (report, baseline)], True) if baseline else None,
         differing=table(differing, True) if differing else None,
@@ -159,6 +160,15 @@ def picture(config: ALConfig, unit: str = "text") -> str:
     left, gap = " " * len(start), " " * len(between)
     bar = line("|", left, gap, numbered=False)
     return "\n".join([line("encode", start, between), bar, line("bridge", left, gap), bar, line("exit", left, gap)])
+
+
+def _calibration(config: ALConfig) -> dict[str, Any] | None:
+    """How texts leave a calibrated model early: the rule, the expected speed-up, a table of the exits."""
+    if config.exit_temperatures is None or config.exit_thresholds is None:
+        return None
+    pairs = zip(config.exit_temperatures, config.exit_thresholds, strict=True)
+    rows = [{"block": k, "temperature": float(t), "threshold": value} for k, (t, value) in enumerate(pairs)]
+    return {"rule": config.exit_rule, "speedup": config.exit_speedup, "table": table(rows, True)}
 
 
 def _architecture(model: ALForSequenceClassification) -> str:

@@ -1,4 +1,4 @@
-"""The command line: hf-al train | evaluate | predict | inspect | compare | push | export | plan | demo.
+"""The command line: hf-al train | evaluate | predict | calibrate | inspect | compare | push | export | plan | demo.
 
 Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
 A command's imports happen when it runs: no `--help` waits for torch.
@@ -23,6 +23,7 @@ EXAMPLES = """\
   hf-al train --train_file train.csv --test_file test.csv --output_dir out/mine
   hf-al evaluate out/mine --test_file test.csv
   hf-al predict out/mine < texts.txt
+  hf-al calibrate out/mine --validation_file validation.csv
   hf-al inspect out/mine
   hf-al compare out/mine out/other
   hf-al push out/mine user/name

@@ -1,13 +1,11 @@
 """The commands of hf-al: the flags of each, and what it does. Imports happen when a command runs."""
 
 import json
-import logging
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import shtab
 
@@ -18,46 +16,35 @@ from .early import (
     check_exit,
     check_input_and_output,
     check_is_new,
-    check_labelled,
+    check_model_folder,
     check_model_name,
     check_training,
-    columns_of,
     input_format,
+)
+from .flags import (
+    COLUMNS,
+    MODEL,
+    add_delimiter,
+    add_file,
+    add_labelled,
+    add_machine_flags,
+    add_model,
+    add_revision,
+    check_labelled_file,
+    exit_name,
+    labelled,
+    port,
+    positive,
+    set_threads,
+    set_up_output,
 )
 from .messages import table
 from .metadata import check_metadata
+from .modeling.limits import EXIT_RULES
 from .parallel.launch import is_for_others_to_start, is_launched, is_main, launch, said_once
 from .parallel.placement import check_placement
 from .parsing import FlagParser, add_training_flags, planned_blocks, reader, resolve
 from .report import read_report
-from .values import capped
-
-MODEL = "folder of a trained model, or a Hub id"
-COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
-
-
-def positive(text: str) -> int:
-    """For argparse's `type`: a whole number of at least 1."""
-    number: int = reader(int)(text)
-    if number < 1:
-        raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return number
-
-
-def port(text: str) -> int:
-    """For argparse's `type`: a port of this machine."""
-    number: int = reader(int)(text)
-    if not 0 < number < 2**16:
-        raise ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
-    return number
-
-
-def character(text: str) -> str:
-    """For argparse's `type`: what separates cells."""
-    if len(text) != 1:
-        raise ArgumentTypeError(f"expected one character, got {text!r}")
-    return text
-
 
 # --- train
 
@@ -98,17 +85,10 @@ def _train(flags: Namespace) -> None:
 
 
 def _evaluate_flags(parser: FlagParser) -> None:
-    _add_model(parser, MODEL)
-    _add_revision(parser)
-    data = parser.add_mutually_exclusive_group(required=True)
-    _add_file(data, "--test_file", "csv, tsv, json lines or parquet, also .gz")
-    data.add_argument("--dataset_name", metavar="NAME", help="in place of a file: a Hub id, or tweets")
-    _add_delimiter(parser)
-    _add_file(parser, "--predictions", "also write the answers to each row: .jsonl, .csv, .tsv or .parquet")
-    parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of the Hub data set")
-    parser.add_argument("--test_split_name", metavar="NAME", help="its split (default: test)")
-    parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
-    parser.add_argument("--label_column_name", metavar="NAME", help="column of the label (default: guessed)")
+    add_model(parser, MODEL)
+    add_revision(parser)
+    add_labelled(parser, "test")
+    add_file(parser, "--predictions", "also write the answers to each row: .jsonl, .csv, .tsv or .parquet")
     parser.add_argument(
         "--per_device_eval_batch_size",
         type=positive,
@@ -116,30 +96,19 @@ def _evaluate_flags(parser: FlagParser) -> None:
         metavar="N",
         help="examples per batch (default: 128)",
     )
-    _add_machine_flags(parser)
+    add_machine_flags(parser)
 
 
 def _evaluate(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
-    if flags.test_file:
-        columns = columns_of(flags.test_file, flags.csv_delimiter)
-        check_labelled(columns, flags.text_column_names, flags.label_column_name, flags.test_file)
+    check_labelled_file(flags, "test")
     if flags.predictions:
         check_destination("--predictions", flags.predictions, flags.test_file, flags.model)
     set_up_output(flags.disable_tqdm)
-    from .data.sources import load_split, read_file
     from .evaluation import evaluate
 
-    if flags.dataset_name:
-        data = load_split(flags.dataset_name, flags.dataset_config_name, flags.test_split_name or "test")
-    elif flags.dataset_config_name or flags.test_split_name:
-        raise ValueError("Expected --dataset_name with --dataset_config_name or --test_split_name, got --test_file.")
-    else:
-        data = read_file(flags.test_file, flags.csv_delimiter)
-    if flags.threads:
-        import torch
-
-        torch.set_num_threads(capped("threads", flags.threads))
+    data = labelled(flags, "test")
+    set_threads(flags)
     found = evaluate(
         flags.model,
         data,
@@ -154,11 +123,11 @@ def _evaluate(flags: Namespace) -> None:
 
 
 def _predict_flags(parser: FlagParser) -> None:
-    _add_model(parser, MODEL)
+    add_model(parser, MODEL)
     parser.add_argument("texts", metavar="TEXT", nargs="*", default=[], help="to classify, in place of --input")
-    _add_revision(parser)
-    _add_file(parser, "--input", "text to classify, .txt, .csv, .tsv or .jsonl, also .gz (default: standard input)")
-    _add_file(
+    add_revision(parser)
+    add_file(parser, "--input", "text to classify, .txt, .csv, .tsv or .jsonl, also .gz (default: standard input)")
+    add_file(
         parser, "--output", ".jsonl, .csv, .tsv or .parquet, one row each (default: json lines to standard output)"
     )
     parser.add_argument(
@@ -167,13 +136,21 @@ def _predict_flags(parser: FlagParser) -> None:
         help="text: one text per line (default: from the ending of --input; text for standard input)",
     )
     parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
-    _add_delimiter(parser)
+    add_delimiter(parser)
     parser.add_argument("--id_column", metavar="NAME", help="column whose value is put into each answer as its id")
     parser.add_argument("--with_text", action="store_true", help="put the text into each answer")
     parser.add_argument("--all_scores", action="store_true", help="give scores of all classes, not just the answer's")
-    parser.add_argument("--exit_block", type=reader(int), metavar="K", help="stop after block K, counted from 0")
+    exit = parser.add_mutually_exclusive_group()
+    exit.add_argument("--exit_block", type=reader(int), metavar="K", help="stop after block K, counted from 0")
+    exit.add_argument(
+        "--exit",
+        type=exit_name,
+        dest="exit_block",
+        metavar="K",
+        help="the same, or adaptive: each text stops where hf-al calibrate found the model to be sure enough",
+    )
     parser.add_argument("--batch_size", type=positive, default=64, metavar="N", help="texts per batch (default: 64)")
-    _add_machine_flags(parser)
+    add_machine_flags(parser)
 
 
 def _predict(flags: Namespace) -> None:
@@ -187,12 +164,55 @@ def _predict(flags: Namespace) -> None:
     predict_file(flags)
 
 
+# --- calibrate
+
+
+def _calibrate_flags(parser: FlagParser) -> None:
+    add_model(parser, "folder of a trained model")
+    parser.add_argument("--import", dest="import_module", metavar="MODULE", help="imported first: see hf-al train")
+    add_labelled(parser, "validation")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--max_accuracy_drop",
+        type=reader(float),
+        default=0.002,
+        metavar="X",
+        help="how much accuracy may be lost, as a share of the rows; as fast as possible (default: 0.002)",
+    )
+    goal.add_argument(
+        "--target_speedup", type=reader(float), metavar="X", help="how many times faster; as accurate as possible"
+    )
+    parser.add_argument("--rule", choices=EXIT_RULES, default=EXIT_RULES[0], help="by which texts leave early")
+    add_machine_flags(parser)
+
+
+def _calibrate(flags: Namespace) -> None:
+    check_model_folder(flags.model)
+    check_labelled_file(flags, "validation")
+    set_up_output(flags.disable_tqdm)
+    from .exits import calibrate_folder
+
+    data = labelled(flags, "validation")
+    set_threads(flags)
+    found = calibrate_folder(
+        flags.model,
+        data,
+        max_accuracy_drop=flags.max_accuracy_drop,
+        target_speedup=flags.target_speedup,
+        rule=flags.rule,
+        text_column_names=flags.text_column_names,
+        label_column_name=flags.label_column_name,
+        show_progress=sys.stderr.isatty() and not flags.disable_tqdm,
+    )
+    print(table(found.pop("exits")), table([found]), sep="\n\n")
+
+
 # --- inspect, compare
 
 
 def _inspect_flags(parser: FlagParser) -> None:
-    _add_model(parser, MODEL)
-    _add_revision(parser)
+    add_model(parser, MODEL)
+    add_revision(parser)
     parser.add_argument("--json", action="store_true", help="one json object instead of a table")
 
 
@@ -206,7 +226,7 @@ def _inspect(flags: Namespace) -> None:
 
 
 def _compare_flags(parser: FlagParser) -> None:
-    _add_model(parser, "folders of finished runs (output_dir of hf-al train), or Hub ids", "models", nargs="+")
+    add_model(parser, "folders of finished runs (output_dir of hf-al train), or Hub ids", "models", nargs="+")
     parser.add_argument("--json", action="store_true", help="one json object instead of tables")
 
 
@@ -221,7 +241,7 @@ def _compare(flags: Namespace) -> None:
 
 
 def _push_flags(parser: FlagParser) -> None:
-    _add_model(parser, "folder of a finished run (output_dir of hf-al train)")
+    add_model(parser, "folder of a finished run (output_dir of hf-al train)")
     parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; created if there is none")
     parser.add_argument("--private", action="store_true", help="create a private repository; a public one is refused")
     parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: main)")
@@ -250,9 +270,9 @@ def _push(flags: Namespace) -> None:
 
 
 def _demo_flags(parser: FlagParser) -> None:
-    _add_model(parser, MODEL)
-    _add_revision(parser)
-    _add_file(parser, "--examples", "to try, one text per line, or two with a tab between (default: a few sentences)")
+    add_model(parser, MODEL)
+    add_revision(parser)
+    add_file(parser, "--examples", "to try, one text per line, or two with a tab between (default: a few sentences)")
     parser.add_argument("--server_name", metavar="HOST", help="address to serve (default: this machine only)")
     parser.add_argument("--server_port", type=port, metavar="N", help="(default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also a public address, through gradio's servers")
@@ -275,8 +295,8 @@ def _demo(flags: Namespace) -> None:
 
 
 def _export_flags(parser: FlagParser) -> None:
-    _add_model(parser, MODEL)
-    _add_revision(parser)
+    add_model(parser, MODEL)
+    add_revision(parser)
     parser.add_argument("out", metavar="OUT", help="new or empty folder").complete = shtab.DIRECTORY  # type: ignore
     parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")
 
@@ -308,7 +328,7 @@ def _plan_flags(parser: FlagParser) -> None:
     group.add_argument("--latency", default="50us", metavar="TIME", help="of a link (default: 50us)")
     group.add_argument("--tokens", type=positive, metavar="N", help="of each text; then no data is read")
     group.add_argument("--json", action="store_true", help="one json object instead of a table")
-    _add_file(group, "--plot", "draw texts per second over stages, and time over depth")
+    add_file(group, "--plot", "draw texts per second over stages, and time over depth")
 
 
 def _plan(flags: Namespace) -> None:
@@ -341,6 +361,7 @@ COMMANDS = {
     "train": Command("train a classifier", _train_flags, _train),
     "evaluate": Command("metrics of a trained model on labelled text, one json object", _evaluate_flags, _evaluate),
     "predict": Command("classify text: a file, or lines from standard input", _predict_flags, _predict),
+    "calibrate": Command("let texts leave a trained model early, where it is sure", _calibrate_flags, _calibrate),
     "inspect": Command("blocks, shapes, parameters and exits of a model", _inspect_flags, _inspect),
     "compare": Command("a table of several runs", _compare_flags, _compare),
     "push": Command("share a finished run on the Hub: model, card, results", _push_flags, _push),
@@ -348,42 +369,3 @@ COMMANDS = {
     "plan": Command("predict speed, waiting and memory of a split over machines", _plan_flags, _plan),
     "demo": Command("a page on which to try a model: the answer at every exit", _demo_flags, _demo),
 }
-
-
-# --- what several of them share
-
-
-def _add_model(parser: FlagParser, help: str, name: str = "model", **options: str) -> None:
-    parser.add_argument(name, metavar="DIR", help=help, **options).complete = shtab.DIRECTORY  # type: ignore
-
-
-def _add_revision(parser: FlagParser) -> None:
-    parser.add_argument("--import", dest="import_module", metavar="MODULE", help="imported first: see hf-al train")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
-
-
-def _add_delimiter(parser: FlagParser) -> None:
-    parser.add_argument("--csv_delimiter", type=character, metavar="C", help="of csv cells (default: guessed)")
-
-
-def _add_file(parser: Any, flag: str, help: str) -> None:
-    parser.add_argument(flag, metavar="FILE", help=help).complete = shtab.FILE
-
-
-def _add_machine_flags(parser: FlagParser) -> None:
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
-    parser.add_argument("--disable_tqdm", action="store_true", help="no progress bar")
-
-
-def set_up_output(disable_tqdm: bool = False) -> None:
-    """Messages go to standard error; libraries show no progress bars when nobody watches."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("hf_al").setLevel(logging.INFO)
-    from datasets import disable_progress_bars
-    from datasets.utils.logging import set_verbosity
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    set_verbosity(logging.CRITICAL)  # errors with a file are raised as well, and reported once
-    if disable_tqdm or not sys.stderr.isatty():
-        disable_progress_bars()

@@ -29,10 +29,10 @@ KINDS: dict[str, Any] = {
         list[str] | None,
     )
 }
-# Decided by the data, the tokenizer, or the way a model is saved
+# Decided by the data, the tokenizer, the way a model is saved, or hf-al calibrate
 DECIDED = {
     "vocab_size", "pad_token_id", "sep_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
-    "label_mean", "label_deviation",
+    "label_mean", "label_deviation", "exit_rule", "exit_temperatures", "exit_thresholds", "exit_speedup",
 }  # fmt: skip
 
 

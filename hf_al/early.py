@@ -89,12 +89,30 @@ def _like(folder: Path) -> str:
     return f" Did you mean {folder.with_name(close[0])}?" if close else ""
 
 
-def check_exit(model: str, exit_block: int | None) -> None:
+def check_model_folder(name: str) -> None:
+    """ValueError unless `name` is a model folder, whose config.json can be changed."""
+    check_model_name(name)
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"Expected a model folder, got the Hub id {name}: thresholds are written into its config.json. Run "
+            f"hf-al export {name} DIR first."
+        )
+
+
+def check_exit(model: str, exit_block: int | str | None) -> None:
     """Refuses an exit that a model folder does not have. Of a Hub id this is seen when it is loaded."""
     try:
         values = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         exits = range(values["num_blocks"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # for the loader to say
+        is_calibrated = values.get("exit_thresholds") is not None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # for the loader to say
+        return
+    if exit_block == "adaptive":
+        if not is_calibrated:
+            raise ValueError(
+                f"Expected a calibrated model with --exit adaptive, got {model}, which is not. Run hf-al calibrate "
+                f"{model} --validation_file FILE first."
+            )
         return
     if exit_block is not None and exit_block not in exits:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Metrics of every exit of a trained model on labelled text."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import TrainingArguments
 from .data import sources, tokenization
-from .data.batching import Collator
+from .data.batching import Collator, token_lengths
 from .data.labels import encode_labels
 from .early import check_ending
 from .loading import best_device, device_of, load_model
@@ -61,28 +61,57 @@ def evaluate(
         device = device or best_device()
     if tokenizer is None:
         raise ValueError("Expected the model's tokenizer, got none. Pass tokenizer=..., or the model's folder.")
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    found = answer_exits(model, tokenizer, dataset, text_column_names, label_column_name, batch_size, show_progress)
+    if predictions is not None:
+        _write_predictions(predictions, found.logits, found.rows, model.config)
+    exits = exit_metrics(found.logits, found.labels, model.config.resolved_problem_type)
+    last = {name: value for name, value in exits[-1].items() if name != "block"}
+    return {**last, "examples": len(found.rows), "exits": exits}
+
+
+class ExitAnswers(NamedTuple):
+    """What every exit answers to labelled text.
+
+    Args:
+        logits: (N, C) of each exit, by block.
+        labels: class ids (N,), multi-hot rows (N, C), or values.
+        rows: the text and label of each row, labels as ids or numbers.
+        lengths: tokens of each row (N,).
+    """
+
+    logits: dict[int, np.ndarray]
+    labels: np.ndarray
+    rows: Dataset
+    lengths: np.ndarray
+
+
+def answer_exits(
+    model: ALForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    text_column_names: str | None = None,
+    label_column_name: str | None = None,
+    batch_size: int = 128,
+    show_progress: bool = False,
+) -> ExitAnswers:
+    """One pass over labelled text. Arguments and errors are those of `evaluate`."""
     args = TrainingArguments(
         text_column_names=text_column_names,
         label_column_name=label_column_name,
         problem_type=model.config.resolved_problem_type,
-        max_seq_length=limit,
+        max_seq_length=min(tokenizer.model_max_length, model.config.max_position_embeddings),
     )
     dataset = sources.named_columns(dataset, *sources.choose_columns(dataset, args), "test")
     sources.check_rows(dataset, "test")
     encoded = encode_labels({"test": dataset}, args.problem_type, model.config.label_names)
     data = tokenization.tokenize(DatasetDict(encoded), tokenizer, args)["test"]
     collator = Collator(tokenizer.pad_token_id, model.config.classes)
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]
     stage = Stage(model, place(model.config.units), 0, device_of(model), collator)
     labels = collator.labels(data.features["label"], data["label"]).numpy()
     logits = stage.evaluate(data, batch_size, show_progress)
-    if predictions is not None:
-        _write_predictions(predictions, logits, encoded["test"], model.config)
-    exits = exit_metrics(logits, labels, args.problem_type or "")
-    last = {name: value for name, value in exits[-1].items() if name != "block"}
-    return {**last, "examples": len(data), "exits": exits}
+    return ExitAnswers(logits, labels, encoded["test"], token_lengths(data))
 
 
 def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, config: ALConfig) -> None:

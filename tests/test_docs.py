@@ -212,7 +212,7 @@ def run(line: str, monkeypatch) -> None:
     """Runs a command line in this process, a training for three steps only. test_launch and test_recipes start
     `accelerate launch` and stages for real; here the recipe that is launched runs, in one process."""
     line, _, source = line.partition(" < ")
-    program, *argv = shlex.split(re.sub(r"^.*accelerate launch( --config_file \S+)?|--stages \d+", "", line))
+    program, *argv = shlex.split(re.sub(r"^.*accelerate launch( --config_file \S+)?|--stages \d+(?!\d|,)", "", line))
     if program.endswith(".py"):
         program, argv = "python", [program, *argv]
     if program == "python":

@@ -107,6 +107,22 @@ def test_padding_on_the_left_changes_no_logit(name):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_texts_that_leave_early_get_the_logits_of_their_exits(name, lookahead):
+    encoder = tiny_encoder(name)
+    model = ALEncoderForSequenceClassification.from_encoder(encoder, num_blocks=3, num_labels=3, lookahead=lookahead)
+    batch = ragged_ids(model.eval().config.pad_token_id)
+    with torch.no_grad():
+        logits_KNC = torch.stack(model(**batch, output_exit_logits=True).exit_logits)
+    sure_KN = logits_KNC.softmax(-1).amax(-1).sort(1).values
+    thresholds = sure_KN[:2, 1:3].mean(1).tolist()  # between the second and the third text
+    model.config.exit_temperatures, model.config.exit_thresholds = [1.0] * 3, [*thresholds, None]
+    out = model.predict(**batch, exit="adaptive", batch_size=3)
+    assert sorted(out.exit_blocks.tolist())[:3] in ([0, 0, 1], [0, 0, 2])
+    torch.testing.assert_close(out.logits, logits_KNC[out.exit_blocks, torch.arange(4)], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_embedding_rows_are_frozen_by_their_factor_and_have_no_weight_decay(name):
     model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=3, num_labels=3)

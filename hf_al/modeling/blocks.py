@@ -45,6 +45,13 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     return torch.cat([hidden_NTD[rows_N, last_N, :half], hidden_NTD[rows_N, first_N, half:]], -1)
 
 
+def never_empty(mask_NT: Tensor) -> Tensor:
+    """The mask as integers; a text without tokens is read as one padding token."""
+    mask_NT = mask_NT.long()
+    empty_N1 = mask_NT.sum(1, keepdim=True) == 0
+    return torch.cat([mask_NT[:, :1] | empty_N1, mask_NT[:, 1:]], 1)
+
+
 def truncate(inputs: Inputs, longest: int, separator: int | None = None) -> Inputs:
     """Texts of more than `longest` tokens, cut as a tokenizer cuts them.
 

@@ -24,7 +24,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .limits import check_lstm, check_shared, check_transformer, one_of
+from .limits import check_exits, check_lstm, check_shared, check_transformer, one_of
 from .objectives import OBJECTIVES
 
 
@@ -69,6 +69,15 @@ class ALConfig(PreTrainedConfig):
         pad_token_id (`int`, defaults to 0): token id of padding.
         sep_token_id (`int`, *optional*): token id after each text of a pair, `[CLS] a [SEP] b [SEP]`, so that a
             long pair is cut the way its tokenizer cuts it.
+        exit_rule (`str`, defaults to `"confidence"`): when a text leaves early, by `exit_thresholds`: `confidence` (the
+            largest probability is at least the threshold; of several labels, that of the least sure one), `entropy` (in
+            nats, is at most the threshold) or `patience` (so many exits in a row gave the same answer).
+        exit_temperatures (`list[float]`, *optional*): what the logits of each exit are divided by, so that their
+            softmax can be trusted. Set by `hf-al calibrate`, as are the next two.
+        exit_thresholds (`list[float | None]`, *optional*): of each block; None where no text leaves early, and for the
+            last one.
+        exit_speedup (`float`, *optional*): how many times faster texts are expected to be answered than by the last
+            exit.
         inference_only (`bool`, defaults to False): set by `save_pretrained(..., inference_only=True)`: the model has
             no training-only parameters (encode_target of every block, bridges of all blocks but the last).
     """
@@ -103,6 +112,10 @@ class ALConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     pad_token_id: int = 0
     sep_token_id: int | None = None
+    exit_rule: str = "confidence"
+    exit_temperatures: list[float | int] | None = None
+    exit_thresholds: list[float | int | None] | None = None
+    exit_speedup: float | int | None = None
     inference_only: bool = False
     tie_word_embeddings: bool = False
 
@@ -119,6 +132,7 @@ class ALConfig(PreTrainedConfig):
                 f"Expected pad_token_id in [0, {self.vocab_size}), the vocabulary, got {self.pad_token_id}. "
                 "Pass the tokenizer's pad_token_id and its len() as vocab_size."
             )
+        check_exits(self, len(self.exits()))
 
     def validate_labels(self):
         kind = self.resolved_problem_type
@@ -193,9 +207,14 @@ class ALConfig(PreTrainedConfig):
 
     def for_inference(self):
         """The config of a model that is saved with `inference_only=True`."""
-        config = copy.deepcopy(self)
+        config = copy.deepcopy(self).uncalibrated()
         config.inference_only = True
         return config
+
+    def uncalibrated(self):
+        """This config, without what `hf-al calibrate` sets: for weights that are not those it has measured."""
+        self.exit_rule, self.exit_temperatures, self.exit_thresholds, self.exit_speedup = "confidence", None, None, None
+        return self
 
     def validate_encoder(self):
         """Checks of one architecture; overridden below."""

@@ -55,10 +55,13 @@ class Encoder(nn.Module):
     Attributes:
         embeddings ([`Embeddings`], in block 0, else None): where token ids become rows.
         output_size (`int`): width of the hidden states that leave, `hidden_size` in all blocks but an embedding block.
+        text_axes (`dict[str, int]`, of the class): for tensors that `forward` returns beside `hidden`, the axis that
+            counts the texts, so that texts can leave early; 0 for those that are not named.
     """
 
     normalize_pooled: ClassVar[bool] = False  # whether the bridge starts with a layer norm: for pre-norm encoders
     has_attention: ClassVar[bool] = False  # whether `forward` takes `output_attentions`
+    text_axes: ClassVar[dict[str, int]] = {}
     embeddings: Embeddings | None
     output_size: int
 
@@ -96,6 +99,8 @@ class LstmEncoder(Encoder):
 
     With `carry_state` the boundary also holds `h` and `c`, each (2 * layers, N, D / 2). Arguments: see [`Encoder`].
     """
+
+    text_axes: ClassVar[dict[str, int]] = {"h": 1, "c": 1}
 
     def __init__(self, config, index: int):
         super().__init__()

@@ -10,6 +10,7 @@ from typing import Any
 ACTIVATIONS = ("tanh", "sigmoid", "elu", "gelu", "layer_norm", "identity")
 INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+EXIT_RULES = ("confidence", "entropy", "patience")
 OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "supcon", "deinfo", "predsim", "backprop")
 MOST_LAYERS = 1000  # each is a module: very many would fill the memory before anybody looks at a weight
 
@@ -66,12 +67,41 @@ def check_shared(config: Any, objectives: tuple[str, ...]) -> None:
         probability(config, name)
     for name in ("initializer_range", "embedding_std"):
         positive(config, name, 0.1)
+    one_of(config, "exit_rule", EXIT_RULES)
     weights = getattr(config, "class_weights", None)
     if weights is not None and (any(not (w >= 0 and math.isfinite(w)) for w in weights) or not any(weights)):
         raise ValueError(
             f"Expected class_weights that are finite and not negative, got {weights}. Pass a weight of 0 or more for "
             "each class, not all 0."
         )
+
+
+def check_exits(config: Any, exits: int) -> None:
+    """The values that `hf-al calibrate` sets. `exits`: how many the model has."""
+    again = "Run hf-al calibrate again, or leave it out."
+    for name in ("exit_temperatures", "exit_thresholds"):
+        values = getattr(config, name)
+        if values is None:
+            continue
+        if exits < config.num_blocks or config.resolved_problem_type == "regression":
+            raise ValueError(
+                f"Expected no {name} for a model with one exit, or of regression, got {values}. Pass {name}=None."
+            )
+        if len(values) != config.num_blocks:
+            raise ValueError(f"Expected {config.num_blocks} {name} (num_blocks), got {len(values)}. {again}")
+    temperatures, thresholds = config.exit_temperatures, config.exit_thresholds
+    if temperatures is not None and not all(t > 0 and math.isfinite(t) for t in temperatures):
+        raise ValueError(f"Expected exit_temperatures that are finite and above 0, got {temperatures}. {again}")
+    if thresholds is None:
+        return
+    low, high = {"confidence": (0, 1), "entropy": (0, math.inf), "patience": (1, math.inf)}[config.exit_rule]
+    if thresholds[-1] is not None or not all(t is None or (low <= t <= high and t < math.inf) for t in thresholds):
+        raise ValueError(
+            f"Expected exit_thresholds from {low} to {high} with exit_rule={config.exit_rule!r}, None for exits that "
+            f"are not used and for the last one, got {thresholds}. {again}"
+        )
+    if temperatures is None:
+        raise ValueError(f"Expected exit_temperatures with exit_thresholds, got None. {again}")
 
 
 def check_lstm(config: Any) -> None:

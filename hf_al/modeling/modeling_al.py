@@ -13,8 +13,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import ALBlock, layout, refuse_gradients, refuse_not_finite, truncate, walk
+from .blocks import ALBlock, layout, never_empty, refuse_gradients, refuse_not_finite, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
+from .early_exit import predict_texts
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
 
@@ -129,8 +130,7 @@ class ALPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, **kwargs)
             return
         state_dict = {n: t for n, t in self.plain_state_dict().items() if not self.is_training_only(n)}
-        full = self.config
-        self.config = full.for_inference()
+        full, self.config = self.config, self.config.for_inference()
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
@@ -200,9 +200,7 @@ class ALModel(ALPreTrainedModel):
             mask_NT = torch.ones_like(inputs_embeds[..., 0]) if attention_mask is None else attention_mask
         else:
             raise ValueError("Expected either input_ids or inputs_embeds, got both or neither. Pass one of them.")
-        mask_NT = mask_NT.long()
-        empty_N1 = mask_NT.sum(1, keepdim=True) == 0  # a text without tokens is read as one padding token
-        inputs["attention_mask"] = torch.cat([mask_NT[:, :1] | empty_N1, mask_NT[:, 1:]], 1)
+        inputs["attention_mask"] = never_empty(mask_NT)
         more = {"labels": labels, "token_type_ids": token_type_ids}
         inputs |= {name: tensor for name, tensor in more.items() if tensor is not None}
         longest = self.config.max_position_embeddings
@@ -257,6 +255,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
     """A text classifier of AL blocks, trained block by block; predictions can be read at any depth."""
 
     base_class: type[ALModel] = ALModel
+    predict = predict_texts
 
     def __init__(self, config):
         super().__init__(config)

@@ -13,8 +13,9 @@ Write = Callable[[list[dict[str, Any]]], None]
 KINDS = {".csv": ",", ".tsv": "\t", ".parquet": ""}  # the delimiter
 
 
-def columns(config: Any, exit_block: int | None, all_scores: bool, extra: list[str]) -> dict[str, pa.DataType]:
-    """The columns of flat answers, with their types: `extra` ones first, then the answer, then that of every exit.
+def columns(config: Any, exit_block: int | str | None, all_scores: bool, extra: list[str]) -> dict[str, pa.DataType]:
+    """The columns of flat answers, with their types: `extra` ones first, then the answer, then that of every exit, or
+    where each text left if they leave where they may.
 
     Args:
         config: of the model.
@@ -29,7 +30,9 @@ def columns(config: Any, exit_block: int | None, all_scores: bool, extra: list[s
     else:
         answer = {"label": pa.string(), "score": pa.float64()}
     scores = {f"score_{name}": pa.float64() for name in names} if all_scores and kind != "regression" else {}
-    exits = [k for k in config.exits() if exit_block is None or k <= exit_block]
+    if exit_block == "adaptive":
+        return {**dict.fromkeys(extra, pa.string()), **answer, **scores, "exit": pa.int64(), "error": pa.string()}
+    exits = [k for k in config.exits() if exit_block is None or k <= int(exit_block)]
     by_exit = {f"exit_{k}_{name}": kind for k in exits for name, kind in answer.items()}
     return {**dict.fromkeys(extra, pa.string()), **answer, **scores, **by_exit, "error": pa.string()}
 

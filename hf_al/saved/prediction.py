@@ -40,7 +40,7 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Texts | Unusable],
     batch_size: int = 64,
-    exit_block: int | None = None,
+    exit_block: int | str | None = None,
     all_scores: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers in chunks of `CHUNK_BATCHES` batches; at most one chunk of rows is held at a time.
@@ -49,18 +49,21 @@ def predict(
         model, tokenizer: of a finished run.
         rows: texts (or pairs); an `Unusable` gives `{"row": its number from 0, "error": why}`.
         batch_size: texts per batch.
-        exit_block: the block to stop at, from 0; the last if None.
+        exit_block: the block to stop at, from 0; the last if None; `"adaptive"`: each text leaves as calibrated.
         all_scores: also return the scores of all classes.
 
     Returns:
         A dict per row. Single label: `label` and `score` (softmax); multi-label: `labels`, those above 0.5, each with
         its `score` (sigmoid); regression: `value`, or `values` by name if there are several. `exits` holds the same
-        for every exit on the way, with its `block`.
+        for every exit on the way, with its `block`. With `"adaptive"`, `exit` holds the block after which the text
+        left, whose answer it is, with calibrated scores.
 
     Raises:
-        ValueError: an exit that does not exist.
+        ValueError: an exit that does not exist, or `"adaptive"` for a model that is not calibrated.
     """
-    if exit_block is not None and exit_block not in model.config.exits():
+    if isinstance(exit_block, str):
+        model.predict(torch.ones(0, 1, dtype=torch.long), exit=exit_block)  # refuses what cannot be done, at once
+    elif exit_block is not None and exit_block not in model.config.exits():
         raise ValueError(f"Expected exit_block to be one of {model.config.exits()}, got {exit_block}.")
     return _predict_chunks(model, tokenizer, rows, batch_size, exit_block, all_scores)
 
@@ -70,11 +73,10 @@ def _predict_chunks(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Texts | Unusable],
     batch_size: int,
-    exit_block: int | None,
+    exit_block: int | str | None,
     all_scores: bool,
 ) -> Iterator[list[dict[str, Any]]]:
     model.eval()
-    exits = [k for k in model.config.exits() if exit_block is None or k <= exit_block]
     done = 0
     for chunk in _chunks(rows, batch_size * CHUNK_BATCHES):
         answers: list[dict[str, Any]] = [
@@ -82,16 +84,44 @@ def _predict_chunks(
         ]
         usable = [i for i, row in enumerate(chunk) if not isinstance(row, Unusable)]
         ids = _token_ids(model, tokenizer, [chunk[i] for i in usable])  # type: ignore[misc]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            logits = _exit_logits(model, [ids[i] for i in batch], exit_block)
-            readings = [readings_of(logits_NC, model.config, all_scores) for logits_NC in logits]
-            for n, i in enumerate(batch):
-                by_exit = [{"block": k, **reading[n]} for k, reading in zip(exits, readings, strict=True)]
-                answers[usable[i]] = {**readings[-1][n], "exits": by_exit}
+        if isinstance(exit_block, str):
+            answered = _adaptive(model, ids, batch_size, exit_block, all_scores)
+        else:
+            answered = _every_exit(model, ids, batch_size, exit_block, all_scores)
+        for i, answer in answered:
+            answers[usable[i]] = answer
         done += len(chunk)
         yield answers
+
+
+def _every_exit(
+    model: ALForSequenceClassification, ids: list[list[int]], batch_size: int, exit_block: int | None, all_scores: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each text, and its answer with those of the exits on the way."""
+    exits = [k for k in model.config.exits() if exit_block is None or k <= exit_block]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        input_ids_NT, mask_NT = _padded(model, [ids[i] for i in batch])
+        with torch.inference_mode():
+            logits = model(input_ids_NT, mask_NT, exit_block=exit_block, output_exit_logits=True).exit_logits
+        readings = [readings_of(logits_NC, model.config, all_scores) for logits_NC in logits]
+        for n, i in enumerate(batch):
+            by_exit = [{"block": k, **reading[n]} for k, reading in zip(exits, readings, strict=True)]
+            yield i, {**readings[-1][n], "exits": by_exit}
+
+
+def _adaptive(
+    model: ALForSequenceClassification, ids: list[list[int]], batch_size: int, exit: str, all_scores: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each text, and its answer with the block after which it left."""
+    if ids:
+        out = model.predict(*_padded(model, ids), exit=exit, batch_size=batch_size)
+        assert out.logits is not None
+        assert out.exit_blocks is not None
+        readings = readings_of(out.logits, model.config, all_scores)
+        blocks = out.exit_blocks.tolist()
+        yield from ((i, {**reading, "exit": blocks[i]}) for i, reading in enumerate(readings))
 
 
 def _chunks(rows: Iterable[Texts | Unusable], count: int) -> Iterator[list[Texts | Unusable]]:
@@ -116,20 +146,12 @@ def _token_ids(
     return tokenizer(*map(list, zip(*rows, strict=True)), truncation=True, max_length=limit)["input_ids"]
 
 
-@torch.inference_mode()
-def _exit_logits(
-    model: ALForSequenceClassification, ids: list[list[int]], exit_block: int | None
-) -> tuple[Tensor, ...]:
-    """Logits (N, C) of every exit up to `exit_block`."""
+def _padded(model: ALForSequenceClassification, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (N, T), where the model is."""
     rows = [torch.tensor(row) for row in ids]
     input_ids_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
     mask_NT = torch.arange(input_ids_NT.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-    return model(
-        input_ids=input_ids_NT.to(device_of(model)),
-        attention_mask=mask_NT.to(device_of(model)),
-        exit_block=exit_block,
-        output_exit_logits=True,
-    ).exit_logits
+    return input_ids_NT.to(device_of(model)), mask_NT.to(device_of(model))
 
 
 def readings_of(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[str, Any]]:

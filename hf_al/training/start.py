@@ -166,7 +166,7 @@ def continue_model(
             name, some(known, 8), some(names, 8),
         )  # fmt: skip
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
-    config = _config(args, {**saved.config.to_dict(), "_name_or_path": "", **labels, **args.model})
+    config = _config(args, {**saved.config.uncalibrated().to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
     model = new_model(config, args.seed, args.offload)
     kept, wanted = (

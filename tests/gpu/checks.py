@@ -90,6 +90,25 @@ def test_a_gpu_computes_what_a_cpu_computes(kind, objective):
             torch.testing.assert_close(on_gpu[name], value, atol=2e-3, rtol=2e-3, msg=name)
 
 
+@pytest.mark.parametrize("rule", ["confidence", "patience"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_leave_early_on_a_gpu(kind, rule):
+    model = make(kind, carry_state=True).eval().cuda() if kind == "al_lstm" else make(kind).eval().cuda()
+    ids = torch.randint(4, 60, (24, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.arange(24)[:, None] % 8 + 2).long()
+    batch = {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+    with torch.no_grad():
+        logits_KNC = torch.stack(model(**batch, output_exit_logits=True).exit_logits)
+    middle = logits_KNC.softmax(-1).amax(-1).quantile(0.5, dim=1)[:-1].tolist()
+    model.config.exit_rule = rule
+    model.config.exit_temperatures = [1.0] * len(logits_KNC)
+    model.config.exit_thresholds = [*(middle if rule == "confidence" else [2] * len(middle)), None]
+    out = model.predict(**batch, exit="adaptive", batch_size=5)
+    assert out.logits.device == logits_KNC.device
+    rows = torch.arange(24, device="cuda")
+    torch.testing.assert_close(out.logits, logits_KNC[out.exit_blocks, rows], atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_on_a_gpu_repeats_to_the_bit(kind, bf16):

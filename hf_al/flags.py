@@ -1,0 +1,125 @@
+"""Flags that several commands of hf-al share, and what is done with them."""
+
+import logging
+import sys
+from argparse import ArgumentTypeError, Namespace
+from typing import TYPE_CHECKING, Any
+
+import shtab
+
+from .early import check_labelled, columns_of
+from .parsing import FlagParser, reader
+from .values import capped
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MODEL = "folder of a trained model, or a Hub id"
+COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
+
+
+def positive(text: str) -> int:
+    """For argparse's `type`: a whole number of at least 1."""
+    number: int = reader(int)(text)
+    if number < 1:
+        raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return number
+
+
+def port(text: str) -> int:
+    """For argparse's `type`: a port of this machine."""
+    number: int = reader(int)(text)
+    if not 0 < number < 2**16:
+        raise ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
+    return number
+
+
+def character(text: str) -> str:
+    """For argparse's `type`: what separates cells."""
+    if len(text) != 1:
+        raise ArgumentTypeError(f"expected one character, got {text!r}")
+    return text
+
+
+def exit_name(text: str) -> int | str:
+    """For argparse's `type`: a block, or `adaptive`."""
+    if text != "adaptive" and not text.isdecimal():
+        raise ArgumentTypeError(f"expected a block, counted from 0, or adaptive, got {text!r}")
+    return text if text == "adaptive" else int(text)
+
+
+def add_model(parser: FlagParser, help: str, name: str = "model", **options: str) -> None:
+    parser.add_argument(name, metavar="DIR", help=help, **options).complete = shtab.DIRECTORY  # type: ignore
+
+
+def add_revision(parser: FlagParser) -> None:
+    parser.add_argument("--import", dest="import_module", metavar="MODULE", help="imported first: see hf-al train")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+
+
+def add_delimiter(parser: FlagParser) -> None:
+    parser.add_argument("--csv_delimiter", type=character, metavar="C", help="of csv cells (default: guessed)")
+
+
+def add_file(parser: Any, flag: str, help: str) -> None:
+    parser.add_argument(flag, metavar="FILE", help=help).complete = shtab.FILE
+
+
+def add_labelled(parser: FlagParser, split: str) -> None:
+    """The flags that name labelled text: a file, or a data set of the Hub and its split."""
+    data = parser.add_mutually_exclusive_group(required=True)
+    add_file(data, f"--{split}_file", "csv, tsv, json lines or parquet, also .gz")
+    data.add_argument("--dataset_name", metavar="NAME", help="in place of a file: a Hub id, or tweets")
+    add_delimiter(parser)
+    parser.add_argument("--dataset_config_name", metavar="NAME", help="configuration of the Hub data set")
+    parser.add_argument(f"--{split}_split_name", metavar="NAME", help=f"its split (default: {split})")
+    parser.add_argument("--text_column_names", metavar="NAME", help=COLUMNS)
+    parser.add_argument("--label_column_name", metavar="NAME", help="column of the label (default: guessed)")
+
+
+def check_labelled_file(flags: Namespace, split: str) -> None:
+    """What can be known of the file before it is read."""
+    path = getattr(flags, f"{split}_file")
+    if path:
+        columns = columns_of(path, flags.csv_delimiter)
+        check_labelled(columns, flags.text_column_names, flags.label_column_name, path)
+
+
+def labelled(flags: Namespace, split: str) -> "Dataset":
+    """The rows of the file or of the Hub data set."""
+    from .data.sources import load_split, read_file
+
+    name = getattr(flags, f"{split}_split_name")
+    if flags.dataset_name:
+        return load_split(flags.dataset_name, flags.dataset_config_name, name or split)
+    if flags.dataset_config_name or name:
+        raise ValueError(
+            f"Expected --dataset_name with --dataset_config_name or --{split}_split_name, got --{split}_file."
+        )
+    return read_file(getattr(flags, f"{split}_file"), flags.csv_delimiter)
+
+
+def set_threads(flags: Namespace) -> None:
+    if flags.threads:
+        import torch
+
+        torch.set_num_threads(capped("threads", flags.threads))
+
+
+def add_machine_flags(parser: FlagParser) -> None:
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--disable_tqdm", action="store_true", help="no progress bar")
+
+
+def set_up_output(disable_tqdm: bool = False) -> None:
+    """Messages go to standard error; libraries show no progress bars when nobody watches."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hf_al").setLevel(logging.INFO)
+    from datasets import disable_progress_bars
+    from datasets.utils.logging import set_verbosity
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    set_verbosity(logging.CRITICAL)  # errors with a file are raised as well, and reported once
+    if disable_tqdm or not sys.stderr.isatty():
+        disable_progress_bars()
