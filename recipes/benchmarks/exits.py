@@ -1,0 +1,210 @@
+"""Early exit on real texts: accuracy and time of a model of 6 blocks, by exit and where each text leaves when it may.
+
+    python recipes/benchmarks/exits.py --data_dir FOLDER --json out/exits.json --plot out/exits.png
+
+Trains `recipes/{set}_{architecture}.yaml` with 6 blocks for each data set and seed, calibrates its exits on validation,
+and answers the test split with texts of all lengths, 32 at a time: by each exit, by all of them, and `adaptive`. Beside
+them, backpropagation models of fewer blocks, each trained by itself. Calls take turns when they are timed, on the first
+`--timed` texts of test. Rows that are already in the json are not computed again.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import data_flags, interleaved, kept_rows, paired_ratio, series_parser, write_results
+
+import hf_al
+from hf_al.commands import set_up_output
+from hf_al.data import sources
+from hf_al.evaluation import answer_exits
+from hf_al.exits import calibrate_exits
+from hf_al.messages import table
+from hf_al.metrics import expected_calibration_error
+from hf_al.parsing import parse_arguments
+
+RECIPES = Path(__file__).parents[1]
+BATCH, BLOCKS = 32, 6
+CAPS = {"ag_news": 10_000, "imdb": 10_000}  # training rows
+DROPS = {"ag_news": 0.001, "imdb": 0.001}  # of validation accuracy that may be lost, as a share; elsewhere:
+DROP = 0.0025
+
+
+def run(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -> dict[str, Any]:
+    """Trains the model of a row, and returns the row with what was measured."""
+    name, blocks, objective = row["set"], row["blocks"], row["objective"]
+    cap = [f"--max_train_samples={CAPS[name]}"] if name in CAPS else []
+    argv = [
+        "--config", str(RECIPES / f"{name}_{known.architecture}.yaml"), *data_flags(known.data_dir, name), *cap,
+        f"--num_blocks={blocks}", f"--objective={objective}", f"--seed={row['seed']}", "--overwrite_output_dir",
+        f"--output_dir={known.output_dir}/{name}_{objective}_{blocks}_{row['seed']}", "--plots=false", *more,
+    ]  # fmt: skip
+    args = parse_arguments(argv)
+    result = hf_al.train(args)
+    model, tokenizer = result.model.eval(), result.tokenizer
+    data = sources.load_text_datasets(args)
+    row = {**row, "train seconds": result.report["speed"]["train_seconds"], "tests": len(data["test"])}
+    if len(model.config.exits()) > 1:
+        drop = DROPS.get(name, DROP)
+        calibrated = calibrate_exits(model, tokenizer, data["validation"], drop, rule=known.rule)
+        row["validation"] = {key: calibrated[key] for key in ("accuracy", "last_accuracy", "speedup")}
+        row["thresholds"] = model.config.exit_thresholds
+    return {**row, **answers(model, tokenizer, data["test"]), **times(model, tokenizer, data["test"]["text"], known)}
+
+
+def answers(model: Any, tokenizer: Any, test: Any) -> dict[str, Any]:
+    """What is right: of every exit, and of texts that leave where they may (bits, in hexadecimal)."""
+    found = answer_exits(model, tokenizer, test)
+    right = {str(k): logits_NC.argmax(1) == found.labels for k, logits_NC in found.logits.items()}
+    result: dict[str, Any] = {}
+    if model.config.exit_thresholds is not None:
+        out = model.predict(*encoded(model, tokenizer, test["text"]), exit="adaptive", batch_size=BATCH)
+        right["adaptive"] = hits = out.logits.argmax(1).numpy() == found.labels
+        left = np.bincount(out.exit_blocks.numpy(), minlength=model.config.num_blocks) / len(hits)
+        ece = expected_calibration_error(out.logits.softmax(1).amax(1).numpy(), hits)
+        result = {"left": left.tolist(), "ece": ece}
+    result["accuracy by exit"] = {exit: float(hits.mean()) for exit, hits in right.items()}
+    result["right"] = {exit: np.packbits(hits).tobytes().hex() for exit, hits in right.items()}
+    return result
+
+
+def encoded(model: Any, tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (N, T)."""
+    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    batch = tokenizer(list(texts), truncation=True, max_length=longest, padding=True, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def times(model: Any, tokenizer: Any, texts: list[str], known: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds for each text of whole calls: by each exit, with every text leaving where it may, and of the
+    tokenization."""
+    texts = list(texts[: known.timed])
+    batch = encoded(model, tokenizer, texts)
+    exits: list[Any] = [*model.config.exits(), *(["adaptive"] if model.config.exit_thresholds is not None else [])]
+
+    def call(exit: Any) -> Any:
+        return lambda: model.predict(*batch, exit=exit, batch_size=BATCH)
+
+    calls = {str(exit): call(exit) for exit in exits} | {"tokenization": lambda: encoded(model, tokenizer, texts)}
+    seconds = interleaved(calls, known.rounds, warmup=1)
+    result = {"ms by exit": {name: 1000 * statistics.median(s) / len(texts) for name, s in seconds.items()}}
+    if "adaptive" in seconds:
+        full = seconds[str(model.config.num_blocks - 1)]
+        words = seconds["tokenization"]
+        with_words = [[a + b for a, b in zip(s, words, strict=True)] for s in (full, seconds["adaptive"])]
+        result["throughput"] = paired_ratio(full, seconds["adaptive"])
+        result["throughput with tokenization"] = paired_ratio(*with_words)
+    return result
+
+
+def bits(row: dict[str, Any], exit: str) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(row["right"][exit]), np.uint8), count=row["tests"]).astype(int)
+
+
+def drop(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Points of accuracy that leaving early loses, with a 95 % interval: a paired bootstrap over seeds and rows."""
+    generator = np.random.default_rng(0)
+    lost = np.stack([bits(row, str(BLOCKS - 1)) - bits(row, "adaptive") for row in rows])
+    seeds, count = lost.shape
+    draws = [
+        lost[generator.integers(0, seeds, seeds)][:, generator.integers(0, count, count)].mean() for _ in range(2000)
+    ]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return tuple(float(100 * value) for value in (lost.mean(), low, high))  # type: ignore[return-value]
+
+
+def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A line for each set, and the ratios."""
+    lines, ratios = [], {}
+    for name in dict.fromkeys(row["set"] for row in rows):
+        mine = [row for row in rows if row["set"] == name and "throughput" in row]
+        if not mine:
+            continue
+        middle, low, high = drop(mine)
+        mean = {key: statistics.mean(row[key] for row in mine) for key in ("throughput", "ece")}
+        accuracy = {e: statistics.mean(row["accuracy by exit"][e] for row in mine) for e in mine[0]["accuracy by exit"]}
+        lines.append(
+            {
+                "set": name,
+                "seeds": len(mine),
+                "first exit": accuracy["0"],
+                "last exit": accuracy[str(BLOCKS - 1)],
+                "adaptive": accuracy["adaptive"],
+                "drop, points": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                "times as fast": mean["throughput"],
+                "with tokenization": statistics.mean(row["throughput with tokenization"] for row in mine),
+                "ece": mean["ece"],
+                "left after": " ".join(f"{share:.0%}" for share in np.mean([row["left"] for row in mine], axis=0)),
+            }
+        )
+        ratios |= {
+            f"adaptive_over_full_throughput_{name}": mean["throughput"],
+            f"adaptive_accuracy_drop_points_{name}": middle,
+            f"ece_{name}": mean["ece"],
+        }
+    return lines, ratios
+
+
+def plot(path: str, rows: list[dict[str, Any]]) -> None:
+    """Accuracy over time for each set: fixed exits, adaptive exit, and backpropagation models of each depth."""
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(sets), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+        mine = [row for row in rows if row["set"] == name]
+        ours = [row for row in mine if "throughput" in row]
+        depths = sorted({row["blocks"] for row in mine if "throughput" not in row})
+
+        def point(chosen: list[dict[str, Any]], exit: str) -> tuple[float, ...]:
+            return tuple(statistics.mean(row[f"{what} by exit"][exit] for row in chosen) for what in ("ms", "accuracy"))
+
+        alone = [[row for row in mine if "throughput" not in row and row["blocks"] == depth] for depth in depths]
+        groups = {
+            "exits of one model": [point(ours, str(k)) for k in range(BLOCKS if ours else 0)],
+            "backpropagation, a model each": [point(rows, str(rows[0]["blocks"] - 1)) for rows in alone],
+            "adaptive exit": [point(ours, "adaptive")] if ours else [],
+        }
+        for (label, points), style in zip(groups.items(), ("o-", "s--", "*"), strict=True):
+            size = 14 if style == "*" else 5
+            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, markersize=size)
+        axes.set(title=name, xlabel="milliseconds per text", ylabel="test accuracy")
+        axes.set_xlim(left=0)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = series_parser(__doc__, "sst2,banking77,ag_news,imdb", "1,2,3", "out/exits")
+    parser.add_argument("--plot", metavar="FILE", help="where to draw them")
+    parser.add_argument("--architecture", default="transformer", help="lstm or transformer (default: transformer)")
+    parser.add_argument("--depths", default="1,2,3,4,6", help="of models by backpropagation, seed 1; empty: none")
+    parser.add_argument("--rule", default="confidence", help="confidence, entropy or patience (default: confidence)")
+    parser.add_argument("--timed", type=int, default=1024, help="texts that are timed (default: 1024)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed turns (default: 7)")
+    known, more = parser.parse_known_args()  # further flags are those of hf-al train
+    set_up_output()
+    rows = kept_rows(known.json)
+    seeds = [int(seed) for seed in known.seeds.split(",")]
+    plan = [(BLOCKS, "al_ce", seed) for seed in seeds]
+    plan += [(int(depth), "backprop", seeds[0]) for depth in known.depths.split(",") if depth]
+    for blocks, objective, seed in plan:
+        for name in known.sets.split(","):
+            key = {"set": name, "blocks": blocks, "objective": objective, "seed": seed}
+            if not any(row.items() >= key.items() for row in rows):
+                rows.append(run(key, known, more))
+                print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
+                write_results(known.json, rows, {})
+    lines, ratios = summary(rows)
+    print(table(lines, markdown=True))
+    write_results(known.json, rows, ratios)
+    if known.plot:
+        plot(known.plot, rows)
+
+
+if __name__ == "__main__":
+    main()
