@@ -1,5 +1,6 @@
 """Shared by all tests: no network, one cache for the run, small real text."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -28,6 +29,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # shells start background
 import pytest
 import torch
 from datasets import DatasetDict
+from filelock import FileLock
 from program import Program
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
@@ -272,13 +274,19 @@ def files(few_tweets, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(files, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A model of two blocks that `hf-al train` left, and what the process said: (folder, completed process)."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    data = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation", "test")]
-    small = ["--hidden_size=16", "--num_blocks=2", "--target_size=12", "--max_steps=20", "--threads=1", "--use_cpu"]
-    done = run_program("train", *data, *small, f"--output_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    """A model of two blocks that `hf-al train` left, and what the process said: (folder, completed process). The first
+    worker that needs it makes it for all."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder, said = shared / "trained", shared / "trained.json"
+    with FileLock(shared / "trained.lock"):
+        if not said.exists():
+            data = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation", "test")]
+            small = ["--hidden_size=16", "--num_blocks=2", "--target_size=12", "--max_steps=20", "--threads=1"]
+            done = run_program("train", *data, *small, "--use_cpu", f"--output_dir={folder}")
+            assert done.returncode == 0, done.stderr
+            said.write_text(json.dumps([done.args, done.returncode, done.stdout, done.stderr]))
+    return folder, subprocess.CompletedProcess(*json.loads(said.read_text()))
 
 
 def assert_mistake(result: tuple[int, str, str], *said: str) -> None:

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_mistake
+from conftest import assert_mistake, slow
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 
@@ -117,7 +117,7 @@ def test_bfloat16_works_too(model_type, way, classifier, make_batch):
         assert_each_is_of_its_exit(model, batch, out, tolerance=0.05)
 
 
-@pytest.mark.parametrize("model_type", ["al_transformer", "al_encoder"])
+@pytest.mark.parametrize("model_type", ["al_transformer", slow("al_encoder")])
 def test_compiled_blocks_answer_the_same(model_type, classifier, make_batch):
     model, batch = classifier(model_type), make_batch(rows=24, tokens=9)
     half_leave(model, batch)

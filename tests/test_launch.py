@@ -61,7 +61,7 @@ def test_replicas_start_their_processes_too(data, tmp_path):
     assert weights(tmp_path / "run")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_launch_that_fails_says_why_in_one_line_and_leaves_its_process_as_it_was(data, tmp_path, capfd):
     """A notebook that starts a run continues afterwards."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

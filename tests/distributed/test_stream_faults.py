@@ -56,7 +56,8 @@ def test_an_error_is_said_once_and_ends_all(run_flags, tmp_path):
     assert [words.splitlines()[-1] for words in said[1:]] == ["SystemExit: 2"] * 2
 
 
-@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, 0), slow(signal.SIGTERM, 2), slow(signal.SIGINT, 1)])
+@pytest.mark.slow  # test_replicas has a quick one
+@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_at_any_stage_stops_all_after_the_same_step(number, where, run_flags, alone, tmp_path):
     flags = run_flags("lstm_al_ce", 3, tmp_path / "run", "--resume_from_checkpoint=last")
     said = run_world(3, jobs.signalled_in_step, number, 20, where, flags)
@@ -105,7 +106,8 @@ def test_a_stage_without_memory_says_what_to_change(when, run_flags, tmp_path):
     assert "SystemExit" in said[1 - victim].splitlines()[-1]
 
 
-@pytest.mark.parametrize("when", ["at the start", slow("while exporting")])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at the start", "while exporting"])
 def test_a_stage_that_is_killed_outside_of_training_ends_the_others(when, run_flags, alone, tmp_path):
     flags = run_flags("lstm_al_ce", 2, tmp_path / "run", "--ddp_timeout=3")
     said = run_world(2, jobs.dies, when, "killed", flags, check=False)
