@@ -192,7 +192,7 @@ def commands(page: str) -> list[str]:
 def room(few_tweets, encoder_folder, tmp_path, monkeypatch):
     """A folder as a reader would have it: csv files of their own, the recipes, an encoder, a place for runs."""
     shutil.copytree(encoder_folder, tmp_path / "encoders" / "minilm")
-    for name, split in (("train", "train"), ("test", "test"), ("new", "validation")):
+    for name, split in (("train", "train"), ("validation", "validation"), ("test", "test"), ("new", "validation")):
         with open(tmp_path / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["text", "label"], quoting=csv.QUOTE_ALL)
             writer.writeheader()
@@ -224,6 +224,7 @@ def run(line: str, monkeypatch) -> None:
             "accuracy.py": accuracy,
             "defaults.py": ["--seeds=1", "--sets=tweets", *SHORT],
             "memory.py": ["--batch=2", "--tokens=8", "--rounds=1", "--depths=1,2", f"--arms={MEMORY_ARMS}"],
+            "exits.py": ["--sets=tweets", "--seeds=1", "--depths=1", "--timed=16", "--rounds=1", *SHORT],
             "throughput.py": ["--rounds=1", "--steps=1", "--rows=8", "--networks=lstm"],
             "encoders.py": [*encoders, "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],
         }.get(Path(argv[0]).name, SHORT)

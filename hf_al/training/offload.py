@@ -88,7 +88,8 @@ class Offload:
 
 
 class MappedFile:
-    """Tensors in a file without a name, mapped into memory."""
+    """Tensors in a file without a name, mapped into memory. It is no safetensors file: that format lets a tensor start
+    at any address, and results would differ in the last bits."""
 
     def __init__(self, folder: Path):
         self.folder = existing(folder)

@@ -13,11 +13,13 @@ Needs no data. 8 transformer layers or 4 LSTM layers of width 256, an embedding 
     gpipe, 1f1b   torch's pipelines of two stages, with 2, 4 or 8 micro-batches
 
 Where to cut, how many micro-batches and how large DDP's buckets: a tournament before the first round chooses
-what is fastest. The first steps of a turn do not count, so that no arm pays for filling its pipeline, nor do the last.
+what is fastest. `planned` is what `hf-al plan` predicts. The first steps of a turn do not count, so that no arm pays for
+filling its pipeline, nor do the last.
 
     python recipes/benchmarks/throughput.py --link_mbits 0,1000,300,100,50 --json out/link.json --plot out/link.png
 
-joins the two processes by a link of that many Mbit/s (0: no limit) in network namespaces of their own.
+joins the two processes by a link of that many Mbit/s (0: no limit) in network namespaces of their own, and chooses
+micro-batches and buckets for each rate.
 """
 
 import argparse
@@ -163,20 +165,20 @@ def compare(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any
 
 
 def compare_links(network: str, known: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The arms that send something, at each rate of the link, with the settings that are fastest at that rate."""
+    """The arms that send something, at each rate of the link, with the micro-batches and buckets that are fastest at
+    that rate. All are cut in the middle, the best place without a link."""
     common = common_of(network, known)
     rates = sorted(map(float, known.link_mbits.split(",")))
     specs: dict[float, dict[str, dict[str, Any]]] = {}
     found: dict[float, dict[str, list[list[Turn]]]] = {rate: {} for rate in rates}
     with Pair(make_arm, link=True) as pair:
-        cuts = {kind: tournament(pair, kind, common, known.steps, ["cut"]) for kind in ("stream", *PIPELINES)}
+        stream = tournament(pair, "stream", common, known.steps, names=())
         for rate in rates:
             pair.limit(rate or None)
             print(f"At {rate:g} Mbit/s (0: no limit):")
-            settings = {"1f1b": ["micro_batches"], "gpipe": ["micro_batches"], "ddp": ["bucket_mb"]}
-            specs[rate] = {"stream": cuts["stream"], "stream, bf16 wire": {**cuts["stream"], "wire": "bf16"}}
-            for kind, names in settings.items():
-                specs[rate][kind] = tournament(pair, kind, cuts.get(kind, common), 1, names)
+            specs[rate] = {"stream": stream, "stream, bf16 wire": {**stream, "wire": "bf16"}}
+            for kind in (*PIPELINES, "ddp"):
+                specs[rate][kind] = tournament(pair, kind, common, 1, ("micro_batches", "bucket_mb"))
         made: dict[str, dict[str, Any]] = {}
         for arms in specs.values():
             for arm, spec in arms.items():
