@@ -12,8 +12,8 @@ Needs no data. 8 transformer layers or 4 LSTM layers of width 256, an embedding 
     ddp           torch's DistributedDataParallel: half of the rows in each process
     gpipe, 1f1b   torch's pipelines of two stages, with 2, 4 or 8 micro-batches
 
-Where to cut, how many micro-batches and how large DDP's buckets: a tournament before the first round chooses
-what is fastest. `planned` is what `hf-al plan` predicts. The first steps of a turn do not count, so that no arm pays for
+Where to cut, how many micro-batches and how large DDP's buckets: a tournament before the first round chooses what is
+fastest. `planned` is what `hf-al plan` predicts. The first steps of a turn do not count, so that no arm pays for
 filling its pipeline, nor do the last.
 
     python recipes/benchmarks/throughput.py --link_mbits 0,1000,300,100,50 --json out/link.json --plot out/link.png
