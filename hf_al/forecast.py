@@ -24,9 +24,9 @@ from .modeling.objectives import OBJECTIVES
 from .parallel import schedule
 from .parallel.placement import balanced_cuts
 from .parallel.schedule import Task
-from .parsing import check_stages
+from .parsing import BALANCED, check_stages
 from .training.costs import Cost, backprop_costs, local_costs
-from .training.measure import median_length
+from .training.measure import measured_cuts, median_length
 from .training.setup import check_model, known_values, make_config, set_threads
 from .training.start import load, new_model
 
@@ -91,8 +91,12 @@ def plan(
     Raises:
         ValueError: more stages than blocks, an objective whose gradients cross all blocks, or what `train` refuses.
     """
-    link = link or Link()
-    model, tokens = _model_of(args, tokens)
+    link, device = link or Link(), torch.device("cpu" if args.use_cpu else best_device())
+    if args.replicas > 1:
+        raise ValueError(
+            f"Expected one replica, got {args.replicas}. Leave --replicas out: data parallelism is in the table anyway."
+        )
+    model, tokens = _model_of(args, tokens, device)
     config, batch = model.config, args.per_device_train_batch_size * args.gradient_accumulation_steps
     if OBJECTIVES[config.objective].end_to_end:
         raise ValueError(
@@ -101,11 +105,7 @@ def plan(
         )
     for number in stages:
         check_stages(number, config.num_blocks)
-    timed: dict[str, Any] = {
-        "args": args,
-        "device": torch.device("cpu" if args.use_cpu else best_device()),
-        "tokens": tokens,
-    }
+    timed: dict[str, Any] = {"args": args, "device": device, "tokens": tokens}
     timed |= {"rounds": ROUNDS, "typical": statistics.median}
     local = local_costs(model, rows=args.per_device_train_batch_size, **timed)
     whole = copy.deepcopy(config)
@@ -115,14 +115,19 @@ def plan(
     backprop = {m: backprop_costs(end_to_end, rows=batch // m, **timed) for m in parts}
     rows = [row for number in stages for row in rows_of(number, args, local, backprop, link, batch)]
     middle = len(local) // 2
-    depth = over_depth(local[middle], backprop[max(m for m in parts if m <= 8)][middle], backprop[1][middle], link)
+    most = max(m for m in parts if m <= 8)
+    depth = over_depth(local[middle], backprop[most][middle], backprop[1][middle], link, most)
     return {"rows": rows, "depth": depth, "tokens": tokens, "batch": batch, "blocks": config.num_blocks}
 
 
-def _model_of(args: TrainingArguments, tokens: int | None) -> tuple[ALForSequenceClassification, int]:
+def _model_of(
+    args: TrainingArguments, tokens: int | None, device: torch.device
+) -> tuple[ALForSequenceClassification, int]:
     """The model of the run, and how long its texts are."""
     set_threads(args)
     check_model(args)
+    if args.model.get("cuts") == BALANCED:
+        args.model["cuts"] = measured_cuts(args, device)
     if tokens is None:
         model, _, data, *_ = load(args, None)
         return model, median_length(model, token_lengths(data["train"]))
@@ -266,7 +271,7 @@ def _waiting(spans: list[list[schedule.Span]]) -> float:
 # --- depth
 
 
-def over_depth(local: Cost, part: Cost, whole: Cost, link: Link, micro_batches: int = 8) -> list[dict[str, float]]:
+def over_depth(local: Cost, part: Cost, whole: Cost, link: Link, micro_batches: int) -> list[dict[str, float]]:
     """Seconds of 64 batches for depths of 1 to 32 blocks like these, one stage each: O(n + l) with Associated Learning,
     O(n l) if a batch of backpropagation is on one stage at a time, and 1F1B between them.
 

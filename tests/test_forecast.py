@@ -79,7 +79,7 @@ def test_accumulation_updates_once():
 
 
 def test_time_grows_with_depth_only_where_blocks_wait_for_each_other():
-    rows = over_depth(cost(backward=1.0), cost(forward=1 / 8, backward=2 / 8), cost(), FAST)
+    rows = over_depth(cost(backward=1.0), cost(forward=1 / 8, backward=2 / 8), cost(), FAST, 8)
     first, last = rows[0], rows[-1]
     assert (first["blocks"], last["blocks"]) == (1, 32)
     assert first["stream"] == pytest.approx(64 * 2.5)
@@ -170,11 +170,20 @@ def test_the_command_plans_the_run_of_its_data(tmp_path, capsys):
     assert "4 blocks, 4 texts of 8 tokens in a step" in capsys.readouterr().out
 
 
+def test_the_command_plans_a_pretrained_encoder(encoder_folder, capsys):
+    flags = ["--encoder", str(encoder_folder), "--num_blocks", "2", "--tokens", "6", "--threads", "1"]
+    main(["plan", *flags, "--cuts", "balanced", "--per_device_train_batch_size", "6", "--stages", "2"])
+    shown = capsys.readouterr().out
+    assert "2 blocks, 6 texts of 6 tokens in a step" in shown
+    assert "GPipe" in shown
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--stages", "5"], "Expected 1 to 4 stages"),
         (["--objective", "backprop"], "Expected a local objective, got backprop"),
+        (["--replicas", "2"], "Expected one replica, got 2"),
         (["--bandwidth", "10"], "Expected a number above 0 with its unit"),
         (["--stages", "two"], "expected list[int], got 'two'"),
         (["--tokens", "0"], "expected a number of at least 1"),
