@@ -33,7 +33,6 @@ from .flags import (
     check_labelled_file,
     exit_name,
     labelled,
-    port,
     positive,
     set_threads,
     set_up_output,
@@ -45,6 +44,7 @@ from .parallel.launch import is_for_others_to_start, is_launched, is_main, launc
 from .parallel.placement import check_placement
 from .parsing import FlagParser, add_training_flags, planned_blocks, reader, resolve
 from .report import read_report
+from .serving_commands import demo_flags, run_demo, run_serve, serve_flags
 
 # --- train
 
@@ -266,31 +266,6 @@ def _push(flags: Namespace) -> None:
     print(push(values.pop("model"), **values))
 
 
-# --- demo
-
-
-def _demo_flags(parser: FlagParser) -> None:
-    add_model(parser, MODEL)
-    add_revision(parser)
-    add_file(parser, "--examples", "to try, one text per line, or two with a tab between (default: a few sentences)")
-    parser.add_argument("--server_name", metavar="HOST", help="address to serve (default: this machine only)")
-    parser.add_argument("--server_port", type=port, metavar="N", help="(default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="also a public address, through gradio's servers")
-    parser.add_argument("--space", metavar="DIR", help="write the files of a Hub Space there instead")
-
-
-def _demo(flags: Namespace) -> None:
-    check_model_name(flags.model, flags.revision)
-    if flags.examples and not Path(flags.examples).is_file():
-        raise ValueError(f"Expected a file at {flags.examples}, found none. Check --examples.")
-    if flags.space:
-        check_is_new(Path(flags.space), "--space")
-    set_up_output(disable_tqdm=not sys.stderr.isatty())
-    from .saved.demo import demo
-
-    demo(flags)
-
-
 # --- export
 
 
@@ -367,5 +342,6 @@ COMMANDS = {
     "push": Command("share a finished run on the Hub: model, card, results", _push_flags, _push),
     "export": Command("a copy of a model, whole or for inference only", _export_flags, _export),
     "plan": Command("predict speed, waiting and memory of a split over machines", _plan_flags, _plan),
-    "demo": Command("a page on which to try a model: the answer at every exit", _demo_flags, _demo),
+    "demo": Command("a page on which to try a model: the answer at every exit", demo_flags, run_demo),
+    "serve": Command("answer requests over HTTP, many at a time", serve_flags, run_serve),
 }

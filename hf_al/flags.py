@@ -26,6 +26,14 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """For argparse's `type`: a whole number of at least 0."""
+    number: int = reader(int)(text)
+    if number < 0:
+        raise ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return number
+
+
 def port(text: str) -> int:
     """For argparse's `type`: a port of this machine."""
     number: int = reader(int)(text)

@@ -166,8 +166,8 @@ SHORT = [
     "--use_cpu",
 ]  # fmt: skip
 MEMORY_ARMS = "backprop;checkpointed;al_ce, 6 blocks;al_ce, 6 blocks, offload"
-RUN_BY_TEST_README = {"README"}  # its Python block
-NOT_RUN = ("pip install", "make ")  # installs; make targets are looked up instead
+RUN_ELSEWHERE = {"README", "serving"}  # their Python blocks, by test_readme and test_serving
+NOT_RUN = ("pip install", "make ", "hf-al serve", "curl ", "docker ")  # make targets are looked up; see test_serving
 ON_A_HUB = " user/name"  # tests/hub runs these, with a Hub
 
 
@@ -281,7 +281,7 @@ def test_the_benchmark_over_a_slow_link_runs(room, monkeypatch):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p, "python") and p not in RUN_BY_TEST_README])
+@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p, "python") and p not in RUN_ELSEWHERE])
 def test_the_python_blocks_of_a_page_run_in_their_order(page, examples, room, monkeypatch, capsys):
     """Run after the page's first command, which creates the model that they load."""
     trains = (line for line in commands(page) if line.startswith("hf-al train") and ON_A_HUB not in line)

@@ -67,7 +67,7 @@ def read_rows(
     if kind == "text":
         if names or id_column:
             raise ValueError("Expected no columns for text lines, got some. Pass --input_format csv or jsonl.")
-        return _each(lines, lambda line: _usable((line.rstrip("\r\n"),)))
+        return _each(lines, lambda line: usable((line.rstrip("\r\n"),)))
     return (
         _csv_rows(lines, delimiter or (None if kind == "csv" else "\t"), names, id_column)
         if kind in ("csv", "tsv")
@@ -91,7 +91,7 @@ def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
 
 
 class _Lines:
-    """The lines of a stream. Bytes that are not UTF-8 become lone surrogates, which `_usable` finds if they matter.
+    """The lines of a stream. Bytes that are not UTF-8 become lone surrogates, which `usable` finds if they matter.
     Not a generator, because it must go on after an error."""
 
     def __init__(self, stream: BinaryIO):
@@ -128,7 +128,12 @@ def _each(items: Iterator[T], parse: Callable[[T], Any]) -> Iterator[Any]:
                 yield parsed
 
 
-def _usable(texts: Iterable[Any]) -> Texts:
+def usable(texts: Iterable[Any]) -> Texts:
+    """The texts of a row as they are.
+
+    Raises:
+        RowError: one of them is missing, empty or no text.
+    """
     texts = tuple(texts)
     for text in texts:
         if text is None:
@@ -147,7 +152,7 @@ def _usable(texts: Iterable[Any]) -> Texts:
 def _identified(texts: Iterable[Any], id: Any) -> Texts:
     """Usable texts with the id of their row; it also goes into the error if they are not usable."""
     try:
-        found = Identified(_usable(texts))
+        found = Identified(usable(texts))
     except RowError as error:
         error.id = None if id is None else str(id)
         raise
@@ -184,7 +189,7 @@ def _csv_rows(
         if len(row) != len(header):
             raise RowError(f"Expected {len(header)} cells, as the header has, got {len(row)}.")
         texts = (row[i] for i in where)
-        return _usable(texts) if id_column is None else _identified(texts, row[header.index(id_column)])
+        return usable(texts) if id_column is None else _identified(texts, row[header.index(id_column)])
 
     return _each(cells, parse)
 
@@ -197,7 +202,7 @@ def _json_rows(lines: _Lines, names: list[str], id_column: str | None) -> Iterat
         if isinstance(row, Unusable):
             raise RowError(row.reason)
         texts = (row.get(name) for name in columns)
-        return _usable(texts) if id_column is None else _identified(texts, row.get(id_column))
+        return usable(texts) if id_column is None else _identified(texts, row.get(id_column))
 
     return _each(chain(first, objects), parse)
 

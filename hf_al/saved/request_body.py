@@ -1,0 +1,107 @@
+"""What a request to `hf-al serve` asks for, read from its body; what cannot be answered is refused with a reason."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..messages import nearest
+from .rows import RowError, Texts, usable
+
+KEYS = ("texts", "text", "exit", "all_scores")
+EXAMPLE = 'Send {"texts": ["The crew was lovely!"]}, for example.'
+LONGEST_TEXT = 2**16  # characters; no model reads as many, but its tokenizer would
+
+
+class Refused(Exception):
+    """Why a request is refused, with the HTTP status of the answer."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The texts of a request, or pairs, and how to answer them."""
+
+    texts: list[Texts]
+    exit: int | str
+    all_scores: bool
+
+
+def read_body(body: bytes, config: Any, default_exit: int | str, most: int) -> Asked:
+    """What a body asks for.
+
+    Args:
+        body: of the request.
+        config: of the model.
+        default_exit: if the body names none.
+        most: texts in a request.
+
+    Raises:
+        Refused: 400 if it is no json, 413 for too many texts, 422 for anything else.
+    """
+    values = _json_object(body)
+    unknown = next((name for name in values if name not in KEYS), None)
+    if unknown is not None:
+        raise Refused(422, f"Expected the keys {', '.join(KEYS)}, got {_short(unknown)}.{nearest(unknown[:40], KEYS)}")
+    all_scores = values.get("all_scores", False)
+    if not isinstance(all_scores, bool):
+        raise Refused(422, f"Expected all_scores to be true or false, got {_short(all_scores)}. Leave it out.")
+    return Asked(_texts(values, most), _exit(values.get("exit"), config, default_exit), all_scores)
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"Expected a json object, got something else: {error}. {EXAMPLE}") from None
+    if not isinstance(values, dict):
+        raise Refused(422, f"Expected a json object, got {_short(values)}. {EXAMPLE}")
+    return values
+
+
+def _texts(values: dict[str, Any], most: int) -> list[Texts]:
+    if "text" in values and "texts" in values:
+        raise Refused(422, "Expected text or texts, got both. Send one of them.")
+    if "text" in values and isinstance(values["text"], list):
+        raise Refused(422, f"Expected text to be one text, got a list. {EXAMPLE}")
+    texts = values.get("texts") if values.get("text") is None else [values["text"]]
+    if texts is None or texts == []:
+        raise Refused(422, f"Expected a text, got none. {EXAMPLE}")
+    if not isinstance(texts, list):
+        raise Refused(422, f"Expected texts to be a list, got {_short(texts)}. {EXAMPLE}")
+    if len(texts) > most:
+        raise Refused(413, f"Expected at most {most} texts, got {len(texts)}. Send them in several requests.")
+    return [_text(text, "text" if "text" in values else f"texts[{i}]") for i, text in enumerate(texts)]
+
+
+def _text(text: Any, where: str) -> Texts:
+    if isinstance(text, list) and len(text) != 2:
+        raise Refused(422, f"Expected a text or a pair of texts as {where}, got a list of {len(text)}. {EXAMPLE}")
+    try:
+        texts = usable(text if isinstance(text, list) else [text])
+    except RowError as error:
+        raise Refused(422, f"{error} This is {where}: leave it out, or give it words.") from None
+    longest = max(map(len, texts))
+    if longest > LONGEST_TEXT:
+        raise Refused(422, f"Expected at most {LONGEST_TEXT} characters in {where}, got {longest}. Send its beginning.")
+    return texts
+
+
+def _exit(exit: Any, config: Any, default: int | str) -> int | str:
+    exits = config.exits()
+    if exit is None:
+        return default
+    if exit == "adaptive" and config.exit_thresholds is None:
+        reason = f"Expected one of the exits {exits}, got 'adaptive' for a model without calibration. Leave it out."
+        raise Refused(422, reason)
+    if exit != "adaptive" and (type(exit) is not int or exit not in exits):  # true is a number, too
+        raise Refused(422, f"Expected exit to be 'adaptive' or one of {exits}, got {_short(exit)}. Leave it out.")
+    return exit
+
+
+def _short(value: Any) -> str:
+    """A value as json, cut where it gets long."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
