@@ -372,6 +372,9 @@ def test_freezing_that_leaves_nothing_to_learn_is_refused(small, few_tweets, tmp
     args = {"output_dir": str(tmp_path / "out"), "model_name_or_path": str(small), "use_cpu": True}
     with pytest.raises(ValueError, match=r"Expected frozen_blocks below 2 \(num_blocks\) with freeze=blocks, got 2"):
         hf_al.train(hf_al.TrainingArguments(**args, frozen_blocks=2, freeze="blocks"), few_tweets)
+    more = {"frozen_blocks": 3, "freeze": "blocks", "model": {"num_blocks": 4}}
+    with pytest.raises(ValueError, match=r"Expected frozen_blocks of at most 2, the blocks of .*, with freeze=blocks"):
+        hf_al.train(hf_al.TrainingArguments(**args, **more), few_tweets)
     with pytest.raises(ValueError, match="Expected frozen_blocks above 0 with freeze, got 0"):
         hf_al.TrainingArguments(**args, freeze="blocks")
     with pytest.raises(ValueError, match="Expected model_name_or_path with freeze='blocks', got none"):

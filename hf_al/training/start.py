@@ -172,6 +172,11 @@ def continue_model(
             f"Expected labels that {name} knows with freeze=blocks, {some(known, 8)}, got {some(names, 8)}: the blocks "
             "that are frozen cannot learn others. Pass --freeze encoders, or data with those labels."
         )
+    if args.freeze == "blocks" and args.frozen_blocks > saved.config.num_blocks:
+        raise ValueError(
+            f"Expected frozen_blocks of at most {saved.config.num_blocks}, the blocks of {name}, with freeze=blocks, got "
+            f"{args.frozen_blocks}: new blocks have yet to learn. Pass fewer."
+        )
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
     config = _config(args, {**saved.config.uncalibrated().to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
