@@ -167,16 +167,8 @@ def continue_model(
             "Continuing from %s. Its labels are %s, those of the data are %s: the label side of block 0 starts anew.",
             name, some(known, 8), some(names, 8),
         )  # fmt: skip
-    if args.freeze == "blocks" and not keeps_labels:
-        raise ValueError(
-            f"Expected labels that {name} knows with freeze=blocks, {some(known, 8)}, got {some(names, 8)}: the blocks "
-            "that are frozen cannot learn others. Pass --freeze encoders, or data with those labels."
-        )
-    if args.freeze == "blocks" and args.frozen_blocks > saved.config.num_blocks:
-        raise ValueError(
-            f"Expected frozen_blocks of at most {saved.config.num_blocks}, the blocks of {name}, with freeze=blocks, got "
-            f"{args.frozen_blocks}: new blocks have yet to learn. Pass fewer."
-        )
+    if args.freeze == "blocks":
+        _check_frozen(args, saved.config, names if not keeps_labels else [])
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
     config = _config(args, {**saved.config.uncalibrated().to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
@@ -265,6 +257,22 @@ def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
         raise ValueError(
             f"Expected a model whose training fits the {there / 2**30:.0f} GiB of this machine, got one of {count:,} "
             f"parameters, which needs {needed / 2**30:,.0f} GiB{state}. Pass {smaller}{more}."
+        )
+
+
+def _check_frozen(args: TrainingArguments, saved: ALConfig, others: list[str]) -> None:
+    """Refuses to freeze blocks whole that have yet to learn. `others`: labels that the saved model does not have."""
+    name, blocks = args.model_name_or_path, saved.num_blocks
+    if others:
+        raise ValueError(
+            f"Expected labels that {name} knows with freeze=blocks, {some(saved.label_names, 8)}, got "
+            f"{some(others, 8)}: the blocks that are frozen cannot learn others. Pass --freeze encoders, or data with "
+            "those labels."
+        )
+    if args.frozen_blocks > blocks:
+        raise ValueError(
+            f"Expected frozen_blocks of at most {blocks}, the blocks of {name}, with freeze=blocks, got "
+            f"{args.frozen_blocks}: new blocks have yet to learn. Pass fewer."
         )
 
 
