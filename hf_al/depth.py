@@ -114,6 +114,7 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
     args = resolve({**values, **first, "model_revision": revision})
     _check_several_runs(args)
     folder = check_output_dir(args)
+    set_up_output(args.disable_tqdm)
     for blocks in range(first["num_blocks"], most + 1):
         here = folder / f"blocks-{blocks}"
         if not (args.resume_from_checkpoint and (here / "report.json").is_file()):
