@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .modeling.modeling_encoder import ALEncoderModel as ALEncoderModel
     from .registration import MODEL_CLASSES as MODEL_CLASSES
     from .registration import register_architecture as register_architecture
+    from .saved.pruning import prune as prune
     from .training.loop import TrainResult as TrainResult
     from .training.loop import train as train
 
@@ -44,6 +45,7 @@ _LAZY = {
     "train": ".training.loop",
     "evaluate": ".evaluation",
     "calibrate_exits": ".exits",
+    "prune": ".saved.pruning",
 }
 
 
@@ -78,6 +80,7 @@ __all__ = [
     "TrainingArguments",
     "calibrate_exits",
     "evaluate",
+    "prune",
     "register_architecture",
     "train",
 ]

@@ -134,7 +134,12 @@ class TrainingArguments:
     embedding_learning_rate_factor: float = _arg(
         1.0, "Embedding rows' learning rate = this times learning_rate; 0 = they are frozen."
     )
-    frozen_blocks: int = _arg(0, "The first N blocks keep their encoders' weights; bridges and label sides learn.")
+    frozen_blocks: int = _arg(0, "The first N blocks keep weights that they start with; freeze says which.")
+    freeze: str = _arg(
+        "encoders",
+        "What frozen blocks keep: encoders (bridges and label sides learn), or blocks: everything, so that their exits "
+        "answer as before.",
+    )
     cache_frozen: bool = _arg(False, "Compute what frozen blocks make of train once, and keep it on disk meanwhile.")
     weight_decay: float | list[float] = _arg(
         0.0, "Weight decay (matrices only; not biases, norms and embeddings); a list has one for each block."

@@ -1,5 +1,5 @@
-"""The command line: hf-al train | evaluate | predict | calibrate | inspect | compare | push | export | plan | demo |
-serve.
+"""The command line: hf-al train | grow | prune | evaluate | predict | calibrate | inspect | compare | push | export |
+plan | demo | serve.
 
 Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
 A command's imports happen when it runs: no `--help` waits for torch.
@@ -23,6 +23,8 @@ from .parsing import FlagParser
 EXAMPLES = """\
   hf-al train --train_file train.csv --test_file test.csv --output_dir out/mine
   hf-al evaluate out/mine --test_file test.csv
+  hf-al grow out/mine --add_blocks 1 --train_file train.csv --output_dir out/deeper
+  hf-al prune out/mine out/shallow --keep 1
   hf-al predict out/mine < texts.txt
   hf-al calibrate out/mine --validation_file validation.csv
   hf-al inspect out/mine

@@ -5,10 +5,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import shtab
 
+from .depth import grow_flags, prune_flags, run_grow, run_prune
 from .early import (
     check_can_push,
     check_data_arguments,
@@ -55,8 +58,13 @@ def _train_flags(parser: FlagParser) -> None:
 
 
 def _train(flags: Namespace) -> None:
-    args = said_once(lambda: resolve(vars(flags)))
-    if flags.print_config:
+    train(vars(flags))
+
+
+def train(flags: dict[str, Any]) -> None:
+    """One run, with these flags."""
+    args = said_once(lambda: resolve(flags))
+    if flags["print_config"]:
         print(args.to_yaml(), end="")
         return
     said_once(lambda: check_training(args, is_main(), reads_data=not (args.dispatch_data and is_launched())))
@@ -68,10 +76,10 @@ def _train(flags: Namespace) -> None:
     set_up_output(args.disable_tqdm)
     import torch.distributed as dist
 
-    from .training.loop import train
+    from .training import loop
 
     try:
-        report = train(args).report
+        report = loop.train(args).report
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -334,6 +342,8 @@ class Command:
 
 COMMANDS = {
     "train": Command("train a classifier", _train_flags, _train),
+    "grow": Command("add blocks to a trained model, which stays as it is", grow_flags, partial(run_grow, run=train)),
+    "prune": Command("remove the last blocks of a trained model", prune_flags, run_prune),
     "evaluate": Command("metrics of a trained model on labelled text, one json object", _evaluate_flags, _evaluate),
     "predict": Command("classify text: a file, or lines from standard input", _predict_flags, _predict),
     "calibrate": Command("let texts leave a trained model early, where it is sure", _calibrate_flags, _calibrate),

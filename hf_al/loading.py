@@ -49,7 +49,7 @@ def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceCla
         ValueError: a folder that is not a model, a model of another library, weights that are pickled, corrupt or not
             those that config.json describes (the file and the first tensor that differs are named).
     """
-    folder = _folder(name, revision)
+    folder = local_copy(name, revision)
     try:
         values = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -103,7 +103,7 @@ def load_encoder_config(name: str) -> PreTrainedConfig:
 
 def load_encoder(name: str) -> PreTrainedModel:
     """A pretrained encoder in float32, without its head, from a folder or a Hub id; errors as above, and pickles."""
-    folder = _folder(name, None)
+    folder = local_copy(name, None)
     _saved_shapes(folder)  # a message for each way in which they can be wrong
     return _of_encoder(str(folder), load_pretrained)
 
@@ -153,7 +153,7 @@ def device_of(model: ALForSequenceClassification) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _folder(name: str, revision: str | None) -> Path:
+def local_copy(name: str, revision: str | None) -> Path:
     """The folder itself, or the local copy of a Hub repository's safetensors and text files."""
     check_model_name(name, revision)
     if Path(name).exists():

@@ -249,13 +249,19 @@ def planned_blocks(args: TrainingArguments) -> int:
 
 
 def check_lists(args: TrainingArguments, blocks: int) -> None:
-    """Refuses a list that does not have one number for each block, and more frozen blocks than there are."""
+    """Refuses a list that does not have one number for each block, and more frozen blocks than there are or than leave
+    something to learn."""
     for name in PER_BLOCK:
         value = getattr(args, name)
         if isinstance(value, list) and len(value) != blocks:
             raise ValueError(f"Expected {name} as one number, or {blocks} of them (num_blocks), got {len(value)}.")
     if args.frozen_blocks > blocks:
         raise ValueError(f"Expected frozen_blocks of at most {blocks} (num_blocks), got {args.frozen_blocks}.")
+    if args.freeze == "blocks" and args.frozen_blocks == blocks:
+        raise ValueError(
+            f"Expected frozen_blocks below {blocks} (num_blocks) with freeze=blocks, got {blocks}: nothing would "
+            "learn. Pass fewer, or more --num_blocks."
+        )
 
 
 def check_stages(stages: int, units: int) -> None:

@@ -53,6 +53,7 @@ def check_ranges(args: Any) -> None:
         "embedding_optimizer": ("same", "sparse_adam"),
         "lr_scheduler_type": SCHEDULES,
         "eval_strategy": ("epoch", "steps", "no"),
+        "freeze": ("encoders", "blocks"),
         "wire_dtype": ("float32", "bf16"),
         "hub_strategy": ("end", "checkpoint"),
         "problem_type": (None, *METRIC_NAMES),
@@ -90,8 +91,14 @@ def check_ranges(args: Any) -> None:
             f"of a stream ends. Got max_steps={args.max_steps} and eval_strategy={args.eval_strategy!r}. Pass "
             "--max_steps 10000 --eval_strategy steps --eval_steps 1000, for example."
         )
-    if args.cache_frozen and not args.frozen_blocks:
-        raise ValueError("Expected frozen_blocks above 0 with cache_frozen, got 0. Pass it, or leave cache_frozen out.")
+    for name, given in (("cache_frozen", args.cache_frozen), ("freeze", args.freeze == "blocks")):
+        if given and not args.frozen_blocks:
+            raise ValueError(f"Expected frozen_blocks above 0 with {name}, got 0. Pass it, or leave {name} out.")
+    if args.freeze == "blocks" and not args.model_name_or_path:
+        raise ValueError(
+            "Expected model_name_or_path with freeze='blocks', got none: the bridges and label sides of new blocks "
+            "have yet to learn. Pass it, or leave freeze out."
+        )
     for name in ("streaming", "bf16"):
         if args.cache_frozen and getattr(args, name):
             raise ValueError(f"Expected no {name} with cache_frozen, got it: leave one of them out.")

@@ -235,7 +235,7 @@ def run(line: str, monkeypatch) -> None:
         runpy.run_path(argv[0], run_name="__main__")
         return
     assert program == "hf-al", line
-    argv += SHORT if argv[0] == "train" else ["--threads=1"] if argv[0] in ("evaluate", "predict") else []
+    argv += SHORT if argv[0] in ("train", "grow") else ["--threads=1"] if argv[0] in ("evaluate", "predict") else []
     with open(source or os.devnull, encoding="utf-8") as stdin, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stdin)
         cli.main(argv)  # SystemExit, with the message on standard error, if it refuses

@@ -106,6 +106,13 @@ ROWS = ["train", "--train_file=rows.csv", "--output_dir=new"]
             "Expected no bf16 with cache_frozen, got it",
         ),
         ([*TWEETS, "--frozen_blocks=3"], "Expected frozen_blocks of at most 2 (num_blocks), got 3."),
+        (
+            [*TWEETS, "--frozen_blocks=1", "--freeze=blocks"],
+            "Expected model_name_or_path with freeze='blocks', got none",
+        ),
+        (["grow", "some/models", "--add_blocks=1"], "found nothing at some/models. Did you mean some/model?"),
+        (["grow", "some/model", "--add_blocks=1", "--frozen_blocks=1"], "Expected no --frozen_blocks with hf-al grow"),
+        (["prune", "some/model", "some", "--keep=1"], "Expected a new or an empty folder, got some."),
         ([*TWEETS, "--metric_for_best_model=macrof1"], "got 'macrof1'. Did you mean macro_f1?"),
         ([*TWEETS, "--report_to=none,tensorbord"], "got 'tensorbord'. Did you mean tensorboard?"),
         ([*TWEETS, "--push_to_hub"], "Expected a token of the Hub, found none."),

@@ -184,7 +184,7 @@ class ALBlock(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
-        self.frozen = False  # whether `encode` keeps its weights while the rest of the block learns
+        self.frozen: tuple[str, ...] = ()  # which of `PARTS` keep their weights while the others learn
         self.ends_unit = any(index == unit[-1] for unit in config.units)
         target_codes = OBJECTIVES[config.objective].target_codes
         self.reads_labels = index == 0 or not target_codes
@@ -205,11 +205,20 @@ class ALBlock(nn.Module):
         self.pooling = "mean" if has_embedding_only and config.pooling in ("final", "first") else config.pooling
 
     def train(self, mode: bool = True) -> "ALBlock":
-        """As in torch, but the encoder of a frozen block stays in evaluation mode."""
+        """As in torch, but what is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.frozen:
-            self.encode.eval()
+        for part in self.frozen_parts():
+            part.eval()
         return self
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """Those of `frozen` that the block has."""
+        return [part for name in self.frozen if (part := getattr(self, name)) is not None]
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything in the block does."""
+        return self.frozen != PARTS
 
     def forward(
         self,

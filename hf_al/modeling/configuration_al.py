@@ -211,6 +211,12 @@ class ALConfig(PreTrainedConfig):
         config.inference_only = True
         return config
 
+    def first_blocks(self, count: int):
+        """The config of the first `count` blocks of this model, as a model of their own."""
+        config = copy.deepcopy(self).uncalibrated()
+        config.num_blocks = count
+        return config
+
     def uncalibrated(self):
         """This config, without what `hf-al calibrate` sets: for weights that are not those it has measured."""
         self.exit_rule, self.exit_temperatures, self.exit_thresholds, self.exit_speedup = "confidence", None, None, None

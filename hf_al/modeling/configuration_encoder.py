@@ -25,6 +25,8 @@ class ALEncoderConfig(ALConfig):
         cuts (`list[int]`, *optional*): after how many layers each block but the last ends, for example `[2, 4]` for
             three blocks; if None, `num_blocks` blocks with equal numbers of layers. `hf-al train` also takes
             `balanced`: by the time that the layers take.
+        encoder_layers (`int`, *optional*): how many layers of the encoder the blocks have, the first ones; all if None.
+            Set by `hf-al prune`.
         lookahead (`int`, defaults to 0): layers through which the bridge of a block reads what leaves the block: copies
             of those that follow it in the encoder, which start from the pretrained weights and learn with the block.
             They cost their compute and memory in training and for an earlier exit; the last block has none.
@@ -43,13 +45,14 @@ class ALEncoderConfig(ALConfig):
 
     model_type = "al_encoder"
     decided: ClassVar[tuple[str, ...]] = (
-        "encoder_config", "hidden_size", "embedding_size", "layers_per_block", "embedding_block", "hidden_dropout_prob",
-        "embedding_dropout_prob", "embedding_std",
+        "encoder_config", "encoder_layers", "hidden_size", "embedding_size", "layers_per_block", "embedding_block",
+        "hidden_dropout_prob", "embedding_dropout_prob", "embedding_std",
     )  # fmt: skip
     sub_configs_defaults = {"encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}  # noqa: RUF012
 
     encoder_config: dict | PreTrainedConfig | None = None
     cuts: list[int] | None = None
+    encoder_layers: int | None = None
     lookahead: int = 0
     lora_r: int = 0
     lora_alpha: int = 16
@@ -89,6 +92,12 @@ class ALEncoderConfig(ALConfig):
         config.lora_r = 0
         return config
 
+    def first_blocks(self, count: int) -> "ALEncoderConfig":
+        config = super().first_blocks(count)
+        config.cuts = [self.layers_of(k).stop for k in range(count - 1)]
+        config.encoder_layers = self.layers_of(count - 1).stop
+        return config
+
     def layers_of(self, block: int) -> range:
         """The layers of the encoder that a block has, counted from 0."""
         depth = self.depth
@@ -98,6 +107,11 @@ class ALEncoderConfig(ALConfig):
 
     @property
     def depth(self) -> int:
+        """Layers of the encoder that the blocks have."""
+        return self.encoder_layers or self.full_depth
+
+    @property
+    def full_depth(self) -> int:
         """Layers of the encoder."""
         encoder: Any = self.encoder_config
         return encoder.num_hidden_layers
@@ -105,9 +119,14 @@ class ALEncoderConfig(ALConfig):
     def validate_encoder(self):
         check_layout(self.encoder_config)
         check_encoder(self)
-        if self.depth > MOST_LAYERS:
+        if self.full_depth > MOST_LAYERS:
             raise ValueError(
-                f"Expected an encoder of at most {MOST_LAYERS} layers, got {self.depth}. Choose a smaller one."
+                f"Expected an encoder of at most {MOST_LAYERS} layers, got {self.full_depth}. Choose a smaller one."
+            )
+        if not 1 <= self.depth <= self.full_depth:
+            raise ValueError(
+                f"Expected encoder_layers from 1 to {self.full_depth}, the layers of the encoder, got {self.depth}. "
+                "Pass encoder_layers=None."
             )
         bounds = [0, *(self.cuts or ()), self.depth]
         if any(a >= b for a, b in pairwise(bounds)):

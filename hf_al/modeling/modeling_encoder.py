@@ -71,7 +71,16 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
                     tensor.copy_(weights[encoder_part.part.name_in_encoder(name.replace(".base_layer.", "."))])
 
     def to_encoder(self) -> PreTrainedModel:
-        """The encoder in one piece, as a plain model of transformers with the weights of the blocks."""
+        """The encoder in one piece, as a plain model of transformers with the weights of the blocks.
+
+        Raises:
+            ValueError: a model without all layers of the encoder (`hf-al prune`).
+        """
+        if self.config.depth < self.config.full_depth:
+            raise ValueError(
+                f"Expected all {self.config.full_depth} layers of the encoder, got the first {self.config.depth}: the "
+                "model was pruned. Take the encoder of the model that it was made from."
+            )
         encoder = empty_encoder(self.config)
         materialise(encoder, self.device)
         encoder.load_state_dict(encoder_weights(self.model.blocks))

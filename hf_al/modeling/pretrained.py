@@ -87,7 +87,7 @@ def make_part(config: ALEncoderConfig, layers: range) -> tuple[Part, PreTrainedM
     any memory if that is "meta", as it is while transformers loads a model. The embeddings belong to the first one."""
     model = empty_encoder(config)  # all layers: what a layer does may depend on its number
     layout = LAYOUTS[model.config.model_type]
-    part = Part(layout, layers, config.depth)
+    part = Part(layout, layers, config.full_depth)
     every: Any = model.get_submodule(layout.layers)
     _replace(model, layout.layers, nn.ModuleList(every[layers.start : layers.stop]))
     model.config.num_hidden_layers = len(layers)
@@ -186,7 +186,7 @@ class PretrainedEncoder(Encoder):
     def look_ahead(cls, config: ALEncoderConfig, index: int) -> "PretrainedEncoder | None":
         """Copies of the layers that follow block `index`, `config.lookahead` of them; None if there are none."""
         stop = config.layers_of(index).stop
-        layers = range(stop, min(stop + config.lookahead, config.depth))
+        layers = range(stop, min(stop + config.lookahead, config.full_depth))
         return cls(config, index, layers) if layers else None
 
     @staticmethod

@@ -76,7 +76,10 @@ def load_config(name: str, revision: str | None = None) -> ALConfig:
     except Exception as error:  # broken json, wrong values, no network: each raises a different exception
         raise ValueError(f"Could not load {name}: {last_line(error)}{hint(Path(name))}") from error
     if not isinstance(config, ALConfig):
-        raise ValueError(f"Expected an AL model, got one of type {config.model_type!r} in {name}.")
+        raise ValueError(
+            f"Expected an AL model, got one of type {config.model_type!r} in {name}. Pass the output_dir of a "
+            "finished run."
+        )
     return config
 
 

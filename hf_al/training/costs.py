@@ -107,7 +107,8 @@ def local_costs(
             start = now(device)
             out = forward(step)
             middle = now(device)
-            out.loss.backward()
+            if any(block.learns for block in blocks.values()):
+                out.loss.backward()
             end = now(device)
             gradients = sum(map(_bytes, optimizers.gradients(unit)))
             optimizers.update(unit, step)

@@ -116,15 +116,14 @@ def _rank(rows_NV: Tensor) -> int:
 def part_sums(model: ALForSequenceClassification, frozen_embeddings: bool = False) -> dict[str, tuple[float, float]]:
     """A fingerprint of each part of each block ("2.bridge"): the sums of its values and of their squares.
 
-    The encoders of frozen blocks are left out, and with `frozen_embeddings` a part that is only embedding rows.
+    What is frozen is left out, and with `frozen_embeddings` a part that is only embedding rows.
     """
     sums: dict[str, tuple[float, float]] = {}
     for block in here(model):
         for part in PARTS:
             named = dict(getattr(block, part).named_parameters()) if getattr(block, part) is not None else {}
-            if (part == "encode" and block.frozen) or (
-                frozen_embeddings and all("word_embeddings" in name for name in named)
-            ):
+            only_rows = all("word_embeddings" in name for name in named)
+            if part in block.frozen or (frozen_embeddings and only_rows):
                 continue
             if named:
                 values = [p.double() for p in named.values()]

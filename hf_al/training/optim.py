@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import get_scheduler
 
 from ..arguments import TrainingArguments
+from ..modeling.blocks import PARTS
 
 LABEL_SIDE = ("encode_target", "decode_target")
 PLATEAU = "reduce_lr_on_plateau"
@@ -107,8 +108,8 @@ class BlockOptimizers:
         frozen = [table.weight for table in self.embeddings if args.embedding_learning_rate_factor == 0]
         self.frozen_blocks: list[Any] = [block for k, block in blocks.items() if k < args.frozen_blocks]
         for block in self.frozen_blocks:
-            block.frozen = True
-            frozen += block.encode.parameters()
+            block.frozen = PARTS if args.freeze == "blocks" else ("encode",)
+            frozen += [parameter for part in block.frozen_parts() for parameter in part.parameters()]
         self.frozen = [parameter for parameter in frozen if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
@@ -122,7 +123,7 @@ class BlockOptimizers:
                 )
 
     def _make(self, unit: range) -> list[torch.optim.Optimizer]:
-        """One optimizer for the unit, and another one if the embedding rows have their own."""
+        """One optimizer for the unit, another one if the embedding rows have their own, none if nothing learns."""
         sparse = [table.weight for table in self.embeddings if table.sparse]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         sparse_groups = []
@@ -133,14 +134,14 @@ class BlockOptimizers:
                     sparse_groups.append({"params": [parameter], "lr": lr, "peak": lr})
                 else:
                     groups.setdefault((lr, decay), []).append(parameter)
-        made = make_optimizer(
-            self.args,
-            [{"params": p, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), p in groups.items()],
-        )
-        if not sparse_groups:
-            return [made]
-        betas = (self.args.adam_beta1, self.args.adam_beta2)
-        return [made, torch.optim.SparseAdam(sparse_groups, betas=betas, eps=self.args.adam_epsilon)]
+        made = []
+        if groups:
+            of_lr = [{"params": p, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), p in groups.items()]
+            made.append(make_optimizer(self.args, of_lr))
+        if sparse_groups:
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            made.append(torch.optim.SparseAdam(sparse_groups, betas=betas, eps=self.args.adam_epsilon))
+        return made
 
     def _group(self, k: int, name: str, parameter: nn.Parameter) -> tuple[float, float]:
         """(peak learning rate, weight decay) of a parameter of block k, by its name inside the block."""
@@ -162,9 +163,11 @@ class BlockOptimizers:
         return self.schedule(step) * (plateau.optimizer.param_groups[0]["lr"] if plateau else 1.0)
 
     def learning_rates(self, step: int) -> dict[int, float]:
-        """Last block of each unit -> the learning rate of its hidden side at `step`."""
+        """Last block of each unit that learns -> the learning rate of its hidden side at `step`."""
         return {
-            unit[-1]: of_block(self.args.learning_rate, unit[-1]) * self.factor(unit, step) for unit in self.by_unit
+            unit[-1]: of_block(self.args.learning_rate, unit[-1]) * self.factor(unit, step)
+            for unit, optimizers in self.by_unit.items()
+            if optimizers
         }
 
     def observe(self, metric_by_exit: dict[int, float]) -> None:
@@ -200,7 +203,7 @@ class BlockOptimizers:
         for table in self.embeddings:
             table.sparse = False
         for block in self.frozen_blocks:
-            block.frozen = False
+            block.frozen = ()
         for parameter in self.frozen:
             parameter.requires_grad_(True)
 

@@ -25,8 +25,8 @@ CONDITIONS = (
     "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "embedding_learning_rate_factor",
     "weight_decay", "target_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "max_grad_norm",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "eval_strategy", "eval_steps",
-    "early_stopping_patience", "torch_compile", "frozen_blocks", "cache_frozen", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "replicas",
+    "early_stopping_patience", "torch_compile", "frozen_blocks", "freeze", "cache_frozen",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "replicas",
 )  # fmt: skip
 
 

@@ -170,7 +170,8 @@ class Stage:
                     lap("send", step)
                 if not block.ends_unit:
                     continue
-                (out.loss * weight).backward()
+                if block.learns:
+                    (out.loss * weight).backward()
                 lap(f"backward {block.index}", step)
                 mean = losses.setdefault(block.index, {})
                 for name, value in cut(out.losses).items():

@@ -133,10 +133,12 @@ def continue_model(
     """The model of `args.model_name_or_path`, and its tokenizer, to go on with.
 
     If the model knows all labels of the data, it keeps its own, in their order. If not, its label side starts anew: the
-    layers between labels and target codes, which have one row or column per label.
+    layers between labels and target codes, which have one row or column per label. With more `num_blocks` than were
+    saved, the others are new.
 
     Raises:
-        ValueError: a model that cannot be trained, or config values that do not fit its weights.
+        ValueError: a model that cannot be trained, config values that do not fit its weights, or labels that frozen
+            blocks cannot learn.
     """
     name = args.model_name_or_path
     assert name is not None
@@ -165,13 +167,19 @@ def continue_model(
             "Continuing from %s. Its labels are %s, those of the data are %s: the label side of block 0 starts anew.",
             name, some(known, 8), some(names, 8),
         )  # fmt: skip
+    if args.freeze == "blocks":
+        _check_frozen(args, saved.config, names if not keeps_labels else [])
     labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
     config = _config(args, {**saved.config.uncalibrated().to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
     model = new_model(config, args.seed, args.offload)
+
+    def is_kept(parameter: str) -> bool:
+        k = int(parameter.split(".")[2])
+        return k < saved.config.num_blocks and (keeps_labels or not _is_label_side(parameter, model))
+
     kept, wanted = (
-        {n: t for n, t in tensors.items() if keeps_labels or not _is_label_side(n, model)}
-        for tensors in (saved.state_dict(), model.state_dict())
+        {n: t for n, t in tensors.items() if is_kept(n)} for tensors in (saved.state_dict(), model.state_dict())
     )
     wrong = difference(*({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (kept, wanted)))
     if wrong:
@@ -249,6 +257,22 @@ def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
         raise ValueError(
             f"Expected a model whose training fits the {there / 2**30:.0f} GiB of this machine, got one of {count:,} "
             f"parameters, which needs {needed / 2**30:,.0f} GiB{state}. Pass {smaller}{more}."
+        )
+
+
+def _check_frozen(args: TrainingArguments, saved: ALConfig, others: list[str]) -> None:
+    """Refuses to freeze blocks whole that have yet to learn. `others`: labels that the saved model does not have."""
+    name, blocks = args.model_name_or_path, saved.num_blocks
+    if others:
+        raise ValueError(
+            f"Expected labels that {name} knows with freeze=blocks, {some(saved.label_names, 8)}, got "
+            f"{some(others, 8)}: the blocks that are frozen cannot learn others. Pass --freeze encoders, or data with "
+            "those labels."
+        )
+    if args.frozen_blocks > blocks:
+        raise ValueError(
+            f"Expected frozen_blocks of at most {blocks}, the blocks of {name}, with freeze=blocks, got "
+            f"{args.frozen_blocks}: new blocks have yet to learn. Pass fewer."
         )
 
 

@@ -304,6 +304,18 @@ def test_stages_compute_frozen_blocks_once(run_flags, tmp_path):
     assert found[0] == found[1]
 
 
+def test_stages_grow_a_model_like_one_process(run_flags, tmp_path):
+    """One stage learns nothing at all."""
+    small = run_flags("lstm_al_ce", 1, tmp_path / "small", "--num_blocks=2", "--max_steps=20")
+    run_world(1, jobs.train, small)
+    more, found = [f"--model_name_or_path={tmp_path / 'small'}", "--frozen_blocks=2", "--freeze=blocks"], []
+    for stages, placement in ((1, "equal"), (3, "0,1-2,3")):
+        flags = run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", *more, "--max_steps=33")
+        run_world(stages, jobs.train, [*flags, f"--placement={placement}"])
+        found.append(sha256(tmp_path / f"{stages}", 33))
+    assert found[0] == found[1]
+
+
 def test_a_boundary_sent_after_the_update_is_noticed(run_flags, alone, tmp_path):
     run_world(2, jobs.sends_after_the_update, run_flags("lstm_al_ce", 2, tmp_path / "run"))
     assert sha256(tmp_path / "run")["model.safetensors"] != alone("lstm_al_ce")["model.safetensors"]

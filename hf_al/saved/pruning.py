@@ -1,0 +1,40 @@
+"""Fewer blocks: the first ones of a trained model are a model of their own, whose last exit is the one they had."""
+
+from typing import Any, TypeVar
+
+from ..modeling.modeling_al import ALForSequenceClassification
+
+Model = TypeVar("Model", bound=ALForSequenceClassification)
+
+
+def prune(model: Model, keep: int) -> Model:
+    """The first blocks of a trained model, with copies of their weights; the model itself stays as it is.
+
+    The logits of the result are those of `model(..., exit_block=keep - 1)`, bit for bit. It can be trained on. What
+    `hf-al calibrate` has set is gone, because it was measured against the last exit.
+
+    Args:
+        model: trained with a local objective and whole, not saved with `inference_only=True`.
+        keep: how many blocks, at least 1 and fewer than there are.
+
+    Raises:
+        ValueError: a model whose earlier blocks have no exits, or another number.
+    """
+    config = model.config
+    if len(config.exits()) < config.num_blocks:
+        why = "was saved with inference_only=True" if config.inference_only else f"has the objective {config.objective}"
+        raise ValueError(
+            f"Expected a model with an exit after every block, got one that {why}: its only exit is after the last "
+            "block. Pass the whole model, trained with a local objective."
+        )
+    if not 1 <= keep < config.num_blocks:
+        raise ValueError(
+            f"Expected to keep at least 1 block and fewer than {config.num_blocks}, which there are, got {keep}. Pass "
+            "another number; hf-al export copies a model whole."
+        )
+    pruned: Any = type(model)(config.first_blocks(keep))
+    pruned.to(device=model.device, dtype=model.dtype)
+    names = pruned.state_dict().keys()
+    pruned.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
+    pruned.train(model.training)
+    return pruned
