@@ -305,7 +305,7 @@ def _plan_flags(parser: FlagParser) -> None:
     add_training_flags(parser)
     group = parser.add_argument_group("plan")
     group.add_argument(
-        "--stages", type=reader(list[int]), default=[1, 2, 4], metavar="LIST", help="how many (default: 1,2,4)"
+        "--stages", type=reader(list[int]), default=[], metavar="LIST", help="how many (default: 1,2,4,... one a block)"
     )
     group.add_argument("--bandwidth", default="10Gbit", metavar="RATE", help="of a link, per second (default: 10Gbit)")
     group.add_argument("--latency", default="50us", metavar="TIME", help="of a link (default: 50us)")
@@ -318,6 +318,8 @@ def _plan(flags: Namespace) -> None:
     names = ("stages", "bandwidth", "latency", "tokens", "json", "plot")
     own = {name: vars(flags).pop(name) for name in names}
     args = resolve({**vars(flags), "print_config": True})  # without an output folder
+    if own["plot"] and not Path(own["plot"]).absolute().parent.is_dir():
+        raise ValueError(f"Expected a folder for --plot, found none at {Path(own['plot']).parent}. Make it first.")
     if own["tokens"] is None:
         check_data_arguments(args)
     set_up_output(args.disable_tqdm)

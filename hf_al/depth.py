@@ -71,7 +71,7 @@ def growth(name: str, revision: str | None, blocks: int) -> dict[str, Any]:
     config = load_config(name, revision)
     why = ""
     if config.model_type == PRETRAINED:
-        why = "whose blocks have all layers of their encoder. Cut that into more blocks: hf-al train --encoder"
+        why = "whose layers are those of a pretrained encoder. Cut that into more blocks: hf-al train --encoder"
     elif config.inference_only:
         why = "saved with inference_only=True, which cannot be trained. Pass the whole model"
     elif OBJECTIVES[config.objective].end_to_end:
@@ -101,6 +101,7 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
         ValueError: a model that cannot grow or has `most` blocks already, or flags that do not go together.
     """
     from .metrics import is_better
+    from .training.setup import remove_run
 
     best, revision = name, values.pop("model_revision", None)
     first = growth(best, revision, 1)
@@ -114,6 +115,8 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
     args = resolve({**values, **first, "model_revision": revision})
     _check_several_runs(args)
     folder = check_output_dir(args)
+    if args.overwrite_output_dir and args.resume_from_checkpoint is None:
+        remove_run(folder, ["blocks-*"])
     set_up_output(args.disable_tqdm)
     for blocks in range(first["num_blocks"], most + 1):
         here = folder / f"blocks-{blocks}"
@@ -179,5 +182,6 @@ def run_prune(flags: Namespace) -> None:
 
     model, tokenizer = load_model(flags.model, flags.revision)
     pruned = prune(model, flags.keep)
-    pruned.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with export(out) as aside:
+        pruned.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)

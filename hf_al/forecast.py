@@ -27,6 +27,7 @@ from .parallel.schedule import Task
 from .parsing import BALANCED, check_stages
 from .training.costs import Cost, backprop_costs, local_costs
 from .training.measure import measured_cuts, median_length
+from .training.memory import shortage_explained
 from .training.setup import check_model, known_values, make_config, set_threads
 from .training.start import load, new_model
 
@@ -36,6 +37,9 @@ MICRO_BATCHES = (2, 4, 8, 16)  # of the pipelines, which use the best number
 ROUNDS = 6  # timed steps of each block; the first one warms up
 DEPTHS = (1, 2, 4, 8, 12, 16, 24, 32)  # stages of one block each, in the plot over depth
 MANY = 64  # batches in that plot
+UNKNOWN = {  # arguments that would change what is predicted, and the values that it is for
+    "replicas": 1, "gradient_accumulation_steps": 1, "placement": "balanced", "offload": False, "torch_compile": False,
+}  # fmt: skip
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 PIPELINES = {"GPipe": schedule.gpipe, "1F1B": schedule.one_f_one_b, "zero bubble": schedule.zero_bubble}
 
@@ -63,8 +67,9 @@ def quantity(text: str, units: str) -> float:
     Raises:
         ValueError: no number, or another unit.
     """
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?([kmgu]?" + units + ")(?:/s)?", text.strip(), re.IGNORECASE)
-    value = float(match[1]) * UNITS.get(match[2].lower(), 0.0) if match and match[1].count(".") < 2 else 0.0
+    number = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+    match = re.fullmatch(f"{number} ?([kmgu]?{units})(?:/s)?", text.strip(), re.IGNORECASE)
+    value = float(match[1]) * UNITS.get(match[2].lower(), 0.0) if match else 0.0
     if value <= 0:
         example = "100Mbit or 10Gbit" if units == "bit" else "50us or 20ms"
         raise ValueError(f"Expected a number above 0 with its unit, such as {example}, got {text!r}.")
@@ -77,42 +82,47 @@ def plan(
     """Predicts a step of the run for each number of stages.
 
     Args:
-        args: of the run; without its `stages` and `replicas`.
+        args: of the run, whose `stages` do not count.
         stages: how many machines, each like this one.
         link: between them.
         tokens: of each text. If None, the data is read, and its median length is used.
 
     Returns:
         `rows`: for each number of stages and each way of training, `step_ms`, `texts_per_second`, `waiting` (share of
-        the time, mean over stages), `sent_mib` (in a step, over the busiest link), `memory_mib` (of the fullest stage:
-        weights, optimizer state, gradients, what backward passes need, boundaries). `depth`: seconds of 64 batches
-        with one stage for each of 1 to 32 blocks like the middle one here. And `tokens`, `batch`, `blocks`.
+        the time, mean over stages), and of each stage `sent_mib` (in a step) and `memory_mib` (weights, optimizer
+        state, gradients, what backward passes need, boundaries). `depth`: seconds of 64 batches with one stage for
+        each of 1 to 32 blocks like the middle one here. And `tokens`, `batch`, `blocks`.
 
     Raises:
-        ValueError: more stages than blocks, an objective whose gradients cross all blocks, or what `train` refuses.
+        ValueError: more stages than blocks, an objective whose gradients cross all blocks, arguments whose effect is
+            not predicted, or what `train` refuses.
     """
     link, device = link or Link(), torch.device("cpu" if args.use_cpu else best_device())
-    if args.replicas > 1:
-        raise ValueError(
-            f"Expected one replica, got {args.replicas}. Leave --replicas out: data parallelism is in the table anyway."
-        )
+    for name, value in UNKNOWN.items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"Expected {name}={value} with hf-al plan, got {getattr(args, name)}: its effect is not predicted. "
+                "Leave it out."
+            )
     model, tokens = _model_of(args, tokens, device)
-    config, batch = model.config, args.per_device_train_batch_size * args.gradient_accumulation_steps
+    config, batch = model.config, args.per_device_train_batch_size
     if OBJECTIVES[config.objective].end_to_end:
         raise ValueError(
             f"Expected a local objective, got {config.objective}, whose gradients cross all blocks. Leave --objective "
             "out: ways to split backpropagation are in the table anyway."
         )
+    stages = stages or [2**i for i in range(config.num_blocks.bit_length())]
     for number in stages:
         check_stages(number, config.num_blocks)
     timed: dict[str, Any] = {"args": args, "device": device, "tokens": tokens}
     timed |= {"rounds": ROUNDS, "typical": statistics.median}
-    local = local_costs(model, rows=args.per_device_train_batch_size, **timed)
     whole = copy.deepcopy(config)
     whole.objective = "backprop"
-    end_to_end = new_model(whole, args.seed)
     parts = sorted({1, *(m for m in (*MICRO_BATCHES, *stages) if batch % m == 0)})
-    backprop = {m: backprop_costs(end_to_end, rows=batch // m, **timed) for m in parts}
+    with shortage_explained(lambda: "the timing of blocks", "train", can_offload=False):
+        local = local_costs(model, rows=batch, **timed)
+        end_to_end = new_model(whole, args.seed)
+        backprop = {m: backprop_costs(end_to_end, rows=batch // m, **timed) for m in parts}
     rows = [row for number in stages for row in rows_of(number, args, local, backprop, link, batch)]
     middle = len(local) // 2
     most = max(m for m in parts if m <= 8)
@@ -131,10 +141,19 @@ def _model_of(
     if tokens is None:
         model, _, data, *_ = load(args, None)
         return model, median_length(model, token_lengths(data["train"]))
+    if args.model_name_or_path:
+        raise ValueError(
+            f"Expected no --tokens with {args.model_name_or_path}, got {tokens}: a trained model goes on with its data."
+        )
     values = known_values(args)
     if not args.encoder:
         values = {"vocab_size": args.tokenizer_vocab_size, **values, "max_position_embeddings": tokens}
-    return new_model(make_config(args, values), args.seed), tokens
+    config = make_config(args, values)
+    if tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"Expected at most {config.max_position_embeddings} tokens, the positions of {args.encoder}, got {tokens}."
+        )
+    return new_model(config, args.seed), tokens
 
 
 # --- the ways of training
@@ -157,7 +176,7 @@ def rows_of(
     if stages == 1:
         found.append({"way": "backpropagation", **_alone(backprop[1])})
     for name, make in PIPELINES.items() if stages > 1 else ():
-        tried = [pipeline_row(make, stages, m, costs, link) for m, costs in backprop.items() if m > 1]
+        tried = [pipeline_row(make, stages, m, backprop[m], link) for m in MICRO_BATCHES if m in backprop]
         if tried:
             found.append({"way": name, **min(tried, key=lambda row: row["step_ms"])})
     if stages > 1 and stages in backprop:
@@ -168,34 +187,28 @@ def rows_of(
 def stream_row(stages: int, args: TrainingArguments, costs: list[Cost], link: Link) -> dict[str, Any]:
     """Associated Learning: a stage takes the local steps of its blocks, and sends what leaves the last one before that
     block's backward pass."""
-    share = 0.5 if args.wire_dtype == "bf16" else 1.0
+    wire = [cost.sent_in_bf16 if args.wire_dtype == "bf16" else cost.sent for cost in costs]
     cuts = balanced_cuts([cost.step for cost in costs], stages, [cost.copy for cost in costs])
     owned = [costs[a:b] for a, b in pairwise(cuts)]
-    parts = args.gradient_accumulation_steps
+    sent = [wire[b - 1] for b in cuts[1:-1]] + [0]
 
     def seconds(stage: int, task: Task) -> float:
         *earlier, last = owned[stage]
-        updates = task.micro_batch == parts - 1
         if task.kind == "local":
-            return last.backward + updates * last.update
-        passes = sum(cost.forward + cost.backward + updates * cost.update for cost in earlier)
-        return passes + last.forward + last.copy * (stage < stages - 1) + (owned[stage - 1][-1].copy if stage else 0.0)
+            return last.backward + last.update
+        copies = last.copy * (stage < stages - 1) + (owned[stage - 1][-1].copy if stage else 0.0)
+        return sum(cost.step for cost in earlier) + last.forward + copies
 
     spans = schedule.simulate(
-        schedule.stream(stages, 2 * stages + 4, parts),
-        seconds,
-        lambda stage, task: link.seconds(share * owned[stage][-1].sent),
-        link.latency,
+        schedule.stream(stages, 2 * stages + 4), seconds, lambda stage, task: link.seconds(sent[stage]), link.latency
     )
     memory = [
         sum(cost.weights + cost.state for cost in own)
-        + (sum(cost.gradients for cost in own) if parts > 1 else max(cost.gradients for cost in own))
-        + max(cost.kept for cost in own)
-        + 3 * (own[-1].sent * (s < stages - 1) + (owned[s - 1][-1].sent if s else 0))  # one at work, two on their way
+        + max(cost.gradients + cost.kept for cost in own)
+        + 3 * (sent[s] + (sent[s - 1] if s else 0))  # one at work, two on their way
         for s, own in enumerate(owned)
     ]
-    sent = max((parts * share * own[-1].sent for own in owned[:-1]), default=0.0)
-    return _row(schedule.step_seconds(spans), _waiting(spans), sent, max(memory), parts)
+    return _row(schedule.step_seconds(spans), _waiting(spans), sent, memory)
 
 
 def pipeline_row(make: Any, stages: int, parts: int, costs: list[Cost], link: Link) -> dict[str, Any]:
@@ -220,13 +233,15 @@ def pipeline_row(make: Any, stages: int, parts: int, costs: list[Cost], link: Li
 
     orders = make(stages, stages + 3, parts)
     spans = schedule.simulate(orders, seconds, lambda stage, task: link.seconds(sent(stage, task)), link.latency)
-    at_once = [parts if make is schedule.gpipe else min(parts, stages - s) for s in range(stages)]
+    most = {schedule.gpipe: [parts] * stages, schedule.zero_bubble: [stages] * stages}
+    at_once = [min(parts, number) for number in most.get(make, range(stages, 0, -1))]
     memory = [
         sum(cost.weights + cost.state + cost.gradients + number * cost.kept for cost in own)
         for own, number in zip(owned, at_once, strict=True)
     ]
-    busiest = max(2 * parts * own[-1].sent for own in owned[:-1])
-    return _row(schedule.step_seconds(spans), _waiting(spans), busiest, max(memory), parts)
+    down = [parts * own[-1].sent for own in owned[:-1]]
+    both = [a + b for a, b in zip([*down, 0], [0, *down], strict=True)]  # hidden states down, their gradients back
+    return _row(schedule.step_seconds(spans), _waiting(spans), both, memory, parts)
 
 
 def data_parallel_row(replicas: int, costs: list[Cost], link: Link) -> dict[str, Any]:
@@ -240,24 +255,26 @@ def data_parallel_row(replicas: int, costs: list[Cost], link: Link) -> dict[str,
         sum(cost.update for cost in costs),
     )
     busy = sum(cost.step for cost in costs)
-    return {**_alone(costs), **_row(step, 1 - busy / step, sum(sizes), _memory(costs), 1)}
+    return _row(step, 1 - busy / step, [sum(sizes)] * replicas, [_memory(costs)] * replicas)
 
 
 def _alone(costs: list[Cost]) -> dict[str, Any]:
-    return _row(sum(cost.step for cost in costs), 0.0, 0.0, _memory(costs), 1)
+    return _row(sum(cost.step for cost in costs), 0.0, [0], [_memory(costs)])
 
 
 def _memory(costs: list[Cost]) -> float:
     return sum(cost.weights + cost.state + cost.gradients + cost.kept for cost in costs)
 
 
-def _row(seconds: float, waiting: float, sent: float, memory: float, parts: int) -> dict[str, Any]:
+def _row(
+    seconds: float, waiting: float, sent: Sequence[float], memory: Sequence[float], parts: int = 1
+) -> dict[str, Any]:
     return {
         "micro_batches": parts,
         "step_ms": 1000 * seconds,
         "waiting": waiting,
-        "sent_mib": sent / 2**20,
-        "memory_mib": memory / 2**20,
+        "sent_mib": [size / 2**20 for size in sent],
+        "memory_mib": [size / 2**20 for size in memory],
     }
 
 
@@ -314,8 +331,8 @@ def as_text(found: dict[str, Any]) -> str:
             "step ms": f"{row['step_ms']:,.1f}",
             "texts/s": f"{row['texts_per_second']:,.1f}",
             "waiting": f"{row['waiting']:.0%}",
-            "sent MiB": f"{row['sent_mib']:,.1f}",
-            "memory MiB": f"{row['memory_mib']:,.0f}",
+            "sent MiB": f"{max(row['sent_mib']):,.1f}",
+            "memory MiB": f"{max(row['memory_mib']):,.0f}",
         }
         for row in found["rows"]
     ]

@@ -278,7 +278,7 @@ def trained(files, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]
     worker that needs it makes it for all."""
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    folder, said = shared / "trained", shared / "trained.json"
+    folder, said = shared / "trained" / "run", shared / "trained.json"
     with FileLock(shared / "trained.lock"):
         if not said.exists():
             data = [f"--{split}_file={files / f'{split}.csv'}" for split in ("train", "validation", "test")]

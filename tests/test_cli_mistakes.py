@@ -17,7 +17,7 @@ TWEETS = ["train", "--output_dir=out", "--dataset_name=tweets"]
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["trian"], ["Expected one of train, evaluate", "Did you mean train?", "got 'trian'"]),
+        (["trian"], ["Expected one of train, grow", "Did you mean train?", "got 'trian'"]),
         (["train"], ["Expected --output_dir, got none"]),
         (["train", "--output_dir=out"], ["Expected data, got none", "--train_file", "--dataset_name"]),
         (["train", "--output_dir=out", "--learing_rate=1"], ["--learing_rate", "Did you mean --learning_rate?"]),

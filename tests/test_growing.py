@@ -274,9 +274,14 @@ def test_hf_al_train_takes_more_blocks_and_fewer_frozen_ones(shell, small, tweet
 
 def run_until(grow, monkeypatch, verdicts: list[bool], *flags: str):
     """`--grow_until 5`, with a validation that says whether each new block helps."""
-    said = iter(verdicts)
-    monkeypatch.setattr(metrics, "is_better", lambda *_: next(said))
-    return grow("best", "--grow_until=5", "--max_steps=3", *flags)
+    said, asked = iter(verdicts), []
+    monkeypatch.setattr(metrics, "is_better", lambda *values: asked.append(values) or next(said))
+    folder = grow("best", "--grow_until=5", "--max_steps=3", *flags)
+    for blocks, values in enumerate(asked, 3):
+        report = json.loads((folder / f"blocks-{blocks}" / "report.json").read_text())
+        before, now = (exit[report["metric"]] for exit in report["validation"][-2:])
+        assert values == (report["metric"], now, before)
+    return folder
 
 
 def test_growing_stops_at_the_first_block_that_does_not_help(grow, small, texts, monkeypatch):
@@ -340,7 +345,7 @@ def test_flags_that_cannot_be_are_refused(flags, said, shell, trained, tweet_fil
 
 def test_models_that_cannot_grow_are_refused(make_model, tmp_path):
     cases = {
-        "encoder": (make_model("al_encoder"), False, "whose blocks have all layers of their encoder. Cut that"),
+        "encoder": (make_model("al_encoder"), False, "whose layers are those of a pretrained encoder. Cut that"),
         "inference": (make_model(), True, "saved with inference_only=True, which cannot be trained. Pass the whole"),
         "backprop": (make_model(objective="backprop"), False, "of the objective backprop, whose only exit would move"),
     }

@@ -1,6 +1,6 @@
 """Timetables: nothing is used before it exists, no stage does two things at once, and known totals come out."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -63,6 +63,10 @@ def test_nothing_is_used_before_it_has_arrived(make, stages, batches, parts, ran
     at = {(s, span.task): span for s, row in enumerate(spans) for span in row}
     assert sorted(at) == sorted((s, task) for s, order in enumerate(orders) for task in order), "each once"
     assert all(span.end == pytest.approx(span.start + seconds[key]) for key, span in at.items())
+    if make is schedule.zero_bubble:
+        for row in spans:
+            held = [{"forward": 1, "weights": -1}.get(span.task.kind, 0) for span in row]
+            assert max(accumulate(held)) <= max(stages, 1)
     for row in spans:
         assert all(a.end <= b.start for a, b in pairwise(row)), "one thing at a time"
         assert [s.task.batch for s in row] == sorted(s.task.batch for s in row)

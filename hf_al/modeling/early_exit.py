@@ -93,11 +93,13 @@ def predict_texts(
                     pools[i + 1].add(rows_n, out.boundary, ~leaves_n)
 
     model.eval()
-    for rows_n in lengths_N.argsort(stable=True).split(batch_size):  # texts of like length together: little padding
-        pools[0].add(rows_n)
-        run(least=batch_size)
-    run(least=1)
-    model.train(was_training)
+    try:
+        for rows_n in lengths_N.argsort(stable=True).split(batch_size):  # texts of like length together: little padding
+            pools[0].add(rows_n)
+            run(least=batch_size)
+        run(least=1)
+    finally:
+        model.train(was_training)
     return ALPredictOutput(logits_NC, blocks_N)
 
 

@@ -57,7 +57,8 @@ def one_f_one_b(stages: int, batches: int, micro_batches: int) -> Orders:
 
 def zero_bubble(stages: int, batches: int, micro_batches: int) -> Orders:
     """The same with backward passes in two: the gradients of the weights fill what would be gaps (Qi et al., ICLR 2024,
-    there ZB-H1). In the order they come last; `simulate` pulls them forward."""
+    there ZB-H1). In the order they come last; `simulate` pulls them forward, also so that a stage holds no more
+    micro-batches than there are stages."""
     return [
         list(chain.from_iterable(_interleaved(b, micro_batches, stages - s, split=True) for b in range(batches)))
         for s in range(stages)
@@ -95,20 +96,22 @@ def simulate(
     free, links = [0.0] * len(orders), dict[tuple[int, str], float]()
     arrived: dict[tuple[int, Task], float] = {}  # by stage that waits for it, and the task that needs it
     done: set[tuple[int, Task]] = set()  # what each stage has computed
+    held = [0] * len(orders)  # micro-batches that wait for the gradients of the weights, where these are tasks
 
     def earliest(stage: int) -> tuple[float, int] | None:
         """When the stage could start its next task, and the place of that in what waits; None if that is not known."""
         head, last = waiting[stage][0], len(orders) - 1
         needs = (head.kind == "forward" and stage > 0) or (head.kind == "backward" and stage < last)
         ready = arrived.get((stage, head)) if needs else 0.0
-        if ready is not None and ready <= free[stage]:
+        is_full = head.kind == "forward" and held[stage] >= len(orders)
+        if ready is not None and ready <= free[stage] and not is_full:
             return free[stage], 0
         for place, task in enumerate(waiting[stage]):
             if task.batch != head.batch:
                 break
             if task.kind == "weights" and (stage, task._replace(kind="backward")) in done:
                 return free[stage], place
-        return None if ready is None else (ready, 0)
+        return None if ready is None else (max(ready, free[stage]), 0)
 
     while any(waiting):
         found = [(*when, stage) for stage in range(len(orders)) if waiting[stage] and (when := earliest(stage))]
@@ -117,6 +120,7 @@ def simulate(
         end = free[stage] = start + seconds(stage, task)
         spans[stage].append(Span(task, start, end))
         done.add((stage, task))
+        held[stage] += {"forward": 1, "weights": -1}.get(task.kind, 0)
         other = {"forward": stage + 1, "backward": stage - 1}.get(task.kind, -1)
         if 0 <= other < len(orders):
             links[stage, task.kind] = max(end, links.get((stage, task.kind), 0.0)) + sending(stage, task)
@@ -130,12 +134,6 @@ def step_seconds(spans: list[list[Span]]) -> float:
     full, last = len(spans), len(ends[0]) - 1
     assert last > full, "too few batches to fill the stages"
     return max((row[last] - row[full]) / (last - full) for row in ends)
-
-
-def bubble(spans: list[list[Span]]) -> float:
-    """The share of the time in which a stage waits, filling and draining included: the mean over stages."""
-    total = max(row[-1].end for row in spans) - min(row[0].start for row in spans)
-    return 1 - sum(span.end - span.start for row in spans for span in row) / (total * len(spans))
 
 
 def data_parallel(forward: list[float], backward: list[float], summing: list[float], update: float) -> float:

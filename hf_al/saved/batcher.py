@@ -99,7 +99,9 @@ class Batcher:
                 try:
                     answers = await loop.run_in_executor(thread, self.answer, texts, batch[0].options)
                     assert len(answers) == len(batch)
-                except Exception as error:
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as error:  # a panic inside tokenizers is no Exception, and the thread has to go on
                     logger.exception("The model failed on a batch of %d.", len(batch))
                     name = type(error).__name__  # its text may name files of this machine
                     for waiting in batch:

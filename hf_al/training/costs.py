@@ -33,6 +33,7 @@ class Cost:
         kept: bytes that the forward pass keeps for the backward pass.
         weights, gradients, state: bytes, the last of the optimizer.
         sent: bytes of what leaves the block.
+        sent_in_bf16: the same on a wire in bfloat16.
     """
 
     forward: float
@@ -45,6 +46,7 @@ class Cost:
     gradients: int
     state: int
     sent: int
+    sent_in_bf16: int
 
     @property
     def step(self) -> float:
@@ -216,6 +218,7 @@ def _cost(
         gradients=gradients,
         state=sum(_bytes(t) for k in blocks for t in optimizers.state(k).values()),
         sent=sum(_bytes(t) for t in sent.values()),
+        sent_in_bf16=sum(_bytes(t) // (2 if t.dtype == torch.float32 else 1) for t in sent.values()),
     )
 
 

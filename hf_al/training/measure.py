@@ -98,7 +98,10 @@ def block_seconds(
     ids = torch.ones(MANY, median_length(model, lengths), dtype=torch.long, device=device)
     inputs = model.model.prepare_inputs(ids, torch.ones_like(ids))
     blocks, exits = model.model.blocks, model.config.exits()
+    was_training = model.training
+    model.eval()
     rounds = [(_laps(blocks, inputs, (), device), _laps(blocks, inputs, exits, device)) for _ in range(ANSWERS)][1:]
+    model.train(was_training)
     alone, with_exits = (np.median(laps, axis=0) for laps in zip(*rounds, strict=True))
     return alone.tolist(), (with_exits - alone).clip(min=0).tolist()
 

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -103,13 +103,18 @@ def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder / "checkpoints")
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
-            for path in [p for pattern in RUN_FILES for p in folder.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove_run(folder)
     except OSError as error:
         raise ValueError(
             f"Expected an output_dir that can be emptied, got {folder}: {error.strerror or error}. Pass another "
             "folder, or fix its permissions."
         ) from None
+
+
+def remove_run(folder: Path, more: Iterable[str] = ()) -> None:
+    """Removes what a run may have left in its folder, its config.json first, and what else matches `more`."""
+    for path in [p for pattern in (*RUN_FILES, *more) for p in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
