@@ -80,8 +80,8 @@ def encoded(model: Any, tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor,
 
 
 def times(model: Any, tokenizer: Any, texts: list[str], known: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds for each text of whole calls: by each exit, with every text leaving where it may, and of the
-    tokenization."""
+    """Milliseconds for each text of whole calls: by each exit, and with every text leaving where it may; for the last
+    two of these also with tokenization."""
     texts = list(texts[: known.timed])
     batch = encoded(model, tokenizer, texts)
     exits: list[Any] = [*model.config.exits(), *(["adaptive"] if model.config.exit_thresholds is not None else [])]
@@ -89,15 +89,16 @@ def times(model: Any, tokenizer: Any, texts: list[str], known: argparse.Namespac
     def call(exit: Any) -> Any:
         return lambda: model.predict(*batch, exit=exit, batch_size=BATCH)
 
-    calls = {str(exit): call(exit) for exit in exits} | {"tokenization": lambda: encoded(model, tokenizer, texts)}
+    def whole(exit: Any) -> Any:
+        return lambda: model.predict(*encoded(model, tokenizer, texts), exit=exit, batch_size=BATCH)
+
+    calls = {str(exit): call(exit) for exit in exits}
+    calls |= {f"{exit} from text": whole(exit) for exit in exits[-2:]}
     seconds = interleaved(calls, known.rounds, warmup=1)
     result = {"ms by exit": {name: 1000 * statistics.median(s) / len(texts) for name, s in seconds.items()}}
     if "adaptive" in seconds:
-        full = seconds[str(model.config.num_blocks - 1)]
-        words = seconds["tokenization"]
-        with_words = [[a + b for a, b in zip(s, words, strict=True)] for s in (full, seconds["adaptive"])]
-        result["throughput"] = paired_ratio(full, seconds["adaptive"])
-        result["throughput with tokenization"] = paired_ratio(*with_words)
+        for name, suffix in (("throughput", ""), ("throughput with tokenization", " from text")):
+            result[name] = paired_ratio(seconds[f"{exits[-2]}{suffix}"], seconds[f"adaptive{suffix}"])
     return result
 
 
