@@ -186,7 +186,7 @@ print("done", sorted(os.listdir(disk / "run")))
 """
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_keeps_the_last_checkpoint(files, tmp_path):
     """A small tmpfs."""
     alone = in_own_mounts(tmp_path)
@@ -471,7 +471,7 @@ def test_a_stopped_process_ends_with_the_status_of_its_signal_and_a_checkpoint(n
 # --- secrets
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_no_secret_of_the_environment_is_written_anywhere(files, tmp_path):
     """Not by a run with checkpoints and a tracker, by evaluate, an export, a mistake or a crash."""
     secrets = {

@@ -48,7 +48,7 @@ def test_an_own_architecture_is_trained_and_asked_for_on_the_command_line(conv, 
         assert status == 0, err
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_an_own_objective_is_found_by_its_module_and_its_losses_are_plotted(start, tweet_files, tmp_path, monkeypatch):
     shutil.copy(EXAMPLES / "own_objective.py", tmp_path)
     monkeypatch.chdir(tmp_path)

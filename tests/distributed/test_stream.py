@@ -103,6 +103,7 @@ def test_a_pretrained_encoder_streams(more, encoder_folder, tweet_files, tmp_pat
     assert sha256(tmp_path / "3") == sha256(tmp_path / "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--objective=local_similarity"], slow(["--model_type=al_conv"])])
 def test_an_objective_and_an_encoder_of_a_users_own_stream(flags, run_flags, tmp_path):
     """Those of the documentation: they do not declare what they send."""
@@ -131,6 +132,7 @@ def test_the_model_is_merged_without_the_optimizer_state_of_other_stages(run_fla
     assert not [name for name in found[1]["read"] if name.startswith(checkpoint.OPTIMIZER)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], slow(["--replicas=2", "--gradient_accumulation_steps=1"])], ids=["1", "2"])
 def test_processes_that_share_no_folder_leave_the_bytes_of_one(more, run_flags, alone, tmp_path):
     """As on several machines; also after one of them has failed. Only the last stage's folder has any files."""
@@ -237,6 +239,7 @@ def test_stages_go_on_from_one_trained_model(run_flags, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--wire_dtype=bf16"], slow(["--bf16"])])
 def test_a_narrow_wire_rounds_in_every_placement(more, run_flags, alone, tmp_path):
     counts = {}
@@ -263,6 +266,7 @@ def test_early_stopping_is_one_decision(run_flags, tmp_path):
     assert sha256(tmp_path / "3") == sha256(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_report_of_several_stages_is_that_of_one_and_shows_what_each_did(run_flags, tmp_path):
     """Except for times, memory and names of the machine."""
     for stages in (1, 3):
