@@ -242,7 +242,7 @@ def run(line: str, monkeypatch) -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     "page",
     [slow(p) if p in ("measured", "stages") else p for p in PAGES if commands(p)],  # benchmarks, launches
