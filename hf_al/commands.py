@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import shtab
-
 from .depth import grow_flags, prune_flags, run_grow, run_prune
 from .early import (
     check_can_push,
@@ -18,15 +16,16 @@ from .early import (
     check_destination,
     check_exit,
     check_input_and_output,
-    check_is_new,
     check_model_folder,
     check_model_name,
+    check_parent,
     check_training,
     input_format,
 )
 from .flags import (
     COLUMNS,
     MODEL,
+    add_copy,
     add_delimiter,
     add_file,
     add_labelled,
@@ -36,6 +35,7 @@ from .flags import (
     check_labelled_file,
     exit_name,
     labelled,
+    load_for_copy,
     positive,
     set_threads,
     set_up_output,
@@ -169,6 +169,7 @@ def _predict(flags: Namespace) -> None:
     set_up_output(flags.disable_tqdm)
     from .saved.prediction import predict_file
 
+    set_threads(flags)
     predict_file(flags)
 
 
@@ -278,20 +279,12 @@ def _push(flags: Namespace) -> None:
 
 
 def _export_flags(parser: FlagParser) -> None:
-    add_model(parser, MODEL)
-    add_revision(parser)
-    parser.add_argument("out", metavar="OUT", help="new or empty folder").complete = shtab.DIRECTORY  # type: ignore
+    add_copy(parser)
     parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")
 
 
 def _export(flags: Namespace) -> None:
-    check_model_name(flags.model, flags.revision)
-    out = Path(flags.out)
-    check_is_new(out)
-    set_up_output(disable_tqdm=not sys.stderr.isatty())
-    from .loading import load_model
-
-    model, tokenizer = load_model(flags.model, flags.revision)
+    model, tokenizer, out = load_for_copy(flags)
     model.save_pretrained(out, inference_only=flags.inference_only)
     tokenizer.save_pretrained(out)
 
@@ -318,8 +311,8 @@ def _plan(flags: Namespace) -> None:
     names = ("stages", "bandwidth", "latency", "tokens", "json", "plot")
     own = {name: vars(flags).pop(name) for name in names}
     args = resolve({**vars(flags), "print_config": True})  # without an output folder
-    if own["plot"] and not Path(own["plot"]).absolute().parent.is_dir():
-        raise ValueError(f"Expected a folder for --plot, found none at {Path(own['plot']).parent}. Make it first.")
+    if own["plot"]:
+        check_parent("--plot", Path(own["plot"]))
     if own["tokens"] is None:
         check_data_arguments(args)
     set_up_output(args.disable_tqdm)

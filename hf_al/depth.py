@@ -2,18 +2,15 @@
 
 import logging
 import shutil
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import shtab
-
 from .arguments import PRETRAINED, TrainingArguments
 from .atomic import export
-from .early import check_is_new, check_model_name, check_output_dir
-from .flags import MODEL, add_model, add_revision, positive, set_up_output
+from .early import check_model_name, check_output_dir
+from .flags import MODEL, add_copy, add_model, load_for_copy, positive, set_up_output
 from .parallel.launch import is_launched, said_once
 from .parsing import FlagParser, add_training_flags, reader, resolve
 from .report import read_report
@@ -166,21 +163,14 @@ def _copy(name: str, revision: str | None, folder: Path) -> None:
 
 
 def prune_flags(parser: FlagParser) -> None:
-    add_model(parser, MODEL)
-    add_revision(parser)
-    parser.add_argument("out", metavar="OUT", help="new or empty folder").complete = shtab.DIRECTORY  # type: ignore
+    add_copy(parser)
     parser.add_argument("--keep", type=reader(int), required=True, metavar="N", help="how many blocks, the first ones")
 
 
 def run_prune(flags: Namespace) -> None:
-    check_model_name(flags.model, flags.revision)
-    out = Path(flags.out)
-    check_is_new(out)
-    set_up_output(disable_tqdm=not sys.stderr.isatty())
-    from .loading import load_model
+    model, tokenizer, out = load_for_copy(flags)
     from .saved.pruning import prune
 
-    model, tokenizer = load_model(flags.model, flags.revision)
     pruned = prune(model, flags.keep)
     with export(out) as aside:
         pruned.save_pretrained(aside)

@@ -357,12 +357,17 @@ def check_ending(flag: str, path: str) -> None:
         raise ValueError(f"Expected a .jsonl, .csv, .tsv or .parquet file as {flag}, got {path}. Pass another ending.")
 
 
+def check_parent(flag: str, path: Path) -> None:
+    """Refuses to write where there is no folder."""
+    if not path.parent.is_dir():
+        raise ValueError(f"Expected a folder for {flag}, found none at {path.parent}. Make it first.")
+
+
 def check_destination(flag: str, path: str, source: str | None, model: str) -> None:
     """Refuses to write in an unknown format, where there is no folder, over what is read, or into the model."""
     check_ending(flag, path)
     target = Path(os.path.realpath(path) if Path(path).is_symlink() else path)
-    if not target.parent.is_dir():
-        raise ValueError(f"Expected a folder for {flag}, found none at {target.parent}. Make it first.")
+    check_parent(flag, target)
     if source is not None and target.is_file() and target.samefile(source):
         raise ValueError(f"Expected another file as {flag} than the one that is read, got {path}. Pass another name.")
     if Path(model).is_dir() and target.resolve().is_relative_to(Path(model).resolve()) and target.exists():

@@ -3,16 +3,20 @@
 import logging
 import sys
 from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import shtab
 
-from .early import check_labelled, columns_of
+from .early import check_is_new, check_labelled, check_model_name, columns_of
 from .parsing import FlagParser, reader
 from .values import capped
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from .modeling.modeling_al import ALForSequenceClassification
 
 MODEL = "folder of a trained model, or a Hub id"
 COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
@@ -63,6 +67,24 @@ def add_model(parser: FlagParser, help: str, name: str = "model", **options: str
 def add_revision(parser: FlagParser) -> None:
     parser.add_argument("--import", dest="import_module", metavar="MODULE", help="imported first: see hf-al train")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+
+
+def add_copy(parser: FlagParser) -> None:
+    """The flags that name a model and where a model made from it goes."""
+    add_model(parser, MODEL)
+    add_revision(parser)
+    parser.add_argument("out", metavar="OUT", help="new or empty folder").complete = shtab.DIRECTORY  # type: ignore
+
+
+def load_for_copy(flags: Namespace) -> "tuple[ALForSequenceClassification, PreTrainedTokenizerBase, Path]":
+    """The model and its tokenizer, and the folder for what is made from them."""
+    check_model_name(flags.model, flags.revision)
+    out = Path(flags.out)
+    check_is_new(out)
+    set_up_output(disable_tqdm=not sys.stderr.isatty())
+    from .loading import load_model
+
+    return *load_model(flags.model, flags.revision), out
 
 
 def add_delimiter(parser: FlagParser) -> None:

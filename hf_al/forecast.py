@@ -5,7 +5,6 @@ The blocks are timed here, one by one; who waits for whom then follows from the 
 """
 
 import copy
-import logging
 import re
 import statistics
 from collections.abc import Sequence
@@ -30,8 +29,6 @@ from .training.measure import measured_cuts, median_length
 from .training.memory import shortage_explained
 from .training.setup import check_model, known_values, make_config, set_threads
 from .training.start import load, new_model
-
-logger = logging.getLogger(__name__)
 
 MICRO_BATCHES = (2, 4, 8, 16)  # of the pipelines, which use the best number
 ROUNDS = 6  # timed steps of each block; the first one warms up
@@ -173,14 +170,13 @@ def rows_of(
         batch: texts of an optimizer step.
     """
     found = [{"way": "Associated Learning", **stream_row(stages, args, local, link)}]
-    if stages == 1:
-        found.append({"way": "backpropagation", **_alone(backprop[1])})
     for name, make in PIPELINES.items() if stages > 1 else ():
         tried = [pipeline_row(make, stages, m, backprop[m], link) for m in MICRO_BATCHES if m in backprop]
         if tried:
             found.append({"way": name, **min(tried, key=lambda row: row["step_ms"])})
-    if stages > 1 and stages in backprop:
-        found.append({"way": "data parallel", **data_parallel_row(stages, backprop[stages], link)})
+    if stages in backprop:
+        way = "data parallel" if stages > 1 else "backpropagation"
+        found.append({"way": way, **data_parallel_row(stages, backprop[stages], link)})
     return [{"stages": stages, **row, "texts_per_second": 1000 * batch / row["step_ms"]} for row in found]
 
 
@@ -245,7 +241,8 @@ def pipeline_row(make: Any, stages: int, parts: int, costs: list[Cost], link: Li
 
 
 def data_parallel_row(replicas: int, costs: list[Cost], link: Link) -> dict[str, Any]:
-    """Every machine has all blocks and a part of the batch; gradients are summed around a ring, block by block."""
+    """Every machine has all blocks and a part of the batch; gradients are summed around a ring, block by block. One
+    machine has nothing to sum: plain backpropagation."""
     around = 2 * (replicas - 1)
     sizes = [around / replicas * cost.gradients for cost in costs]
     step = schedule.data_parallel(
@@ -255,15 +252,8 @@ def data_parallel_row(replicas: int, costs: list[Cost], link: Link) -> dict[str,
         sum(cost.update for cost in costs),
     )
     busy = sum(cost.step for cost in costs)
-    return _row(step, 1 - busy / step, [sum(sizes)] * replicas, [_memory(costs)] * replicas)
-
-
-def _alone(costs: list[Cost]) -> dict[str, Any]:
-    return _row(sum(cost.step for cost in costs), 0.0, [0], [_memory(costs)])
-
-
-def _memory(costs: list[Cost]) -> float:
-    return sum(cost.weights + cost.state + cost.gradients + cost.kept for cost in costs)
+    memory = sum(cost.weights + cost.state + cost.gradients + cost.kept for cost in costs)
+    return _row(step, max(0.0, 1 - busy / step), [sum(sizes)] * replicas, [memory] * replicas)
 
 
 def _row(

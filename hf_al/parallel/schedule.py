@@ -5,7 +5,6 @@ and what it needs from another stage has arrived.
 """
 
 from collections.abc import Callable
-from itertools import chain
 from typing import NamedTuple
 
 
@@ -41,39 +40,33 @@ def stream(stages: int, batches: int, micro_batches: int = 1) -> Orders:
 
 def gpipe(stages: int, batches: int, micro_batches: int) -> Orders:
     """All forwards of a batch, then all backwards (Huang et al., NeurIPS 2019)."""
-    return [
-        list(chain.from_iterable(_interleaved(b, micro_batches, micro_batches) for b in range(batches)))
-        for _ in range(stages)
-    ]
+    return [_pipeline(batches, micro_batches, micro_batches) for _ in range(stages)]
 
 
 def one_f_one_b(stages: int, batches: int, micro_batches: int) -> Orders:
     """Forwards and backwards alternate once the pipeline is full (Narayanan et al., SOSP 2019)."""
-    return [
-        list(chain.from_iterable(_interleaved(b, micro_batches, stages - s) for b in range(batches)))
-        for s in range(stages)
-    ]
+    return [_pipeline(batches, micro_batches, stages - s) for s in range(stages)]
 
 
 def zero_bubble(stages: int, batches: int, micro_batches: int) -> Orders:
     """The same with backward passes in two: the gradients of the weights fill what would be gaps (Qi et al., ICLR 2024,
     there ZB-H1). In the order they come last; `simulate` pulls them forward, also so that a stage holds no more
     micro-batches than there are stages."""
-    return [
-        list(chain.from_iterable(_interleaved(b, micro_batches, stages - s, split=True) for b in range(batches)))
-        for s in range(stages)
-    ]
+    return [_pipeline(batches, micro_batches, stages - s, split=True) for s in range(stages)]
 
 
-def _interleaved(batch: int, micro_batches: int, ahead: int, split: bool = False) -> list[Task]:
-    """One batch of a pipeline: `ahead` forwards, then a backward and a forward in turns."""
-    forward, backward, weights = (
-        [Task(kind, batch, m) for m in range(micro_batches)] for kind in ("forward", "backward", "weights")
-    )
-    tasks = forward[:ahead]
-    for m in range(micro_batches):
-        tasks += [backward[m], *forward[ahead + m : ahead + m + 1]]
-    return [*tasks, *(weights if split else []), Task("update", batch)]
+def _pipeline(batches: int, micro_batches: int, ahead: int, split: bool = False) -> list[Task]:
+    """What a stage does in a pipeline: for each batch `ahead` forwards, then a backward and a forward in turns."""
+    tasks: list[Task] = []
+    for batch in range(batches):
+        forward, backward, weights = (
+            [Task(kind, batch, m) for m in range(micro_batches)] for kind in ("forward", "backward", "weights")
+        )
+        tasks += forward[:ahead]
+        for m in range(micro_batches):
+            tasks += [backward[m], *forward[ahead + m : ahead + m + 1]]
+        tasks += [*(weights if split else []), Task("update", batch)]
+    return tasks
 
 
 def simulate(

@@ -25,7 +25,6 @@ from ..atomic import replacing
 from ..early import input_format
 from ..loading import best_device, device_of, load_model
 from ..modeling.modeling_al import ALForSequenceClassification
-from ..values import capped
 from .answers import Write, columns, writer
 from .rows import Texts, Unusable, read_rows
 
@@ -186,8 +185,6 @@ def predict_file(flags: Namespace) -> None:
         ValueError: a file, a format, a column, an exit or a model that does not exist or cannot be read.
     """
     kind = input_format(flags.input, flags.input_format)
-    if flags.threads:
-        torch.set_num_threads(capped("threads", flags.threads))
     model, tokenizer = load_model(flags.model, flags.revision)
     model.to(best_device())  # type: ignore[arg-type]
     if flags.input is None and not flags.texts and sys.stdin.isatty():

@@ -7,7 +7,18 @@ from typing import Any
 from ..messages import nearest
 from .rows import RowError, Texts, usable
 
-KEYS = ("texts", "text", "exit", "all_scores")
+TEXT = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2}]}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "texts": {"type": "array", "items": TEXT, "minItems": 1, "description": "texts, or pairs of texts"},
+        "text": {"type": "string", "description": "in place of texts: a single one"},
+        "exit": {"oneOf": [{"type": "integer"}, {"const": "adaptive"}], "description": "the block to stop at"},
+        "all_scores": {"type": "boolean", "default": False, "description": "scores of all classes"},
+    },
+    "additionalProperties": False,
+}
+KEYS = tuple(SCHEMA["properties"])
 EXAMPLE = 'Send {"texts": ["The crew was lovely!"]}, for example.'
 LONGEST_TEXT = 2**16  # characters; no model reads as many, but its tokenizer would
 

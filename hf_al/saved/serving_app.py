@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling.modeling_al import ALForSequenceClassification
 from .batcher import Answer, Batcher, ModelError, Options, Overloaded
 from .prediction import predict
-from .request_body import Refused, read_body
+from .request_body import SCHEMA, Refused, read_body
 from .rows import Texts
 
 LINKS = {"predict": "/predict", "health": "/health", "metrics": "/metrics", "openapi": "/openapi.json"}
@@ -25,17 +25,6 @@ RETRY_AFTER = {"Retry-After": "1"}  # seconds
 CLOSE = {"Connection": "close"}  # what is left of the body is not read
 GONE = 499  # nobody sees it, but it is counted: nginx's number for a client that has left
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-TEXT = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2}]}
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "texts": {"type": "array", "items": TEXT, "minItems": 1, "description": "texts, or pairs of texts"},
-        "text": {"type": "string", "description": "in place of texts: a single one"},
-        "exit": {"oneOf": [{"type": "integer"}, {"const": "adaptive"}], "description": "the block to stop at"},
-        "all_scores": {"type": "boolean", "default": False, "description": "scores of all classes"},
-    },
-    "additionalProperties": False,
-}
 
 
 @dataclass(frozen=True)

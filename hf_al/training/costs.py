@@ -113,8 +113,9 @@ def local_costs(
                 out.loss.backward()
             end = now(device)
             gradients = sum(map(_bytes, optimizers.gradients(unit)))
+            ready = now(device)
             optimizers.update(unit, step)
-            times.append((middle - start, end - middle, now(device) - end))
+            times.append((middle - start, end - middle, now(device) - ready))
         with _kept(blocks.values()) as kept:
             out = forward(0)
         seconds = [typical(list(column)) for column in zip(*times[1:], strict=True)]
@@ -151,9 +152,11 @@ def backprop_costs(
             forward[k].append(now(device) - start)
             boundary = outs[k].boundary
         for k in reversed(unit):
-            after = entering[k + 1] if k < unit[-1] else {}
-            heads = [outs[k].loss] if k == unit[-1] else [outs[k].boundary[n] for n, t in after.items() if _grad(t)]
-            grads = None if k == unit[-1] else [t.grad for t in after.values() if _grad(t)]
+            if k == unit[-1]:
+                heads, grads = [outs[k].loss], None
+            else:
+                after = {n: t.grad for n, t in entering[k + 1].items() if t.grad is not None}
+                heads, grads = [outs[k].boundary[n] for n in after], [*after.values()]
             hidden = [t for n, t in entering[k].items() if n == "hidden" and t.requires_grad]
             start = now(device)
             if hidden:
@@ -163,8 +166,8 @@ def backprop_costs(
                 torch.autograd.backward(heads, grads)
             to_input[k].append(middle - start if hidden else 0.0)
             backward[k].append(now(device) - middle)
+        gradients = [sum(map(_bytes, optimizers.gradients(range(k, k + 1)))) for k in unit]
         start = now(device)
-        gradients = [sum(map(_bytes, _gradients(optimizers, k))) for k in unit]
         optimizers.update(unit, step)
         updates.append(now(device) - start)
     weights = [sum(map(_bytes, block.parameters())) for block in blocks.values()]
@@ -220,14 +223,6 @@ def _cost(
         sent=sum(_bytes(t) for t in sent.values()),
         sent_in_bf16=sum(_bytes(t) // (2 if t.dtype == torch.float32 else 1) for t in sent.values()),
     )
-
-
-def _gradients(optimizers: BlockOptimizers, k: int) -> list[Tensor]:
-    return [p.grad for p in optimizers.names[k].values() if p.grad is not None]
-
-
-def _grad(tensor: Tensor) -> bool:
-    return tensor.grad is not None
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import data_flags, kept_rows, series_parser, write_results
+from common import data_flags, kept_rows, packed, points_apart, series_parser, unpacked, write_results
 from datasets import load_dataset
 
 import hf_al
@@ -88,13 +88,13 @@ def read_test(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -
     answers = folder / "answers.jsonl"
     hf_al.evaluate(str(folder), rows, predictions=str(answers))
     found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-    right = np.packbits([answer["true"] == answer["label"] for answer in found])
-    row |= {"tests": len(found), "right": right.tobytes().hex()}
+    right = np.array([answer["true"] == answer["label"] for answer in found])
+    row |= {"tests": len(found), "right": packed(right)}
 
 
 def hits(row: dict[str, Any]) -> np.ndarray:
     """For each test row whether it was answered right."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8), count=row["tests"]).astype(int)
+    return unpacked(row["right"], row["tests"])
 
 
 def chosen_rate(rows: list[dict[str, Any]], name: str, arm: str, seed: int) -> str:
@@ -106,7 +106,6 @@ def chosen_rate(rows: list[dict[str, Any]], name: str, arm: str, seed: int) -> s
 def gap(rows: list[dict[str, Any]], name: str | None, arm: str, twin: str) -> tuple[float, float, float]:
     """Points of accuracy by which `twin` is ahead of `arm`, with a 95 % interval: a paired bootstrap over seeds and
     test rows, of one set, or of the mean over all sets that both have."""
-    generator = np.random.default_rng(0)
     by_set = []
     for one in [name] if name else dict.fromkeys(row["set"] for row in rows):
         ours, theirs = (
@@ -117,14 +116,7 @@ def gap(rows: list[dict[str, Any]], name: str | None, arm: str, twin: str) -> tu
             by_set.append(np.stack([theirs[seed] - ours[seed] for seed in seeds]))
     if not by_set:
         return (float("nan"),) * 3
-    draws = np.zeros(2000)
-    for differences in by_set:
-        seeds, count = differences.shape
-        for i in range(len(draws)):
-            drawn = differences[generator.integers(0, seeds, seeds)]
-            draws[i] += drawn[:, generator.integers(0, count, count)].mean() / len(by_set)
-    middle = float(np.mean([differences.mean() for differences in by_set]))
-    return 100 * middle, *(float(100 * q) for q in np.quantile(draws, [0.025, 0.975]))
+    return points_apart(by_set)
 
 
 def summary(rows: list[dict[str, Any]], twin: str) -> tuple[list[dict[str, Any]], dict[str, float]]:

@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import data_flags, interleaved, kept_rows, paired_ratio, series_parser, write_results
+from common import (
+    data_flags,
+    interleaved,
+    kept_rows,
+    packed,
+    paired_ratio,
+    points_apart,
+    series_parser,
+    unpacked,
+    write_results,
+)
 
 import hf_al
 from hf_al.commands import set_up_output
@@ -68,7 +78,7 @@ def answers(model: Any, tokenizer: Any, test: Any) -> dict[str, Any]:
         ece = expected_calibration_error(out.logits.softmax(1).amax(1).numpy(), hits)
         result = {"left": left.tolist(), "ece": ece}
     result["accuracy by exit"] = {exit: float(hits.mean()) for exit, hits in right.items()}
-    result["right"] = {exit: np.packbits(hits).tobytes().hex() for exit, hits in right.items()}
+    result["right"] = {exit: packed(hits) for exit, hits in right.items()}
     return result
 
 
@@ -102,20 +112,12 @@ def times(model: Any, tokenizer: Any, texts: list[str], known: argparse.Namespac
     return result
 
 
-def bits(row: dict[str, Any], exit: str) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(row["right"][exit]), np.uint8), count=row["tests"]).astype(int)
-
-
 def drop(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
-    """Points of accuracy that leaving early loses, with a 95 % interval: a paired bootstrap over seeds and rows."""
-    generator = np.random.default_rng(0)
-    lost = np.stack([bits(row, str(BLOCKS - 1)) - bits(row, "adaptive") for row in rows])
-    seeds, count = lost.shape
-    draws = [
-        lost[generator.integers(0, seeds, seeds)][:, generator.integers(0, count, count)].mean() for _ in range(2000)
-    ]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return tuple(float(100 * value) for value in (lost.mean(), low, high))  # type: ignore[return-value]
+    """Points of accuracy that leaving early loses, with a 95 % interval: see `points_apart`."""
+    last, early = (
+        np.stack([unpacked(row["right"][exit], row["tests"]) for row in rows]) for exit in (str(BLOCKS - 1), "adaptive")
+    )
+    return points_apart([last - early])
 
 
 def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:

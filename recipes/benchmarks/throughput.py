@@ -170,7 +170,7 @@ def compare_links(network: str, known: argparse.Namespace) -> tuple[list[dict[st
     common = common_of(network, known)
     rates = sorted(map(float, known.link_mbits.split(",")))
     specs: dict[float, dict[str, dict[str, Any]]] = {}
-    found: dict[float, dict[str, list[list[Turn]]]] = {rate: {} for rate in rates}
+    turns: dict[float, dict[str, list[list[Turn]]]] = {rate: {} for rate in rates}
     with Pair(make_arm, link=True) as pair:
         stream = tournament(pair, "stream", common, known.steps, names=())
         for rate in rates:
@@ -179,26 +179,20 @@ def compare_links(network: str, known: argparse.Namespace) -> tuple[list[dict[st
             specs[rate] = {"stream": stream, "stream, bf16 wire": {**stream, "wire": "bf16"}}
             for kind in (*PIPELINES, "ddp"):
                 specs[rate][kind] = tournament(pair, kind, common, 1, ("micro_batches", "bucket_mb"))
-        made: dict[str, dict[str, Any]] = {}
-        for arms in specs.values():
-            for arm, spec in arms.items():
-                if (name := name_of(arm, spec)) not in made:
-                    pair.make(name, spec)
-                    made[name] = spec
+        named = {name_of(arm, spec): spec for arms in specs.values() for arm, spec in arms.items()}
+        for name, spec in named.items():
+            pair.make(name, spec)
         for number in range(known.rounds):
-            for rate in rates:
+            for rate, arms in specs.items():
                 pair.limit(rate or None)
-                names = {name_of(arm, spec): arm for arm, spec in specs[rate].items()}
-                turns: dict[str, list[list[Turn]]] = {}
-                take_turns(pair, list(names), number, known.steps, turns)
-                for name, arm in names.items():
-                    found[rate].setdefault(arm, []).extend(turns[name])
+                names = [name_of(arm, spec) for arm, spec in arms.items()]
+                take_turns(pair, names, number, known.steps, turns[rate])
+    found = {rate: {arm: turns[rate][name_of(arm, s)] for arm, s in arms.items()} for rate, arms in specs.items()}
     rows = [
         {"mbit": rate, **row_of(network, arm, found[rate][arm], spec, known.rows)}
         for rate in rates
         for arm, spec in specs[rate].items()
     ]
-    print(table(rows, markdown=True), flush=True)
     ratios = {}
     for rate in filter(None, rates):
         name, mine = f"link_{rate:g}mbit_over", found[rate]
@@ -265,8 +259,7 @@ def main() -> None:
     ratios: dict[str, float] = {}
     for network in known.networks.split(","):
         found, more = (compare_links if known.link_mbits else compare)(network, known)
-        if not known.link_mbits:
-            print(table(found, markdown=True), flush=True)
+        print(table(found, markdown=True), flush=True)
         rows += found
         ratios |= more
         write_results(known.json, rows, ratios)
