@@ -26,6 +26,7 @@ KINDS = [
     ("al_lstm", {}),
     ("al_lstm", {"carry_state": True, "pooling": "final", "embedding_block": False}),
     ("al_transformer", {}),
+    ("al_transformer", {"late_block": 2, "late_from": 3}),
     ("al_encoder", {}),
     ("al_encoder", {"cuts": [1, 4], "lookahead": 1}),
     ("al_encoder", {"encoder_config": LLAMA, "pooling": "last", "lookahead": 3}),

@@ -19,7 +19,7 @@ SHORT = ["--max_steps=2", "--max_train_samples=60", "--max_eval_samples=30", "--
 NAMES = sorted(path.stem for path in (CARDS / "results").glob("*.json"))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_command_trains_what_is_missing_and_compares_all(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")

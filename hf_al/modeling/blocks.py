@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoders import Encoder, Inputs
+from .late import is_early, of_length
 from .objectives import OBJECTIVES, Boundary, Losses, activate, cut, read_out, unstandardise
 
 
@@ -202,6 +203,7 @@ class ALBlock(nn.Module):
             config.target_size, label_size, "identity" if self.reads_labels else config.label_activation
         )
         has_embedding_only = index == 0 and config.embedding_block
+        self.is_early = is_early(config, index, encoder_class)
         self.pooling = "mean" if has_embedding_only and config.pooling in ("final", "first") else config.pooling
 
     def train(self, mode: bool = True) -> "ALBlock":
@@ -240,8 +242,15 @@ class ALBlock(nn.Module):
             exits: blocks whose logits are requested. The decoders that they need travel in the boundary.
             output_attentions: return the encoder's attention weights.
         """
-        if self.index in inputs.get("encoded", ()):
-            encoded = {"hidden": inputs["encoded"][self.index]}
+        tokens = inputs["attention_mask"].shape[1]
+        kept = inputs.get("encoded", {}).get(self.index)
+        if self.is_early:
+            inputs = inputs["early"]
+            early = inputs["attention_mask"].shape[1]
+            boundary = {n: of_length(t, early) if n == "hidden" else t for n, t in boundary.items()}
+            kept = None if kept is None else of_length(kept, early)
+        if kept is not None:
+            encoded = {"hidden": kept}
         else:
             encoded = self.encode(boundary, inputs, **({"output_attentions": True} if output_attentions else {}))
         attentions = encoded.pop("attentions", ())
@@ -255,7 +264,8 @@ class ALBlock(nn.Module):
         if self.index in exits:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not learning):  # the loss has its own read-out
                 logits_NC = self.exit(encoded["hidden"], sent, inputs)
-        return BlockOutput({**encoded, **sent}, losses, logits_NC, attentions)
+        hidden_NTD = of_length(encoded["hidden"], tokens)
+        return BlockOutput({**encoded, "hidden": hidden_NTD, **sent}, losses, logits_NC, attentions)
 
     def pool(self, hidden_NTD: Tensor, inputs: Inputs) -> Tensor:
         """One vector per text (N, D) for the bridge, from the hidden states (N, T, D) that leave `encode`, pooled as in

@@ -69,6 +69,10 @@ class ALConfig(PreTrainedConfig):
         pad_token_id (`int`, defaults to 0): token id of padding.
         sep_token_id (`int`, *optional*): token id after each text of a pair, `[CLS] a [SEP] b [SEP]`, so that a
             long pair is cut the way its tokenizer cuts it.
+        late_block (`int`, *optional*): the first block that reads late text; the blocks before it answer without.
+            `late_from` says what is late.
+        late_from (`int`, *optional*): late are the tokens of a text from this one on, counted from 0; if None, the
+            second text of a pair is.
         exit_rule (`str`, defaults to `"confidence"`): when a text leaves early, by `exit_thresholds`: `confidence` (the
             largest probability is at least the threshold; of several labels, that of the least sure one), `entropy` (in
             nats, is at most the threshold) or `patience` (so many exits in a row gave the same answer).
@@ -112,6 +116,8 @@ class ALConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     pad_token_id: int = 0
     sep_token_id: int | None = None
+    late_block: int | None = None
+    late_from: int | None = None
     exit_rule: str = "confidence"
     exit_temperatures: list[float | int] | None = None
     exit_thresholds: list[float | int | None] | None = None
@@ -215,6 +221,8 @@ class ALConfig(PreTrainedConfig):
         """The config of the first `count` blocks of this model, as a model of their own."""
         config = copy.deepcopy(self).uncalibrated()
         config.num_blocks = count
+        if config.late_block is not None:
+            config.late_block = min(config.late_block, count)
         return config
 
     def uncalibrated(self):

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .blocks import never_empty, truncate, walk
 from .encoders import Inputs
+from .late import of_length
 from .objectives import Boundary
 
 
@@ -171,7 +172,7 @@ class Pool:
             }
         if len(self.rows_n) and new:
             longest = max(self.boundary["hidden"].shape[1], new["hidden"].shape[1])
-            old, new = ({**b, "hidden": _padded(b["hidden"], longest)} for b in (self.boundary, new))
+            old, new = ({**b, "hidden": of_length(b["hidden"], longest)} for b in (self.boundary, new))
             new = {**new, **{n: torch.cat([old[n], new[n]], axis) for n, axis in self._of_texts(new)}}
         self.rows_n, self.boundary = torch.cat([self.rows_n, rows_n]), new
 
@@ -191,10 +192,6 @@ class Pool:
     def _of_texts(self, boundary: Boundary) -> list[tuple[str, int]]:
         """The tensors that have a part for each text, and along which axis. The decoders are the same for all texts."""
         return [(name, self.text_axes.get(name, 0)) for name in boundary if not name.startswith("decoder_")]
-
-
-def _padded(hidden_nTD: Tensor, longest: int) -> Tensor:
-    return torch.nn.functional.pad(hidden_nTD, (0, 0, 0, longest - hidden_nTD.shape[1]))
 
 
 def _padded_right(

@@ -34,6 +34,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size) if learned_positions else None
         self.output_size = output_size or size
+        self.dropout = nn.Dropout(config.embedding_dropout_prob)  # of late text; in block 0 the first layer has it
         self.projection = nn.Linear(size, self.output_size) if size != self.output_size else None
 
     @torch.compiler.disable  # the sparse gradient of the rows cannot be compiled
@@ -53,7 +54,8 @@ class Encoder(nn.Module):
             `config.embedding_block`, block 0 is the embedding alone.
 
     Attributes:
-        embeddings ([`Embeddings`], in block 0, else None): where token ids become rows.
+        embeddings ([`Embeddings`], in block 0 and in the one that reads late text, else None): where token ids become
+            rows.
         output_size (`int`): width of the hidden states that leave, `hidden_size` in all blocks but an embedding block.
         text_axes (`dict[str, int]`, of the class): for tensors that `forward` returns beside `hidden`, the axis that
             counts the texts, so that texts can leave early; 0 for those that are not named.
@@ -61,6 +63,7 @@ class Encoder(nn.Module):
 
     normalize_pooled: ClassVar[bool] = False  # whether the bridge starts with a layer norm: for pre-norm encoders
     has_attention: ClassVar[bool] = False  # whether `forward` takes `output_attentions`
+    reads_late: ClassVar[bool] = False  # whether it can read late text: see `read`
     text_axes: ClassVar[dict[str, int]] = {}
     embeddings: Embeddings | None
     output_size: int
@@ -78,8 +81,22 @@ class Encoder(nn.Module):
         `attentions`, a tuple of weights (N, heads, T, T), which stays in the block."""
         raise NotImplementedError
 
+    def read(self, boundary: Boundary, inputs: Inputs) -> Tensor:
+        """What the layers start from (N, T, E): the hidden states of the block before, in block 0 the rows of the
+        tokens, and in block `late_block` both, each in their places."""
+        if self.embeddings is None:
+            return boundary["hidden"]
+        if "hidden" not in boundary:
+            return self.embeddings(inputs)
+        late_NT, late = inputs["late"], inputs
+        if "input_ids" in inputs:  # the rows of the others are not asked for, and get no gradient
+            padding = self.embeddings.word_embeddings.padding_idx
+            late = {**inputs, "input_ids": inputs["input_ids"].masked_fill(~late_NT, padding)}
+        rows_NTE = self.embeddings.dropout(self.embeddings(late))
+        return torch.where(late_NT[..., None], rows_NTE, boundary["hidden"])
+
     def input_embeddings(self) -> nn.Embedding | None:
-        """The rows of the token ids, in block 0."""
+        """The rows of the token ids, in a block that reads them."""
         embeddings = getattr(self, "embeddings", None)
         return None if embeddings is None else embeddings.word_embeddings
 
@@ -101,11 +118,12 @@ class LstmEncoder(Encoder):
     """
 
     text_axes: ClassVar[dict[str, int]] = {"h": 1, "c": 1}
+    reads_late = True
 
     def __init__(self, config, index: int):
         super().__init__()
-        self.embeddings = Embeddings(config) if index == 0 else None
-        width = self.embeddings.output_size if self.embeddings else _encoder_input_size(config, index)
+        width = _encoder_input_size(config, index)
+        self.embeddings = Embeddings(config, width) if index in (0, config.late_block) else None
         self.is_first = index == (1 if config.embedding_block else 0)
         self.carry_state = config.carry_state
         layers = config.layers_per_block if index > 0 or not config.embedding_block else 0
@@ -129,7 +147,7 @@ class LstmEncoder(Encoder):
         return inputs
 
     def forward(self, boundary: Boundary, inputs: Inputs) -> Boundary:
-        x_NTE = boundary["hidden"] if self.embeddings is None else self.embeddings(inputs)
+        x_NTE = self.read(boundary, inputs)
         if not self.layers:
             return {"hidden": x_NTE}
         states = self._states(boundary)
@@ -241,11 +259,13 @@ class TransformerEncoder(Encoder):
 
     normalize_pooled = True
     has_attention = True
+    reads_late = True
 
     def __init__(self, config, index: int):
         super().__init__()
         learned = config.position_embedding_type == "learned"
-        self.embeddings = Embeddings(config, config.hidden_size, learned) if index == 0 else None
+        reads = index in (0, config.late_block)
+        self.embeddings = Embeddings(config, config.hidden_size, learned) if reads else None
         layers = config.layers_per_block if index > 0 or not config.embedding_block else 0
         first = max(0, index - config.embedding_block) * config.layers_per_block
         self.layers = nn.ModuleList(TransformerLayer(config, first + i) for i in range(layers))
@@ -278,7 +298,7 @@ class TransformerEncoder(Encoder):
         return layers if self.layers else ""
 
     def forward(self, boundary: Boundary, inputs: Inputs, output_attentions: bool = False) -> Boundary:
-        x_NTD = boundary["hidden"] if self.embeddings is None else self.embeddings(inputs)
+        x_NTD = self.read(boundary, inputs)
         if self.layers:
             x_NTD = self.dropout(x_NTD)
         attentions: list[Tensor] = []
@@ -295,7 +315,7 @@ class TransformerEncoder(Encoder):
 
 
 def _encoder_input_size(config, index: int) -> int:
-    """Width of what block `index` > 0 of an LSTM model reads: embedding rows right after the embedding block."""
-    return (
-        (config.embedding_size or config.hidden_size) if index == 1 and config.embedding_block else config.hidden_size
-    )
+    """Width of what block `index` of an LSTM model reads: embedding rows in block 0 and right after an embedding
+    block."""
+    reads_rows = index == 0 or (index == 1 and config.embedding_block)
+    return (config.embedding_size or config.hidden_size) if reads_rows else config.hidden_size

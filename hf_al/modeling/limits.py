@@ -60,8 +60,17 @@ def check_shared(config: Any, objectives: tuple[str, ...]) -> None:
     one_of(config, "problem_type", PROBLEM_TYPES)
     for name in ("vocab_size", "hidden_size", "embedding_size", "target_size", "max_position_embeddings"):
         at_least(config, name, 1)
-    for name in ("num_blocks", "layers_per_block", "bridge_layers"):
+    for name in ("late_block", "late_from", "num_blocks", "layers_per_block", "bridge_layers"):
         at_least(config, name, 1)
+    late, blocks = (getattr(config, name, None) for name in ("late_block", "num_blocks"))
+    if late is not None and blocks is not None:
+        at_most(config, "late_block", blocks)
+    if late is None and getattr(config, "late_from", None) is not None:
+        raise ValueError(
+            f"Expected late_block with late_from={config.late_from}, got none. Pass the first block that is to read "
+            "the late tokens, late_block=1 for example."
+        )
+    for name in ("num_blocks", "layers_per_block", "bridge_layers"):
         at_most(config, name, MOST_LAYERS)
     for name in ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing"):
         probability(config, name)

@@ -17,6 +17,7 @@ from .blocks import ALBlock, layout, never_empty, refuse_gradients, refuse_not_f
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .early_exit import predict_texts
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
+from .late import set_late_apart
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
 
 logger = logging.get_logger(__name__)
@@ -201,11 +202,12 @@ class ALModel(ALPreTrainedModel):
         else:
             raise ValueError("Expected either input_ids or inputs_embeds, got both or neither. Pass one of them.")
         inputs["attention_mask"] = never_empty(mask_NT)
-        more = {"labels": labels, "token_type_ids": token_type_ids}
-        inputs |= {name: tensor for name, tensor in more.items() if tensor is not None}
+        inputs |= {n: t for n, t in (("labels", labels), ("token_type_ids", token_type_ids)) if t is not None}
         longest = self.config.max_position_embeddings
         inputs = truncate(inputs, longest, self.config.sep_token_id)
         inputs |= layout(inputs["attention_mask"], None if lengths is None else lengths.clamp(1, longest))
+        if self.config.late_block is not None:
+            inputs = set_late_apart(self.config, inputs, self.encoder_class)
         return self.encoder_class.prepare_inputs(self.config, inputs)
 
     def initial_boundary(self, labels: Tensor | None = None) -> Boundary:

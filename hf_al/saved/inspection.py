@@ -107,9 +107,10 @@ def encoder_in_words(model: ALForSequenceClassification, k: int) -> str:
     words = [block.encode.in_words()]
     if block.lookahead is not None:
         words.append(f"its exit through a copy of {block.lookahead.in_words()}")
-    if k == 0:
-        rows: Any = model.get_input_embeddings().weight
-        words.insert(0, f"{rows.shape[0]:,} embedding rows of {rows.shape[1]}")
+    if (table := block.encode.input_embeddings()) is not None:
+        of_late_text = "" if k == 0 else " for the late text"
+        rows, width = table.weight.shape
+        words.insert(0, f"{rows:,} embedding rows of {width}{of_late_text}")
     return ", ".join(filter(None, words))
 
 

@@ -182,9 +182,9 @@ class BlockOptimizers:
     def update(self, unit: range, step: int) -> Tensor:
         """Clips the unit's gradients, updates its weights and frees the gradients. Returns the norm before clipping."""
         parameters = [p for k in unit for p in self.names[k].values() if p.grad is not None]
-        for table in self.embeddings:
-            if table.weight.grad is not None and table.weight.grad.is_sparse:
-                table.weight.grad = table.weight.grad.coalesce()  # one entry per row, before the norm is taken
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()  # one entry per row, before the norm is taken
         gradients = [grad._values() if grad.is_sparse else grad for grad in self.gradients(unit)]
         norm = nn.utils.get_total_norm(gradients)
         limit = of_block(self.args.max_grad_norm, unit[-1])

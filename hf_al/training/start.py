@@ -66,6 +66,12 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
         if args.word_vectors == "auto":
             args.word_vectors = tokenization.automatic_vectors(args, tokenizer)
         model = build_model(args, tokenizer, data["train"])
+    config: Any = model.config
+    if config.late_block is not None and config.late_from is None and not about["pairs"]:
+        raise ValueError(
+            f"Expected pairs of texts with late_block={config.late_block}, whose second text is late, got single "
+            "texts. Pass late_from=64, for example, to have the rest of each text late."
+        )
     tokens = tokenization.tokenize(data, tokenizer, args)
     batch = args.global_batch_size
     if windows is None:
@@ -107,9 +113,9 @@ def build_model(
             )
     model = new_model(_config(args, values), args.seed, args.offload)
     if rows is not None:
-        embedding: Any = model.get_input_embeddings()
-        with torch.no_grad():
-            embedding.weight.copy_(torch.from_numpy(rows))
+        for block in model.model.blocks:
+            if (table := block.encode.input_embeddings()) is not None:
+                table.weight.data.copy_(torch.from_numpy(rows))
     return model
 
 

@@ -27,6 +27,7 @@ from common import (
     unpacked,
     write_results,
 )
+from sklearn.calibration import calibration_curve
 
 import hf_al
 from hf_al.commands import set_up_output
@@ -67,16 +68,24 @@ def run(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -> dict
 
 
 def answers(model: Any, tokenizer: Any, test: Any) -> dict[str, Any]:
-    """What is right: of every exit, and of texts that leave where they may (bits, in hexadecimal)."""
+    """What is right, of every exit and of texts that leave where they may (bits, in hexadecimal). Of the latter also
+    where they left, and how often answers of a given probability are right, without temperatures and with them."""
     found = answer_exits(model, tokenizer, test)
     right = {str(k): logits_NC.argmax(1) == found.labels for k, logits_NC in found.logits.items()}
     result: dict[str, Any] = {}
     if model.config.exit_thresholds is not None:
         out = model.predict(*encoded(model, tokenizer, test["text"]), exit="adaptive", batch_size=BATCH)
         right["adaptive"] = hits = out.logits.argmax(1).numpy() == found.labels
-        left = np.bincount(out.exit_blocks.numpy(), minlength=model.config.num_blocks) / len(hits)
-        ece = expected_calibration_error(out.logits.softmax(1).amax(1).numpy(), hits)
-        result = {"left": left.tolist(), "ece": ece}
+        exits = out.exit_blocks.numpy()
+        raw_NC = torch.from_numpy(np.stack([found.logits[k][i] for i, k in enumerate(exits)]))
+        confidences = {"before": raw_NC.softmax(1).amax(1).numpy(), "after": out.logits.softmax(1).amax(1).numpy()}
+        curves = {when: calibration_curve(hits, p, n_bins=15, strategy="quantile") for when, p in confidences.items()}
+        result = {
+            "left": (np.bincount(exits, minlength=model.config.num_blocks) / len(hits)).tolist(),
+            "ece": expected_calibration_error(confidences["after"], hits),
+            "ece without temperatures": expected_calibration_error(confidences["before"], hits),
+            "reliability": {when: [line.tolist() for line in curve] for when, curve in curves.items()},
+        }
     result["accuracy by exit"] = {exit: float(hits.mean()) for exit, hits in right.items()}
     result["right"] = {exit: packed(hits) for exit, hits in right.items()}
     return result
@@ -141,6 +150,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
                 "times as fast": mean["throughput"],
                 "with tokenization": statistics.mean(row["throughput with tokenization"] for row in mine),
                 "ece": mean["ece"],
+                "ece without temperatures": statistics.mean(row["ece without temperatures"] for row in mine),
                 "left after": " ".join(f"{share:.0%}" for share in np.mean([row["left"] for row in mine], axis=0)),
             }
         )
@@ -153,32 +163,62 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
 
 
 def plot(path: str, rows: list[dict[str, Any]]) -> None:
-    """Accuracy over time for each set: fixed exits, adaptive exit, and backpropagation models of each depth."""
+    """A column for each set: accuracy over time, where texts leave, and whether the probabilities can be trusted."""
     from matplotlib.figure import Figure
 
     sets = list(dict.fromkeys(row["set"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(sets), 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+    figure = Figure(figsize=(4.2 * len(sets), 9.6), layout="constrained")
+    for column, name in zip(figure.subplots(3, len(sets), squeeze=False).T, sets, strict=True):
         mine = [row for row in rows if row["set"] == name]
         ours = [row for row in mine if "throughput" in row]
-        depths = sorted({row["blocks"] for row in mine if "throughput" not in row})
-
-        def point(chosen: list[dict[str, Any]], exit: str) -> tuple[float, ...]:
-            return tuple(statistics.mean(row[f"{what} by exit"][exit] for row in chosen) for what in ("ms", "accuracy"))
-
-        alone = [[row for row in mine if "throughput" not in row and row["blocks"] == depth] for depth in depths]
-        groups = {
-            "exits of one model": [point(ours, str(k)) for k in range(BLOCKS if ours else 0)],
-            "backpropagation, a model each": [point(rows, str(rows[0]["blocks"] - 1)) for rows in alone],
-            "adaptive exit": [point(ours, "adaptive")] if ours else [],
-        }
-        for (label, points), style in zip(groups.items(), ("o-", "s--", "*"), strict=True):
-            size = 14 if style == "*" else 5
-            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, markersize=size)
-        axes.set(title=name, xlabel="milliseconds per text", ylabel="test accuracy")
-        axes.set_xlim(left=0)
-        axes.legend(fontsize=8)
+        column[0].set_title(name)
+        draw_accuracy(column[0], ours, [row for row in mine if "throughput" not in row])
+        if ours:
+            draw_left(column[1], ours)
+            draw_reliability(column[2], ours)
     figure.savefig(path, dpi=150)
+
+
+def draw_accuracy(axes: Any, ours: list[dict[str, Any]], alone: list[dict[str, Any]]) -> None:
+    """Accuracy over time: fixed exits, adaptive exit, and backpropagation models of each depth."""
+
+    def point(chosen: list[dict[str, Any]], exit: str) -> tuple[float, ...]:
+        return tuple(statistics.mean(row[f"{what} by exit"][exit] for row in chosen) for what in ("ms", "accuracy"))
+
+    depths = sorted({row["blocks"] for row in alone})
+    by_depth = [[row for row in alone if row["blocks"] == depth] for depth in depths]
+    groups = {
+        "exits of one model": [point(ours, str(k)) for k in range(BLOCKS if ours else 0)],
+        "backpropagation, a model each": [point(found, str(found[0]["blocks"] - 1)) for found in by_depth],
+        "adaptive exit": [point(ours, "adaptive")] if ours else [],
+    }
+    for (label, points), style in zip(groups.items(), ("o-", "s--", "*"), strict=True):
+        size = 14 if style == "*" else 5
+        axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, markersize=size)
+    axes.set(xlabel="milliseconds per text", ylabel="test accuracy")
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=8)
+
+
+def draw_left(axes: Any, ours: list[dict[str, Any]]) -> None:
+    """The share of the texts that leave after each block, a bar for each seed."""
+    for place, row in enumerate(ours):
+        at = np.arange(BLOCKS) + 0.8 * (place + 0.5) / len(ours) - 0.4
+        axes.bar(at, row["left"], 0.8 / len(ours), label=f"seed {row['seed']}")
+    axes.set(xlabel="block after which a text leaves", ylabel="share of the test texts", ylim=(0, 1))
+    axes.legend(fontsize=8)
+
+
+def draw_reliability(axes: Any, ours: list[dict[str, Any]]) -> None:
+    """How often answers of a given probability are right, at the exits by which the texts left."""
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    for when, colour in (("before", "#e69f00"), ("after", "#0072b2")):
+        for row in ours:
+            right, confidence = row["reliability"][when]
+            label = f"{when} calibration" if row is ours[0] else None
+            axes.plot(confidence, right, "o-", color=colour, markersize=3, linewidth=0.8, label=label)
+    axes.set(xlabel="probability of the answer", ylabel="share that is right")
+    axes.legend(fontsize=8)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ CASES = {
     "transformer_al_ce_plateau_sparse": [
         "--model_type=al_transformer", "--num_attention_heads=2", "--objective=al_ce", "--embedding_block=false",
         "--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_kwargs=patience=0,factor=0.3", "--warmup_steps=0",
-        "--embedding_optimizer=sparse_adam", "--position_embedding_type=rotary",
+        "--embedding_optimizer=sparse_adam", "--position_embedding_type=rotary", "--late_block=2", "--late_from=9",
     ],
 }  # fmt: skip
 

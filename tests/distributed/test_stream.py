@@ -66,7 +66,8 @@ def test_any_number_of_stages_gives_the_same_bits(case, stages, run_flags, alone
     assert [c["sent_to"] for c in counts] == [{rank - 1} if rank else set() for rank in ranks], "forward only"
     assert all(c["received_bytes"] > 1e5 for c in counts[1:])
     assert [c["told_bytes"] for c in counts[:-1]] == [0] * (stages - 1), "words back come from the last stage alone"
-    assert counts[-1]["told_bytes"] - len(json.dumps(counts[-1]["report"])) < 1000, "verdicts; at the end the report"
+    words = counts[-1]["told_bytes"] - len(json.dumps(counts[-1]["report"]))
+    assert words < 5000, "verdicts, and what is in the best checkpoint; at the end the report"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def test_a_launcher_kills_a_stage_that_hangs(run_flags, tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(run_flags, alone, tmp_path):
     """A short form of the next one, in worlds."""
     moments = random.Random(0)

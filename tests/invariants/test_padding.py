@@ -11,6 +11,7 @@ CASES = {
     "lstm_carry_state": ("al_lstm", {"carry_state": True, "pooling": "final"}),
     "lstm_merged_embedding": ("al_lstm", {"embedding_block": False, "embedding_size": 6, "layers_per_block": 2}),
     "lstm_local_ce": ("al_lstm", {"objective": "local_ce"}),
+    "lstm_late": ("al_lstm", {"late_block": 2, "late_from": 4, "carry_state": True}),
     "lstm_backprop": ("al_lstm", {"objective": "backprop"}),
     **{f"rotary_{how}": ("al_transformer", {"pooling": how}) for how in ("mean", "max", "first")},
     **{
@@ -19,6 +20,7 @@ CASES = {
     },
     "transformer_eager": ("al_transformer", {"attn_implementation": "eager"}),
     "transformer_merged_embedding": ("al_transformer", {"embedding_block": False, "embedding_size": 6}),
+    "transformer_late": ("al_transformer", {"late_block": 1, "late_from": 2, "embedding_block": False}),
     "transformer_backprop": ("al_transformer", {"objective": "backprop"}),
 }
 
