@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import FILES, TrainingArguments
+from ..arguments import TrainingArguments
 from ..atomic import existing
 from ..data.batching import Collator, token_lengths
 from ..data.streaming import StreamOrder
@@ -31,7 +31,6 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES
 from ..parallel.alone import Alone
 from ..parallel.launch import said_once
-from ..parallel.schema import PROTOCOL
 from ..parallel.transport import connect
 from ..parsing import BALANCED
 from . import checkpoint, dispatch, energy, health, run_folder, trackers
@@ -41,11 +40,12 @@ from .memory import shortage_explained
 from .offload import Offload
 from .optim import BlockOptimizers
 from .plan import Plan, make_plan
-from .progress import Progress
+from .progress import OnEvaluation, Progress
 from .record import Record
 from .setup import (
     check_arguments,
     check_same,
+    check_same_arguments,
     for_this_run,
     look_for_folder,
     make_accelerator,
@@ -61,8 +61,6 @@ from .trace import write_trace
 
 logger = logging.getLogger(__name__)
 
-# Arguments in which processes may differ: where a machine has its files, and what it displays
-OF_A_MACHINE = {*FILES, "preprocessing_num_workers", "disable_tqdm", "report_to", "plots"}
 WIRES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -79,7 +77,9 @@ class TrainResult:
     report: dict[str, Any]
 
 
-def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> TrainResult:
+def train(
+    args: TrainingArguments, datasets: DatasetDict | None = None, on_evaluation: OnEvaluation | None = None
+) -> TrainResult:
     """Trains a classifier according to `args`; leaves model, tokenizer, report and checkpoints in `args.output_dir`.
 
     With several stages or replicas, every process of the launch calls it with the same arguments and trains its own
@@ -89,6 +89,8 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
         args: the run.
         datasets: the split train and optionally validation and test, with columns text, label and, for pairs,
             text_pair; loaded from the data arguments if None.
+        on_evaluation: called in the main process after each evaluation, with the name of the metric that chooses the
+            checkpoint and the history of report.json so far. What it raises ends the run.
 
     Raises:
         ValueError: arguments or data that cannot work, with what to do instead; the output folder is as it was.
@@ -99,10 +101,10 @@ def train(args: TrainingArguments, datasets: DatasetDict | None = None) -> Train
     """
     at_ends = partial(shortage_explained, lambda: "the start or the end of the run", "model")
     with progress_bars(shown=not args.disable_tqdm), at_ends(can_offload=not args.offload):
-        return _train(said_once(partial(for_this_run, args)), datasets)
+        return _train(said_once(partial(for_this_run, args)), datasets, on_evaluation)
 
 
-def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult:
+def _train(args: TrainingArguments, datasets: DatasetDict | None, on_evaluation: OnEvaluation | None) -> TrainResult:
     accelerator = said_once(partial(make_accelerator, args))
     device = torch.device(accelerator.device)
     transport = connect(args.stages, args.replicas, device, args.ddp_timeout)
@@ -110,8 +112,7 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
         logging.getLogger("hf_al").setLevel(logging.ERROR)  # the main process reports for all
     output_dir = Path(args.output_dir)
     try:
-        values = {"protocol": PROTOCOL, **args.to_dict(), **args.model}
-        check_same("arguments", {n: v for n, v in values.items() if n not in {"model", *OF_A_MACHINE}}, transport)
+        check_same_arguments(args, transport)
         transport.together(partial(check_arguments, args, look=transport.is_main))
         transport.meet()
         set_threads(args)
@@ -136,7 +137,7 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None) -> TrainResult
             run_facts |= {name: plan.conditions[name] for name in ("threads", "device", "torch")}
         check_same("run", run_facts, transport)
         check_same("model", plan.identity["model"], transport)
-        run = Run(plan, model, tokenizer, accelerator, transport)
+        run = Run(plan, model, tokenizer, accelerator, transport, on_evaluation)
         look_for_folder(output_dir, transport)
         run.resume()
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
@@ -164,19 +165,16 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         accelerator: Accelerator,
         transport: Alone,
+        on_evaluation: OnEvaluation | None,
     ):
         args, number = plan.args, transport.number
         self.plan, self.args, self.model, self.transport = plan, args, model, transport
+        self.on_evaluation = on_evaluation
         device = torch.device(accelerator.device)
         keep_blocks(model, plan.placement.blocks(number), torch.device("cpu") if args.offload else device)
         blocks = {k: model.model.blocks[k] for k in plan.placement.blocks(number)}
-        self.optimizers = BlockOptimizers(
-            blocks,
-            plan.placement.units(number),
-            args,
-            plan.total_steps,
-            plan.metric not in SMALLER_IS_BETTER,
-        )
+        units, larger_is_better = plan.placement.units(number), plan.metric not in SMALLER_IS_BETTER
+        self.optimizers = BlockOptimizers(blocks, units, args, plan.total_steps, larger_is_better)
         collator = Collator(tokenizer.pad_token_id, model.config.classes)
         wire = WIRES[args.wire_dtype]
         offload = Offload(blocks, self.optimizers, device, plan.output_dir) if args.offload else None
@@ -370,6 +368,8 @@ class Run:
         better = progress.judge(plan.metric, self.transport.tell(lambda: exits[-1][plan.metric]))
         if stages is not None:
             self.record.evaluation(stages, better)
+            if self.on_evaluation:
+                self.on_evaluation(plan.metric, progress.history)
         return better
 
     def _not_finite(self, error: str) -> ValueError:

@@ -1,12 +1,15 @@
 """How far a run has come, and its best evaluation."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..metrics import is_better
 
 logger = logging.getLogger(__name__)
+
+OnEvaluation = Callable[[str, list[dict[str, Any]]], None]  # the metric that chooses the checkpoint, the history so far
 
 
 @dataclass

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 
-from ..arguments import TrainingArguments
+from ..arguments import FILES, TrainingArguments
 from ..atomic import CODE, EXPORTS, WEIGHTS, existing
 from ..early import check_can_push, check_output_dir
 from ..loading import load_encoder_config
@@ -30,6 +30,7 @@ from ..modeling.objectives import OBJECTIVES
 from ..parallel.alone import Alone
 from ..parallel.launch import ACCELERATE, LOCAL_RANK
 from ..parallel.placement import Placement, place
+from ..parallel.schema import PROTOCOL
 from ..parsing import BALANCED, check_model_keys, check_new_model
 from ..registration import MODEL_CLASSES
 from ..values import available_cores, capped
@@ -41,6 +42,8 @@ from .run_folder import clear_leftovers
 logger = logging.getLogger(__name__)
 
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
+# Arguments in which processes may differ: where a machine has its files, and what it displays
+OF_A_MACHINE = {*FILES, "preprocessing_num_workers", "disable_tqdm", "report_to", "plots"}
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "config.json", *WEIGHTS, EXPORTS, "shared-????????.tmp", "checkpoints", "logs", "report.json", "report.md", "plots",
@@ -115,6 +118,11 @@ def remove_run(folder: Path, more: Iterable[str] = ()) -> None:
     """Removes what a run may have left in its folder, its config.json first, and what else matches `more`."""
     for path in [p for pattern in (*RUN_FILES, *more) for p in folder.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_same_arguments(args: TrainingArguments, transport: Alone) -> None:
+    values = {"protocol": PROTOCOL, **args.to_dict(), **args.model}
+    check_same("arguments", {n: v for n, v in values.items() if n not in {"model", *OF_A_MACHINE}}, transport)
 
 
 def check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:

@@ -1,0 +1,1 @@
+"""`hf-al sweep`: the best settings of each arm, by validation."""

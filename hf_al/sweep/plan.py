@@ -1,0 +1,128 @@
+"""A sweep as its yaml describes it, checked before anything starts."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..early import check_training
+from ..messages import nearest
+from ..own import import_own
+from ..parsing import load_yaml, resolve
+from ..study.plan import checked_arguments, checked_arms
+from ..study.runs import ALWAYS, data_files
+
+NEEDED = ("recipe", "arms", "search", "trials")
+OPTIONAL = ("set", "common", "seed")
+Space = dict[str, Any]  # of one argument: {"choices": [...]}, or {"low", "high", "log"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a yaml asks for.
+
+    Args:
+        path: the yaml.
+        output_dir: folder for the trials and their database.
+        arms: name -> all flags of hf-al train but those that are searched.
+        search: argument -> its space.
+        trials: of each arm.
+        seed: of the runs, and of the search.
+    """
+
+    path: Path
+    output_dir: Path
+    arms: dict[str, dict[str, Any]]
+    search: dict[str, Space]
+    trials: int
+    seed: int
+
+
+def read_sweep(path: str, output_dir: Path, data_dir: str | None = None, trials: int | None = None) -> Sweep:
+    """The sweep of a yaml.
+
+    Args:
+        path: the yaml.
+        output_dir: folder for the trials.
+        data_dir: a folder for each data set; None: what the recipe names.
+        trials: in place of those of the yaml.
+
+    Raises:
+        ValueError: keys, arguments, spaces or files that do not exist or do not go together.
+    """
+    values = load_yaml(path, "the path")
+    for key in values:
+        if key not in (*NEEDED, *OPTIONAL):
+            raise ValueError(f"Unknown key {key!r} in {path}.{nearest(str(key), (*NEEDED, *OPTIONAL))}")
+    missing = [key for key in NEEDED if values.get(key) in (None, "", [], {})]
+    if missing:
+        raise ValueError(f"Expected {', '.join(NEEDED)} in {path}, got no {missing[0]}. Add it.")
+    for key, least in (("trials", 1), ("seed", 0)):
+        if key in values and (type(values[key]) is not int or values[key] < least):
+            raise ValueError(f"Expected a whole number from {least} as {key} in {path}, got {values[key]!r}.")
+    common = checked_arguments(path, "common", values.get("common") or {})
+    import_own(common.get("import_module"))
+    arms = checked_arms(path, values["arms"])
+    recipe = Path(path).parent / str(values["recipe"])
+    if not recipe.is_file():
+        raise ValueError(f"Expected the recipe {recipe}, found none. Fix recipe in {path}.")
+    files = data_files(data_dir, str(values.get("set") or recipe.stem.split("_")[0]))
+    files.pop("test_file", None)  # nothing of a sweep may depend on it
+    seed = values.get("seed", 1)
+    fixed = {"config": str(recipe), **ALWAYS, **files, "seed": seed, **common}
+    sweep = Sweep(
+        path=Path(path),
+        output_dir=output_dir,
+        arms={name: {**fixed, **given} for name, given in arms.items()},
+        search=_spaces(path, values["search"]),
+        trials=trials or values["trials"],
+        seed=seed,
+    )
+    _check(sweep)
+    return sweep
+
+
+def _spaces(path: str, given: Any) -> dict[str, Space]:
+    names = checked_arguments(path, "search", given)
+    return {name: _space(f"{name} in {path}", space) for name, space in names.items()}
+
+
+def _space(where: str, given: Any) -> Space:
+    """A list of choices, or the ends of a range."""
+    if isinstance(given, list):
+        if len(given) < 2 or not all(v is None or isinstance(v, bool | int | float | str) for v in given):
+            raise ValueError(f"Expected two or more plain values to choose from as {where}, got {given}.")
+        return {"choices": given}
+    keys = {"low", "high", "log"}
+    if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= keys:
+        raise ValueError(
+            f"Expected a list of choices, or {{low: 1e-4, high: 1e-2, log: true}}, as {where}, got {given!r}."
+        )
+    low, high, log = given["low"], given["high"], given.get("log", False)
+    numbers = all(type(v) in (int, float) and math.isfinite(v) for v in (low, high))
+    if not numbers or not low < high or not isinstance(log, bool) or (log and low <= 0):
+        raise ValueError(
+            f"Expected numbers with low below high as {where}, above 0 for log: true, got low {low!r}, high {high!r} and "
+            f"log {log!r}."
+        )
+    return {"low": low, "high": high, "log": log}
+
+
+def _check(sweep: Sweep) -> None:
+    """Every arm with every end of every space, one at a time: what cannot be in any trial is found before the first."""
+    for arm, flags in sweep.arms.items():
+        both = sorted(flags.keys() & sweep.search.keys())
+        if both:
+            raise ValueError(
+                f"Expected {both[0]} in search or in the arm {arm!r} of {sweep.path}, got both: an arm that does not "
+                "search it would have an easier task."
+            )
+        for name, space in sweep.search.items():
+            for value in space.get("choices") or (space["low"], space["high"]):
+                try:
+                    args = resolve({**flags, name: value, "output_dir": str(sweep.output_dir / "trial")})
+                    check_training(args, is_main=False)
+                except ValueError as error:
+                    raise ValueError(f"{error} (arm {arm!r} of {sweep.path}, with {name}={value!r})") from None
+                if args.processes > 1:
+                    raise ValueError(f"Expected runs of one process, got {args.processes}. Leave stages out.")

@@ -1,0 +1,263 @@
+"""The trials of a sweep: asked of Optuna, trained in other processes, kept in a database.
+
+Only this process talks to the database. A trial says how it does after each evaluation, and ends there if it is worse
+than half of the others were by then.
+"""
+
+import hashlib
+import json
+import logging
+import signal
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from ..data import sources
+from ..data.labels import problem_type_of
+from ..metrics import SMALLER_IS_BETTER, chosen_metric
+from ..parsing import resolve
+from ..study.execution import clear, quiet, train_on
+from ..study.workers import Workers, end_with_parent
+from .plan import Space, Sweep
+
+DATABASE = "sweep.db"
+UNPRUNED = 5  # trials of an arm before any is ended early
+
+logger = logging.getLogger(__name__)
+
+
+class Pruned(Exception):
+    """This trial is worse than half of the others were."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting of an arm that is under way.
+
+    Args:
+        arm: which one.
+        asked: Optuna's trial.
+        flags: those of hf-al train.
+    """
+
+    arm: str
+    asked: optuna.Trial
+    flags: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.arm}, trial {self.asked.number}"
+
+
+# --- the database
+
+
+def open_studies(sweep: Sweep) -> dict[str, optuna.Study]:
+    """Optuna's study of each arm, with the trials so far. Those that were interrupted will be the next ones.
+
+    Raises:
+        ValueError: a database of another sweep, or one that cannot be read.
+    """
+    sweep.output_dir.mkdir(parents=True, exist_ok=True)
+    path = (sweep.output_dir / DATABASE).resolve()
+    direction = _direction(sweep)
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        studies = {
+            arm: optuna.create_study(storage=storage, study_name=arm, direction=direction, load_if_exists=True)
+            for arm in sweep.arms
+        }
+        trials = {arm: study.get_trials(deepcopy=False) for arm, study in studies.items()}
+    except Exception as error:  # of every kind: sqlite's, sqlalchemy's, alembic's
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"Expected the database of a sweep in {path}, got something else: {reason}. Pass another --output_dir."
+        ) from error
+    for arm, study in studies.items():
+        _refuse_another(sweep, arm, study)
+        # one that went on with the same seed would propose what it has proposed before
+        study.sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(trials[arm]))
+        study.pruner = optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED)
+        for trial in trials[arm]:
+            if trial.state == TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+    return studies
+
+
+def _direction(sweep: Sweep) -> str:
+    """By the metric of the first arm; arms that are chosen by another one are refused."""
+    metrics = {}
+    for arm, flags in sweep.arms.items():
+        args = resolve({**flags, "output_dir": str(sweep.output_dir)})
+        kind = problem_type_of(sources.load_text_datasets(args)["train"])
+        metrics[arm] = chosen_metric(args.metric_for_best_model, kind)
+    if len(set(metrics.values())) > 1:
+        raise ValueError(f"Expected one metric for all arms of {sweep.path}, got {metrics}. Set it in common.")
+    return "minimize" if set(metrics.values()) <= set(SMALLER_IS_BETTER) else "maximize"
+
+
+def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study) -> None:
+    """Remembers what the trials of an arm have in common; ValueError if they had anything else."""
+    args = resolve({**sweep.arms[arm], "output_dir": "."})
+    now = json.loads(json.dumps({**args.to_dict(), **args.model, **{f"search {n}": s for n, s in sweep.search.items()}}))
+    then = study.user_attrs.setdefault("sweep", now)
+    differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if differ:
+        raise ValueError(
+            f"Expected the sweep whose trials are in {sweep.output_dir}, got another {differ[0]} for the arm {arm!r}: "
+            f"{now.get(differ[0])!r}, it was {then.get(differ[0])!r}. Pass another --output_dir."
+        )
+    study.set_user_attr("sweep", now)
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that count: all but those that were interrupted."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return [trial for trial in trials if trial.state != TrialState.FAIL or "error" in trial.user_attrs]
+
+
+# --- in this process
+
+
+def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, keep_models: bool = False) -> None:
+    """Carries out the trials that are missing, arms by turn. Those that were interrupted go on where they stopped.
+
+    Args:
+        sweep: its yaml.
+        studies: of each arm.
+        jobs: trials at the same time, each in a process of its own.
+        keep_models: keep models and checkpoints of finished trials; without it, only report.json.
+
+    Raises:
+        KeyboardInterrupt: with a note on how to go on.
+        OSError: a disk that refuses, a process that died.
+    """
+    running: dict[Connection, Trial] = {}
+
+    def give(pipe: Connection) -> None:
+        trial = _next_trial(sweep, studies, running.values())
+        if trial is not None:
+            running[pipe] = trial
+            pipe.send(trial.flags)
+
+    missing = sum(sweep.trials - len(finished(study)) for study in studies.values())
+    try:
+        with quiet(), Workers(_work, min(jobs, missing)) as workers:
+            for pipe in workers.pipes:
+                give(pipe)
+            while running:
+                for pipe, (what, value) in workers.answers(running):
+                    asked = running[pipe].asked
+                    if what == "evaluation":
+                        number, metric = value
+                        asked.report(metric, number)
+                        pipe.send(asked.should_prune())
+                        continue
+                    trial = running.pop(pipe)
+                    _finish(studies[trial.arm], trial, what, value)
+                    if not keep_models:
+                        clear(trial.flags["output_dir"])
+                    _say(sweep, studies, trial)
+                    give(pipe)
+    except KeyboardInterrupt as stop:
+        done = sum(len(finished(study)) for study in studies.values())
+        stop.add_note(f"{done} finished trials are kept in {sweep.output_dir}. The same command goes on.")
+        raise
+
+
+def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterable[Trial]) -> Trial | None:
+    """Of the arm that has the fewest so far; None if all have theirs."""
+    under_way = [trial.arm for trial in running]
+    counts = {arm: len(finished(study)) + under_way.count(arm) for arm, study in studies.items()}
+    arm = min(counts, key=lambda name: counts[name])
+    if counts[arm] >= sweep.trials:
+        return None
+    asked = studies[arm].ask()
+    chosen = {name: _suggested(asked, name, space) for name, space in sweep.search.items()}
+    digest = hashlib.sha256(json.dumps([arm, chosen], sort_keys=True).encode()).hexdigest()[:12]
+    flags = {**sweep.arms[arm], **chosen, "output_dir": str(sweep.output_dir / "trials" / digest)}
+    return Trial(arm, asked, flags)
+
+
+def _suggested(asked: optuna.Trial, name: str, space: Space) -> Any:
+    if "choices" in space:
+        return asked.suggest_categorical(name, space["choices"])
+    is_whole = type(space["low"]) is type(space["high"]) is int
+    suggest: Any = asked.suggest_int if is_whole else asked.suggest_float
+    return suggest(name, space["low"], space["high"], log=space["log"])
+
+
+def _finish(study: optuna.Study, trial: Trial, what: str, value: Any) -> None:
+    asked = trial.asked
+    if what == "done":
+        for name in ("seconds", "steps", "best_step"):
+            asked.set_user_attr(name, value[name])
+        study.tell(asked, value["validation"])
+    elif what == "failed":
+        asked.set_user_attr("error", value)
+        study.tell(asked, state=TrialState.FAIL)
+    else:
+        study.tell(asked, state=TrialState.PRUNED)
+
+
+def _say(sweep: Sweep, studies: dict[str, optuna.Study], trial: Trial) -> None:
+    study = studies[trial.arm]
+    done = sum(len(finished(study)) for study in studies.values())
+    found = study.get_trials(deepcopy=False)[trial.asked.number]
+    said = f"validation {found.value:.4f}" if found.state == TrialState.COMPLETE else found.state.name.lower()
+    said += f": {found.user_attrs['error']}" if "error" in found.user_attrs else ""
+    logger.info("%d of %d: %s: %s", done, sweep.trials * len(studies), trial, said)
+
+
+# --- in the others
+
+
+def _work(pipe: Connection) -> None:
+    """Answers the flags of each trial with how it goes, and then what it came to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
+    end_with_parent()
+
+    def report(number: int, value: float) -> None:
+        pipe.send(("evaluation", (number, value)))
+        if pipe.recv():
+            raise Pruned
+
+    with quiet():
+        while True:
+            flags = pipe.recv()
+            try:
+                pipe.send(("done", carry_out(flags, report)))
+            except Pruned:
+                pipe.send(("pruned", None))
+            except (ValueError, FloatingPointError) as error:  # it diverged, or values do not go together
+                pipe.send(("failed", str(error)))
+            except OSError as error:
+                pipe.send(OSError(str(error)))
+            except Exception:
+                pipe.send(RuntimeError(traceback.format_exc()))
+
+
+def carry_out(flags: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Trains, without the test split, and calls `report` with the number and the value of each evaluation."""
+    clock = time.perf_counter()
+    args = resolve(flags)
+    data = sources.load_text_datasets(args)
+    data.pop("test", None)
+
+    def after_evaluation(metric: str, history: list[dict[str, Any]]) -> None:
+        values = [row["validation"][-1][metric] for row in history if "validation" in row]
+        report(len(values), values[-1])
+
+    found = train_on(flags, data, after_evaluation).report
+    return {
+        "validation": found["validation"][-1][found["metric"]],
+        "steps": found["steps"],
+        "best_step": found["best_step"],
+        "seconds": round(time.perf_counter() - clock, 1),
+    }

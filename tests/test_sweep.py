@@ -1,0 +1,175 @@
+"""`hf-al sweep`: the same budget for every arm, on validation alone, and nothing is lost when it is interrupted."""
+
+import json
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+import yaml
+from conftest import assert_mistake
+from datasets import load_dataset
+
+from hf_al.sweep.plan import read_sweep
+from hf_al.sweep.trials import finished, open_studies
+
+pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
+ARMS = {"ours": {"objective": "al_ce"}, "theirs": {"objective": "backprop"}}
+SEARCH = {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}, "pooling": ["mean", "max"]}
+
+
+@pytest.fixture
+def asked(files, tmp_path):
+    """asked(**changes) -> the yaml of a small sweep on tweets; its data are in the folder `data`."""
+    data = tmp_path / "data" / "few"
+    data.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.csv").write_text((files / f"{split}.csv").read_text())
+    recipe = {
+        "model_type": "al_lstm", "dataset_name": "tweets", "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
+        "use_cpu": True, "word_vectors": None, "model": {"hidden_size": 16, "num_blocks": 2, "target_size": 12},
+    }  # fmt: skip
+    (tmp_path / "few_lstm.yaml").write_text(yaml.safe_dump(recipe))
+
+    def write(**changes) -> Path:
+        values = {"recipe": "few_lstm.yaml", "trials": 3, "arms": ARMS, "search": SEARCH, **changes}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+        return path
+
+    return write
+
+
+def flags(path: Path) -> list[str]:
+    return [str(path), f"--output_dir={path.parent / 'out'}", f"--data_dir={path.parent / 'data'}"]
+
+
+def studies_of(path: Path) -> dict[str, optuna.Study]:
+    return open_studies(read_sweep(str(path), path.parent / "out", str(path.parent / "data")))
+
+
+def test_every_arm_gets_its_trials_and_leaves_its_best_settings(asked, shell):
+    path = asked()
+    status, out, err = shell("sweep", *flags(path))
+    assert status == 0, err
+    trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
+    assert trials.groupby("arm").size().to_dict() == {"ours": 3, "theirs": 3}
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(("ours", "theirs"))] == ["ours", "theirs"]
+    for arm, rows in trials.groupby("arm"):
+        best = rows.loc[rows["validation"].idxmax()]
+        kept = yaml.safe_load((path.parent / "out" / f"best_{arm}.yaml").read_text())
+        assert kept["learning_rate"] == pytest.approx(best["learning_rate"])
+        assert kept["model"]["pooling"] == best["pooling"]
+        assert kept["model"]["objective"] == ARMS[arm]["objective"]
+    status, out, err = shell("sweep", *flags(path), "--trials=4")
+    assert (status, err.count("of 8: ")) == (0, 2), err
+
+
+def test_test_is_not_looked_at(asked, shell):
+    """Nor needed: the labels of the test split are of classes that no model knows."""
+    path = asked(trials=1, arms={"ours": ARMS["ours"]})
+    test = path.parent / "data" / "few" / "test.csv"
+    test.write_text("text,label\nno,class\n")
+    assert shell("sweep", *flags(path))[0] == 0
+    (report,) = (path.parent / "out" / "trials").glob("*/report.json")
+    assert "test" not in json.loads(report.read_text())
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_stopped(asked, start):
+    path = asked(trials=4, arms={"ours": ARMS["ours"]})
+    process = start("sweep", *flags(path))
+    database = path.parent / "out" / "sweep.db"
+    deadline = time.monotonic() + 60
+    while True:  # one is finished, and another one is under way
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        try:
+            with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as found:
+                states = [state for (state,) in found.execute("select state from trials")]
+        except sqlite3.OperationalError:
+            continue
+        if "COMPLETE" in states and "RUNNING" in states:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    before = {t.number: (t.params, t.value) for t in finished(studies_of(path)["ours"])}
+    assert 1 <= len(before) < 4
+    again = start("sweep", *flags(path))
+    assert again.wait(100) == 0
+    after = finished(studies_of(path)["ours"])
+    assert len(after) == 4
+    assert before.items() <= {t.number: (t.params, t.value) for t in after}.items()
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_worse_than_most_ends_early(asked, shell):
+    path = asked(trials=12, arms={"ours": ARMS["ours"]}, search={"learning_rate": {"low": 1e-7, "high": 1e-2}}, seed=3)
+    assert shell("sweep", *flags(path))[0] == 0
+    trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
+    early = trials[trials["state"] == "pruned"]
+    assert 1 <= len(early) < 12
+    assert early["evaluations"].map(len).max() <= 3
+    assert early["validation"].isna().all()
+
+
+@pytest.mark.slow
+def test_trials_side_by_side_keep_to_the_budget(asked, shell):
+    path = asked(trials=3)
+    assert shell("sweep", *flags(path), "--jobs=2")[0] == 0
+    trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
+    assert trials.groupby("arm").size().to_dict() == {"ours": 3, "theirs": 3}
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_counts_and_says_why(asked, shell):
+    path = asked(trials=2, arms={"ours": {"learning_rate": 1e38}}, search={"pooling": ["mean", "max"]})
+    status, out, err = shell("sweep", *flags(path))
+    assert status == 0, err
+    trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
+    assert (trials["state"] == "fail").all()
+    assert trials["error"].str.contains("finite").all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipe": "other.yaml"}, "Expected the recipe"),
+        ({"trials": 0}, "Expected a whole number from 1 as trials"),
+        ({"arms": {"a": {"objective": "al_ec"}}}, "Did you mean al_ce?"),
+        ({"arms": {"a": {"learning_rate": 1e-3}}}, "Expected learning_rate in search or in the arm 'a'"),
+        ({"search": {"learning_rat": [1e-3, 1e-2]}}, "Unknown argument 'learning_rat'"),
+        ({"search": {"learning_rate": {"low": 0.0, "high": 0.1, "log": True}}}, "above 0 for log: true"),
+        ({"search": {"learning_rate": {"low": -1.0, "high": 0.1}}}, "Expected learning_rate above 0, got -1.0"),
+        ({"search": {"pooling": ["mean"]}}, "Expected two or more plain values"),
+        ({"serach": SEARCH, "search": None}, "Did you mean search?"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_the_first_trial(changes, said, asked, shell):
+    path = asked(**changes)
+    assert_mistake(shell("sweep", *flags(path)), said)
+    assert not (path.parent / "out").exists()
+
+
+def test_another_sweep_does_not_go_on_with_these_trials(asked, shell):
+    path = asked(trials=1, arms={"ours": ARMS["ours"]})
+    studies_of(path)
+    path = asked_again(path, learning_rate=[1e-3, 1e-2])
+    assert_mistake(shell("sweep", *flags(path)), "got another search learning_rate for the arm 'ours'")
+
+
+def asked_again(path: Path, **search) -> Path:
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "search": {**values["search"], **search}}))
+    return path
+
+
+def test_what_is_no_database_is_refused(asked, shell):
+    path = asked(trials=1)
+    (path.parent / "out").mkdir()
+    (path.parent / "out" / "sweep.db").write_text("no database, but more than a hundred bytes of text. " * 3)
+    assert_mistake(shell("sweep", *flags(path)), "Expected the database of a sweep")
