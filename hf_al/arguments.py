@@ -91,6 +91,10 @@ class TrainingArguments:
     )
     streaming_buffer_size: int = _arg(10000, "Rows of a stream that are read, shuffled and sorted by length together.")
     max_train_samples: int | None = _arg(None, "Use only the first N training rows.")
+    label_noise: float = _arg(
+        0.0, "Share of training rows that get the label of another class, to study noise (single label)."
+    )
+    label_noise_seed: int = _arg(0, "Seed of that choice; a larger share adds rows to those of a smaller one.")
     max_eval_samples: int | None = _arg(None, "Use only the first N validation rows.")
     max_predict_samples: int | None = _arg(None, "Use only the first N test rows.")
     # --- tokenizer
@@ -208,10 +212,11 @@ class TrainingArguments:
     use_cpu: bool = _arg(False, "Train on the CPU even if there is a GPU.")
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             try:
-                setattr(self, f.name, convert(value, typing.get_type_hints(type(self))[f.name]))
+                setattr(self, f.name, convert(value, hints[f.name]))
             except (TypeError, ValueError):
                 raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
         for name in FILES:

@@ -175,17 +175,27 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The values of a YAML file, with keys checked against TrainingArguments."""
+def load_yaml(path: str, named_by: str) -> dict[str, Any]:
+    """The mapping of a YAML file; `named_by`: what to check if there is none.
+
+    Raises:
+        ValueError: no such file, or one that holds something else.
+    """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"Expected a YAML file at {path}, found none. Check --config.")
+        raise ValueError(f"Expected a YAML file at {path}, found none. Check {named_by}.")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected YAML in {path}, got something else: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"Expected a mapping of arguments in {path}, got {type(values).__name__}.")
+    return values
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The values of a YAML file, with keys checked against TrainingArguments."""
+    values = load_yaml(path, "--config")
     known = [f.name for f in dataclasses.fields(TrainingArguments)]
     for key in values:
         if key not in known and any(key in fields for fields in built_in().values()):

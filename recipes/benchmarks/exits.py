@@ -20,11 +20,8 @@ from common import (
     data_flags,
     interleaved,
     kept_rows,
-    packed,
     paired_ratio,
-    points_apart,
     series_parser,
-    unpacked,
     write_results,
 )
 from sklearn.calibration import calibration_curve
@@ -37,6 +34,7 @@ from hf_al.exits import calibrate_exits
 from hf_al.messages import table
 from hf_al.metrics import expected_calibration_error
 from hf_al.parsing import parse_arguments
+from hf_al.study.intervals import packed, points_apart, unpacked
 
 RECIPES = Path(__file__).parents[1]
 BATCH, BLOCKS = 32, 6

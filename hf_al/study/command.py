@@ -1,0 +1,60 @@
+"""`hf-al study`: a set of runs from a yaml, resumable run by run, and one page on what they say. Imports happen late.
+
+A study goes through these modules: plan.py reads its yaml, runs.py makes the runs of it and knows which are needed,
+execution.py carries them out, results.py keeps their rows, summary.py and page.py say what they mean.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..flags import add_file, positive
+from ..parsing import FlagParser
+from ..values import capped
+
+
+def study_flags(parser: FlagParser) -> None:
+    add_file(parser, "study", "yaml of the study: its arms, data sets, architectures and seeds")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder for what the runs leave")
+    parser.add_argument("--data_dir", metavar="DIR", help="a folder for each data set (default: what the recipes name)")
+    add_file(parser, "--results", "json for the row of each run, to be kept with the yaml (default: beside it)")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="runs at the same time, of one thread each (default: 1)"
+    )
+    add_file(parser, "--page", "Markdown page that is written (default: study_NAME.md in the output folder)")
+    parser.add_argument("--dry_run", action="store_true", help="only list the runs, and estimate how long they take")
+    parser.add_argument("--only_page", action="store_true", help="write the page from the runs that are done, and stop")
+    parser.add_argument(
+        "--rerun_changed", action="store_true", help="replace rows that were made with other arguments than the yaml's"
+    )
+    parser.add_argument("--keep_models", action="store_true", help="keep models and checkpoints of finished runs")
+
+
+def run_study(flags: Namespace) -> None:
+    from .plan import read_study
+    from .results import Results
+    from .runs import all_runs
+
+    study, output_dir = read_study(flags.study), Path(flags.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"Expected a folder as output_dir, got the file {output_dir}. Pass another name.")
+    runs = all_runs(study, output_dir, flags.data_dir)
+    results = Results(Path(flags.results) if flags.results else study.path.with_suffix(".json"), runs)
+    jobs = capped("jobs", flags.jobs)
+    from .page import as_text, listing, write_page
+    from .summary import Summary
+
+    if flags.dry_run:
+        print(listing(study, results, jobs))
+        return
+    if flags.rerun_changed:
+        results.drop_changed()
+    results.refuse_changed()
+    if not flags.only_page:
+        from .execution import carry_out_study, check
+
+        check(runs.values())
+        carry_out_study(study, results, jobs, flags.keep_models)
+    page = Path(flags.page) if flags.page else output_dir / f"study_{study.name}.md"
+    summary = Summary(study, results.rows)
+    write_page(page, summary)
+    print(f"{as_text(summary)}\n\nThe page: {page}")

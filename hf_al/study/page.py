@@ -1,0 +1,185 @@
+"""The page of a study: question, protocol, tables, plot, and what was not run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..atomic import write_atomically
+from ..messages import duration, table
+from ..plots import PALETTE
+from .plan import Study
+from .results import Results
+from .runs import planned
+from .summary import Summary, seconds_to_go
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    "*validation* is the metric of the last exit that chose the step, *test* its accuracy and *std* that of test over "
+    "the seeds; *train* is the accuracy on at most 2,000 training rows, *drop* how far validation fell from the chosen "
+    "step to the last one, *seconds* the training time of a run. The difference to the baseline is in points of test "
+    "accuracy, over the seeds that both have, with the 95 % interval of a paired bootstrap over seeds and test rows; "
+    "with one seed, it knows nothing of seeds."
+)
+
+
+def write_page(path: Path, summary: Summary) -> None:
+    """Writes the page and, into `images` beside it, its plot."""
+    study = summary.study
+    lines = [f"# Study: {study.name}", "", study.question, "", "## Protocol", "", *_protocol(summary)]
+    figure = draw(summary)
+    if figure is not None:
+        image = path.parent / "images" / f"study_{study.name}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(image)
+        lines += ["", "## Differences to the baseline", "", f"![Points of test accuracy by arm](images/{image.name})"]
+        lines += ["", "Dark: the mean over all sets. Light: each set. Bars are 95 % intervals."]
+    lines += ["", "## Results", "", COLUMNS]
+    for title, architecture, sets in tables(study):
+        lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
+    lines += ["", "## Not run", "", *_not_run(summary)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def as_text(summary: Summary) -> str:
+    """The tables for a terminal."""
+    found = tables(summary.study)
+    return "\n\n".join(f"{title}\n{table(summary.table(kind, sets))}" for title, kind, sets in found)
+
+
+def tables(study: Study) -> list[tuple[str, str, list[str]]]:
+    """Title, architecture and sets of each table: all sets together first."""
+    pooled = len(study.sets) > 1
+    return [
+        *((f"{kind}, mean over {', '.join(study.sets)}", kind, study.sets) for kind in study.architectures if pooled),
+        *((f"{kind}, {name}", kind, [name]) for kind in study.architectures for name in study.sets),
+    ]
+
+
+def _protocol(summary: Summary) -> list[str]:
+    study = summary.study
+    seeds = ", ".join(map(str, sorted(study.seeds)))
+    chosen = "Every arm has all seeds."
+    if study.screen is not None:
+        chosen = (
+            f"Seed {study.screen} screens all arms: for each architecture, the best {study.best_of} by validation, as "
+            "the mean over all sets, and their baselines get the other seeds. Arms with one seed were only screened."
+        )
+    several = any(len(candidates) > 1 for candidates in study.baselines.values())
+    if several:
+        chosen += " Of several baselines, the best by validation is the one that all arms are compared with."
+    common = ", ".join(f"{name}={value}" for name, value in study.common.items()) or "none"
+    seconds = sum(row["seconds"] for row in summary.all.values())
+    done = f"{len(summary.all)} of {len(summary.planned)} runs, {duration(seconds)} in all"
+    file = study.path.as_posix()
+    machines = {(_hardware(row["machine"]), row["hf_al"]): None for row in summary.all.values()}
+    return [
+        f"- Recipes `SET_ARCHITECTURE.yaml` for {', '.join(study.sets)} and {', '.join(study.architectures)}; "
+        f"arguments of all arms: {common}. Seeds {seeds}.",
+        f"- The step of every run, and whatever else was chosen, was chosen on validation; nothing depends on test. "
+        f"{chosen}",
+        f"- {done}.",
+        *(f"- On {hardware}, hf_al {version}." for hardware, version in machines),
+        "",
+        f"    hf-al study {file} --output_dir out/study --data_dir FOLDER",
+        "",
+        "The arms:",
+        "",
+        table([{"arm": name, "arguments": _written(given)} for name, given in study.arms.items()], markdown=True),
+    ]
+
+
+def _written(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in arguments.items()) or "those of the recipe"
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    return f"{where}, {machine['threads']} thread(s) a run, Python {machine['python']}, torch {machine['torch']}"
+
+
+def _not_run(summary: Summary) -> list[str]:
+    """What is missing, and what failed."""
+    waiting = [key for key in summary.planned if key not in summary.all]
+    failed = [(key, row["error"]) for key, row in summary.all.items() if "error" in row]
+    to_go = seconds_to_go(summary.all, summary.planned)
+    lines = [f"- Failed: {key}: {error}" for key, error in failed]
+    if waiting:
+        about = f", about {duration(to_go)} one after the other" if to_go else ""
+        arms = ", ".join(dict.fromkeys(key.arm for key in waiting))
+        lines.append(f"- {len(waiting)} runs have yet to be made{about}: of {arms}.")
+    if summary.study.screen is not None:
+        lines.append("- By design, arms that are not among the best in screening have one seed.")
+    return lines or ["Nothing: all runs are done."]
+
+
+def listing(study: Study, results: Results, jobs: int) -> str:
+    """Which runs are done, which are not, and how long those may take: for --dry_run."""
+    keys = planned(study, results.rows)
+    changed = results.changed()
+
+    def state(key: Any) -> str:
+        if key in changed:
+            return f"changed: {changed[key]}"
+        return "to run" if key not in results.rows else "failed" if "error" in results.rows[key] else "done"
+
+    rows = [{**key._asdict(), "state": state(key)} for key in keys]
+    done = {key: row for key, row in results.rows.items() if key in keys and key not in changed}
+    to_go = seconds_to_go(done, keys)
+    words = f"{len(done)} of {len(keys)} runs are done"
+    if len(done) < len(keys):
+        words += f", about {duration(to_go / jobs)} to go" if to_go else ", and none tells how long they take"
+        if study.screen is not None and any(key.seed == study.screen and key not in done for key in keys):
+            finalists = study.best_of * (len(study.seeds) - 1) * len(study.sets) * len(study.architectures)
+            words += f"; then up to {finalists} more of the best arms, and those of the baselines"
+    gone = [key for key in results.rows if key not in results.runs]
+    if gone:
+        words += f". {len(gone)} rows of {results.path} are of no run of this study"
+    return f"{table(rows)}\n\n{words}."
+
+
+# --- the plot
+
+
+def draw(summary: Summary) -> "Figure | None":
+    """The differences with their intervals, by arm: a panel for each architecture. None if there are none."""
+    study = summary.study
+    arms = list(study.baselines)
+    found = {
+        (kind, arm, sets): summary.difference(kind, arm, sets)
+        for kind in study.architectures
+        for arm in arms
+        for sets in [tuple(study.sets), *((name,) for name in study.sets)]
+    }
+    if not any(found.values()):
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = len(study.architectures)
+    figure = Figure(figsize=(4.4 * panels + 1.2, 0.5 * len(arms) + 1.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
+    for ax, kind in zip(axes, study.architectures, strict=True):
+        ax.axvline(0, color="#777777", linewidth=1.2, linestyle=":", zorder=1)
+        for place, arm in enumerate(arms):
+            light = [(name,) for name in study.sets] if len(study.sets) > 1 else []
+            for i, sets in enumerate([*light, tuple(study.sets)]):
+                difference = found[kind, arm, sets]
+                if difference is None:
+                    continue
+                middle, low, high = difference
+                pooled = sets == tuple(study.sets)
+                height = place if pooled else place + 0.12 + 0.3 * (i + 1) / (len(light) + 1)
+                colour = PALETTE[0] if pooled else PALETTE[4]
+                ax.plot([low, high], [height] * 2, color=colour, linewidth=2.4 if pooled else 1.0, zorder=2)
+                ax.plot(middle, height, "o", color=colour, markersize=6 if pooled else 3, zorder=3)
+        ax.set_title(kind, fontsize=10)
+        ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlabel("points of test accuracy over the baseline")
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].set_ylim(len(arms) - 0.4, -0.4)
+    return figure

@@ -1,0 +1,192 @@
+"""The training runs of a study, with all their arguments, and which of them are needed."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from ..arguments import TrainingArguments
+from ..config_fields import config_fields
+from ..early import check_training
+from ..parsing import resolve
+from .plan import DECIDED, Study
+
+# One thread, so that runs beside each other compute what each computes alone
+ALWAYS = {"threads": 1, "plots": False, "disable_tqdm": True, "save_total_limit": 1}
+
+
+class Key(NamedTuple):
+    """Which run of a study."""
+
+    set: str
+    architecture: str
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.set} {self.architecture}, {self.arm}, seed {self.seed}"
+
+
+Rows = Mapping[Key, dict[str, Any]]  # of finished runs, see results.py
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        key: which one.
+        flags: those of hf-al train.
+        model_type: its architecture.
+        arguments: all that may change its result, by name; config values are `model.NAME`.
+        folder: where it trains.
+    """
+
+    key: Key
+    flags: dict[str, Any]
+    model_type: str
+    arguments: dict[str, Any]
+    folder: Path
+
+
+def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dict[Key, Run]:
+    """Every run that a study may need, all of them checked.
+
+    Args:
+        study: its yaml.
+        output_dir: folder for what the runs leave.
+        data_dir: a folder for each data set; None: what the recipes name.
+
+    Raises:
+        ValueError: recipes, values or files that do not exist or cannot work.
+    """
+    runs: dict[Key, Run] = {}
+    for name in study.sets:
+        files = data_files(data_dir, name)
+        if files and not {"train_file", "test_file"} <= files.keys():
+            raise ValueError(
+                f"Expected train.csv and test.csv in the folder of {name} in {data_dir}, also .gz, found not both. Add "
+                "what is missing."
+            )
+        for architecture in study.architectures:
+            recipe = study.recipes / f"{name}_{architecture}.yaml"
+            if not recipe.is_file():
+                raise ValueError(f"Expected the recipe {recipe}, found none. Fix the sets in {study.path}.")
+            for arm, given in study.arms.items():
+                flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given}
+                try:
+                    args = resolve({**flags, "print_config": True})
+                    check_training(args, is_main=False)
+                    if args.processes > 1:
+                        raise ValueError(f"Expected runs of one process, got {args.processes}. Leave stages out.")
+                except ValueError as error:
+                    raise ValueError(f"{error} (arm {arm!r} of {study.path} with {recipe})") from None
+                for seed in study.seeds:
+                    run = _run(Key(name, architecture, arm, seed), flags, args, output_dir)
+                    runs[run.key] = run
+    return runs
+
+
+def data_files(data_dir: str | None, name: str) -> dict[str, str]:
+    """The files of a data set by the name of their argument; none if the recipe's own data is to be loaded.
+
+    Args:
+        data_dir: has a folder for each set, whose name begins with that of the set, with train, test and optionally
+            validation as csv or csv.gz.
+        name: of the set.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if data_dir is None or name == "tweets":
+        return {}
+    folders = sorted(path for path in Path(data_dir).glob(f"{name}*") if path.is_dir())
+    if not folders:
+        raise ValueError(f"Expected a folder {name}* in {data_dir}, found none. Leave {name} out of the sets.")
+    files = {split: sorted(folders[0].glob(f"{split}.csv*")) for split in ("train", "validation", "test")}
+    return {f"{split}_file": str(found[0]) for split, found in files.items() if found}
+
+
+def _run(key: Key, flags: dict[str, Any], args: TrainingArguments, output_dir: Path) -> Run:
+    values = {**{n: f.default for n, f in config_fields(args.model_type).items()}, **args.model}
+    arguments = _flat(args.to_dict(), values)
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+    folder = output_dir / "runs" / re.sub(r"[^\w.-]+", "-", "_".join(map(str, (*key, digest))))
+    flags = {**flags, "seed": key.seed, "output_dir": str(folder)}
+    return Run(key, flags, args.model_type, arguments, folder)
+
+
+def defaults(model_type: str) -> dict[str, Any]:
+    """The arguments of a run for which nobody sets any, by name."""
+    values = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(TrainingArguments)
+    }
+    return _flat(values, {name: field.default for name, field in config_fields(model_type).items()})
+
+
+def _flat(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """The values that may change a result, as json knows them. Where the data is may not: its fingerprint says what it
+    is."""
+    of_data = {f.name for f in dataclasses.fields(TrainingArguments) if f.metadata.get("section") == "data"}
+    skipped = {*DECIDED, *of_data, "preprocessing_num_workers", "import_module"}
+    skipped -= {"validation_fraction", "validation_seed"}
+    kept = {name: value for name, value in values.items() if name not in skipped}
+    found: dict[str, Any] = json.loads(json.dumps({**kept, **{f"model.{name}": v for name, v in model.items()}}))
+    return found
+
+
+# --- which of them are needed
+
+
+def planned(study: Study, rows: Rows) -> list[Key]:
+    """The runs that are needed, as far as the finished ones tell, seed by seed: of a study with `screen`, its other
+    seeds are for the best arms and for the baselines."""
+    screened = study.screen is not None
+    seeds = sorted(study.seeds, key=lambda seed: seed != study.screen)
+    chosen = {kind: _finalists(study, rows, kind) if screened else set(study.arms) for kind in study.architectures}
+    return [
+        Key(name, architecture, arm, seed)
+        for seed in seeds
+        for name in study.sets
+        for architecture in study.architectures
+        for arm in study.arms
+        if arm in chosen[architecture] or seed == study.screen
+    ]
+
+
+def _finalists(study: Study, rows: Rows, architecture: str) -> set[str]:
+    """The arms that get all seeds."""
+    best = ranked(study, rows, architecture, list(study.baselines))[: study.best_of]
+    references = [reference(study, rows, architecture, arm) for arm in study.baselines]
+    return {arm for arm in [*best, *references] if arm is not None}
+
+
+def reference(study: Study, rows: Rows, architecture: str, arm: str) -> str | None:
+    """The baseline that an arm is compared with; None for a baseline, and while it is not known."""
+    candidates = study.baselines.get(arm, [])
+    if len(candidates) > 1:
+        candidates = ranked(study, rows, architecture, candidates)
+    return candidates[0] if candidates else None
+
+
+def ranked(study: Study, rows: Rows, architecture: str, arms: list[str]) -> list[str]:
+    """The arms by what validation says of the screening seed, as the mean over all sets, best first; none until all of
+    these runs are done. Arms with a run that failed are left out. Nothing of test is looked at."""
+    from ..metrics import SMALLER_IS_BETTER
+
+    assert study.screen is not None
+    scores = {}
+    for arm in arms:
+        keys = [Key(name, architecture, arm, study.screen) for name in study.sets]
+        if any(key not in rows for key in keys):
+            return []
+        if all("error" not in rows[key] for key in keys):
+            sign = -1 if rows[keys[0]]["metric"] in SMALLER_IS_BETTER else 1
+            scores[arm] = sign * fmean(rows[key]["validation"] for key in keys)
+    return sorted(scores, key=lambda arm: scores[arm], reverse=True)

@@ -1,0 +1,453 @@
+"""`hf-al study`: a finished run is kept and used once, arms are chosen on validation, differences have intervals."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import assert_mistake
+from hooks import hook
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_al.study import execution
+from hf_al.study.intervals import packed, points_apart, unpacked
+from hf_al.study.page import draw, write_page
+from hf_al.study.plan import read_study
+from hf_al.study.runs import Key, all_runs, planned
+from hf_al.study.summary import Summary
+
+STUDIES = sorted((Path(__file__).parents[1] / "recipes" / "studies").glob("*.yaml"))
+RECIPE = {
+    "model_type": "al_lstm", "model": {"num_blocks": 2, "hidden_size": 16, "target_size": 12}, "word_vectors": "none",
+    "max_steps": 4, "use_cpu": True,
+}  # fmt: skip
+STUDY = {
+    "name": "tiny", "question": "Which is better?", "recipes": "recipes", "sets": ["mine"], "architectures": ["lstm"],
+    "seeds": [1, 2], "baseline": "backprop",
+    "arms": {"al_ce": {"objective": "al_ce"}, "backprop": {"objective": "backprop"}},
+}  # fmt: skip
+
+
+class Place:
+    """A folder with recipes, data and a study.yaml, and what `hf-al study` does there."""
+
+    def __init__(self, folder: Path, files: Path, shell):
+        self.folder, self.shell, self.yaml = folder, shell, folder / "study.yaml"
+        (folder / "recipes").mkdir()
+        for name in ("mine", "other"):
+            (folder / "recipes" / f"{name}_lstm.yaml").write_text(yaml.safe_dump(RECIPE))
+            (folder / "data" / name).mkdir(parents=True)
+            for split in ("train", "validation", "test"):
+                (folder / "data" / name / f"{split}.csv").write_bytes((files / f"{split}.csv").read_bytes())
+        self.write()
+
+    def write(self, **values) -> None:
+        self.yaml.write_text(yaml.safe_dump({**STUDY, **values}, sort_keys=False))
+
+    @property
+    def argv(self) -> list[str]:
+        return ["study", str(self.yaml), f"--output_dir={self.folder / 'out'}", f"--data_dir={self.folder / 'data'}"]
+
+    def run(self, *flags: str) -> tuple[int, str, str]:
+        return self.shell(*self.argv, *flags)
+
+    def rows(self) -> list[dict]:
+        return json.loads((self.folder / "study.json").read_text())["rows"]
+
+    def study(self):
+        study = read_study(str(self.yaml))
+        return study, all_runs(study, self.folder / "out", str(self.folder / "data"))
+
+
+@pytest.fixture
+def place(tmp_path, files, shell) -> Place:
+    return Place(tmp_path, files, shell)
+
+
+def row(key: Key, validation: float = 0.5, right: tuple[int, ...] = (1, 0, 1, 0), **more) -> dict:
+    """A finished run, as `carry_out` gives it."""
+    bits = np.array(right)
+    found = {
+        "metric": "accuracy", "validation": validation, "validation drop": 0.0, "train": 0.9, "test": bits.mean(),
+        "tests": len(bits), "right": packed(bits), "train seconds": 3.0, "data": {"fingerprint": {"test": key.set}},
+    }  # fmt: skip
+    machine = {"gpu": None, "processor": "p", "cores": 2, "threads": 1, "python": "3", "torch": "2"}
+    return {**key._asdict(), **found, "seconds": 4.0, "machine": machine, "hf_al": "0", **more}
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs that take no time: returns the keys of those that were carried out; `given` says what comes of them."""
+
+    class Pretended(list):
+        given = staticmethod(row)
+
+    done = Pretended()
+
+    def carry_out(run):
+        done.append(run.key)
+        return done.given(run.key)
+
+    monkeypatch.setattr(execution, "carry_out", carry_out)
+    monkeypatch.setattr(execution, "check", lambda runs: None)
+    return done
+
+
+# --- real runs
+
+
+@pytest.mark.medium
+def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch):
+    place.write(seeds=[1], arms={**STUDY["arms"], "wild": {"objective": "al_ce", "learning_rate": 1e38}})
+    trained = []
+    hook(monkeypatch, execution, "train", before=lambda call: trained.append(call.args.output_dir))
+    status, out, err = place.run()
+    assert status == 0, err
+    assert len(trained) == 3
+    al, twin, wild = place.rows()
+    assert "Expected finite" in wild["error"]
+    assert "test" not in wild
+    for found in (al, twin):
+        assert found["tests"] == found["data"]["rows"]["test"] == 80
+        assert unpacked(found["right"], 80).mean() == pytest.approx(found["test"])
+        assert found["test by exit"][-1] == pytest.approx(found["test"])
+        assert found["validation"] - found["validation drop"] <= found["validation"]
+        assert {"train", "best step", "seconds", "machine", "hf_al"} <= found.keys()
+    assert al["arguments"].items() >= {"max_steps": 4, "learning_rate": 5e-3, "model.hidden_size": 16}.items()
+    assert not {"adam_beta1", "seed", "train_file"} & al["arguments"].keys()
+    assert "minus baseline" in out
+    page = (place.folder / "out" / "study_tiny.md").read_text()
+    for words in ("Which is better?", "hf-al study", "Failed: mine lstm, wild, seed 1: ", "al_ce"):
+        assert words in page
+    assert (place.folder / "out" / "images" / "study_tiny.png").stat().st_size > 5000
+    kept = {path.name for path in (place.folder / "out" / "runs").glob("*/*")}
+    assert kept == {"report.json"}
+
+    place.run()
+    assert len(trained) == 3
+    text = json.loads((place.folder / "study.json").read_text())
+    text["rows"] = [found for found in text["rows"] if found["arm"] != "backprop"]
+    (place.folder / "study.json").write_text(json.dumps(text))
+    place.run()
+    assert len(trained) == 4
+    times = ("seconds", "train seconds")
+    again = next(found for found in place.rows() if found["arm"] == "backprop")
+    assert {n: v for n, v in again.items() if n not in times} == {n: v for n, v in twin.items() if n not in times}
+
+
+@pytest.mark.medium
+def test_kill_9_loses_no_finished_run_and_the_next_start_goes_on(place, start, pretended):
+    place.write(arms={**STUDY["arms"], "long": {"objective": "al_ce", "max_steps": 100000, "save_steps": 5}}, seeds=[1])
+    process = start(*place.argv, log=place.folder / "log")
+    deadline = time.monotonic() + 60
+    while not list(place.folder.glob("out/runs/*long*/checkpoints/checkpoint-*/manifest.json")):
+        assert process.poll() is None, (place.folder / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    assert [found["arm"] for found in place.rows()] == ["al_ce", "backprop"]
+    data = place.rows()[0]["data"]
+    pretended.given = lambda key: row(key, right=(1,) * 80, data=data)
+    place.run()
+    assert [key.arm for key in pretended] == ["long"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_jobs_find_what_one_finds(place):
+    assert place.run()[0] == 0
+    one = place.rows()
+    status, _, err = place.run("--jobs=2", f"--results={place.folder / 'two.json'}")
+    assert status == 0, err
+    two = json.loads((place.folder / "two.json").read_text())["rows"]
+    times = ("seconds", "train seconds")
+    assert [{n: v for n, v in found.items() if n not in times} for found in two] == [
+        {n: v for n, v in found.items() if n not in times} for found in one
+    ]
+
+
+# --- which runs are done again
+
+
+def test_finished_runs_are_skipped(place, pretended):
+    place.run()
+    assert pretended == [Key("mine", "lstm", arm, seed) for seed in (1, 2) for arm in ("al_ce", "backprop")]
+    place.write(seeds=[1, 2, 3])
+    place.run()
+    assert pretended[4:] == [Key("mine", "lstm", "al_ce", 3), Key("mine", "lstm", "backprop", 3)]
+
+
+def test_rows_of_other_arguments_are_named_and_only_they_run_again(place, pretended):
+    place.run()
+    del pretended[:]
+    place.write(arms={**STUDY["arms"], "al_ce": {"objective": "al_ce", "learning_rate": 0.5}})
+    assert_mistake(
+        place.run(),
+        "rows with the arguments of the study, got 2 with others: mine lstm, al_ce, seed 1: ",
+        "learning_rate was 0.005 and is now 0.5;",
+        "--rerun_changed",
+    )
+    assert "changed: learning_rate" in place.run("--dry_run")[1]
+    assert pretended == []
+    place.run("--rerun_changed")
+    assert pretended == [Key("mine", "lstm", "al_ce", 1), Key("mine", "lstm", "al_ce", 2)]
+    assert {found["arguments"]["learning_rate"] for found in place.rows() if found["arm"] == "al_ce"} == {0.5}
+    assert place.run()[0] == 0
+
+
+def test_a_change_of_the_recipe_or_of_a_default_is_seen_and_a_new_argument_is_not(place, pretended, monkeypatch):
+    place.run()
+    recipe = place.folder / "recipes" / "mine_lstm.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "max_steps": 5}))
+    assert_mistake(place.run(), "max_steps was 4 and is now 5")
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    assert place.run()[0] == 0
+
+    kept = json.loads((place.folder / "study.json").read_text())
+    del kept["defaults"]["lstm"]["adam_epsilon"]  # as if the rows had been made before it was an argument
+    (place.folder / "study.json").write_text(json.dumps(kept))
+    assert place.run()[0] == 0
+    kept["defaults"]["lstm"]["adam_beta1"] = 0.8  # as if that had been the default
+    (place.folder / "study.json").write_text(json.dumps(kept))
+    assert_mistake(place.run(), "adam_beta1 was 0.8 and is now 0.9")
+
+
+def test_rows_of_other_data_are_refused(place, pretended):
+    place.run()
+    place.write(seeds=[1, 2, 3])
+    pretended.given = lambda key: row(key, data={"fingerprint": {"test": "another"}})
+    assert_mistake(place.run(), "Expected the data of the earlier runs on mine, got other rows or labels")
+    assert len(place.rows()) == 4
+
+
+def test_ctrl_c_says_how_to_go_on(place, pretended):
+    def interrupted(key):
+        if len(pretended) == 3:
+            raise KeyboardInterrupt
+        return row(key)
+
+    pretended.given = interrupted
+    status, _, err = place.run()
+    assert status == 130
+    last = err.splitlines()[-1]
+    kept = place.folder / "study.json"
+    assert last == f"hf-al study: interrupted. 2 finished runs are kept in {kept}. The same command goes on."
+    pretended.given = row
+    place.run()
+    assert len(pretended) == 3 + 2
+
+
+def test_a_dry_run_lists_the_runs_and_estimates_their_time(place, pretended):
+    status, out, _ = place.run("--dry_run")
+    assert (status, pretended) == (0, [])
+    assert out.count("to run") == 4
+    assert "0 of 4 runs are done, and none tells how long they take." in out
+    place.write(seeds=[1])
+    place.run()
+    place.write(seeds=[1, 2, 3])
+    assert "2 of 6 runs are done, about 16 s to go." in place.run("--dry_run")[1]
+    assert "about 8 s to go." in place.run("--dry_run", "--jobs=2")[1]
+
+
+# --- which arms get more seeds
+
+SCREENED = {
+    "screen": 1, "best_of": 1, "seeds": [1, 2, 3],
+    "arms": {**{name: {"bridge_activation": name} for name in ("tanh", "gelu", "elu")},
+             "backprop": {"objective": "backprop"}},
+}  # fmt: skip
+
+
+def test_screening_chooses_on_validation_and_not_on_test(place, pretended):
+    """Test would choose tanh, which answers everything right."""
+    place.write(**SCREENED)
+    validation = {"tanh": 0.5, "gelu": 0.7, "elu": 0.6, "backprop": 0.1}
+    rights = {"tanh": (1, 1, 1, 1), "gelu": (0, 0, 0, 1)}
+    pretended.given = lambda key: row(key, validation[key.arm], rights.get(key.arm, (1, 0, 1, 0)))
+    place.run()
+    assert [key.arm for key in pretended if key.seed == 1] == ["tanh", "gelu", "elu", "backprop"]
+    others = [(key.arm, key.seed) for key in pretended if key.seed > 1]
+    assert sorted(others) == [("backprop", 2), ("backprop", 3), ("gelu", 2), ("gelu", 3)]
+    page = (place.folder / "out" / "study_tiny.md").read_text()
+    assert "Seed 1 screens all arms: for each architecture, the best 1 by validation" in page
+
+
+def test_screening_takes_the_mean_over_all_sets_and_leaves_failed_arms_out(place):
+    place.write(**SCREENED, sets=["mine", "other"])
+    study, _ = place.study()
+    validation = {("mine", "tanh"): 0.9, ("other", "tanh"): 0.1, ("mine", "gelu"): 0.6, ("other", "gelu"): 0.6}
+    rows = {}
+    for key in planned(study, {}):
+        if key.seed == 1:
+            rows[key] = row(key, validation.get((key.set, key.arm), 0.2))
+    assert {key.arm for key in planned(study, rows) if key.seed == 2} == {"gelu", "backprop"}
+    failed = Key("mine", "lstm", "gelu", 1)
+    rows[failed] = {**failed._asdict(), "error": "diverged"}
+    assert {key.arm for key in planned(study, rows) if key.seed == 2} == {"tanh", "backprop"}
+    del rows[failed]  # screening is not over yet
+    assert {key.arm for key in planned(study, rows) if key.seed == 2} == {"backprop"}
+
+
+def test_of_several_baselines_the_best_by_validation_is_the_one(place):
+    arms = {**SCREENED["arms"], "twin": {"objective": "backprop", "bridge_activation": "elu"}}
+    place.write(**{**SCREENED, "arms": arms}, baseline=["backprop", "twin"])
+    study, _ = place.study()
+    rows = {key: row(key, 0.9 if key.arm == "twin" else 0.4) for key in planned(study, {})}
+    assert {key.arm for key in planned(study, rows) if key.seed == 2} == {"tanh", "twin"}
+    assert Summary(study, rows).reference("lstm", "gelu") == "twin"
+
+
+# --- what the rows say
+
+
+def test_each_arm_is_compared_with_its_own_baseline(place):
+    arms = {f"{name} {n}": {"objective": name, "num_blocks": n} for n in (2, 3) for name in ("al_ce", "backprop")}
+    place.write(arms=arms, baseline={f"al_ce {n}": f"backprop {n}" for n in (2, 3)})
+    study, _ = place.study()
+    rights = {"al_ce 2": (1, 1, 1, 0), "al_ce 3": (1, 0, 0, 0), "backprop 2": (1, 1, 0, 0), "backprop 3": (1, 1, 1, 0)}
+    rows = {key: row(key, right=rights[key.arm]) for key in planned(study, {})}
+    summary = Summary(study, rows)
+    assert summary.difference("lstm", "al_ce 2", ("mine",))[0] == pytest.approx(25)
+    assert summary.difference("lstm", "al_ce 3", ("mine",))[0] == pytest.approx(-50)
+    lines = {line["arm"]: line for line in summary.table("lstm", ["mine"])}
+    assert lines["al_ce 2"]["baseline"] == "backprop 2"
+    assert lines["al_ce 2"]["test"] == 0.75
+    assert lines["al_ce 2"]["seeds"] == 2
+    assert lines["al_ce 2"]["std"] == 0
+
+
+def test_sets_count_equally_and_only_shared_seeds_are_compared(place, tmp_path):
+    place.write(sets=["mine", "other"])
+    study, _ = place.study()
+    rows = {key: row(key, right=(1, 1, 0, 0)) for key in planned(study, {})}
+    for key in planned(study, {}):
+        if key.arm == "al_ce":
+            rows[key] = row(key, right=(1, 1, 1, 0) if key.set == "mine" else (1, 0, 0, 0))
+    del rows[Key("other", "lstm", "backprop", 2)]
+    summary = Summary(study, rows)
+    assert summary.difference("lstm", "al_ce", ("mine", "other"))[0] == pytest.approx(0)
+    assert [line["seeds"] for line in summary.table("lstm", study.sets)] == [2, 1]
+    assert draw(summary) is not None
+    write_page(tmp_path / "page.md", summary)
+    assert (
+        "- 1 runs have yet to be made, about 4 s one after the other: of backprop."
+        in (tmp_path / "page.md").read_text()
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(2, 40))
+def test_arms_that_answer_alike_are_not_apart_however_much_seeds_and_rows_differ(seed, seeds, count):
+    """The interval is paired: what both arms get wrong does not widen it."""
+    right = np.random.default_rng(seed).integers(0, 2, (seeds, count))
+    assert points_apart([right - right]) == (0, 0, 0)
+    better = np.ones_like(right)  # of every row that is wrong, all become right
+    middle, low, high = points_apart([better - right])
+    assert low <= middle + 1e-9
+    assert middle == pytest.approx(100 * (1 - right.mean()))
+    assert high >= middle - 1e-9
+    assert np.array_equal(unpacked(packed(right[0]), count), right[0])
+
+
+def test_the_interval_covers_a_known_difference_as_often_as_it_says():
+    """An arm that is right on 0.75 of all texts and one on 0.8, of which most texts are shared."""
+    generator, covered = np.random.default_rng(1), 0
+    for _ in range(30):
+        hard = generator.random(300)  # of a text
+        noise = generator.normal(0, 0.05, (2, 3, 300))
+        ours, theirs = (hard + noise[0] < 0.8).astype(int), (hard + noise[1] < 0.75).astype(int)
+        _, low, high = points_apart([ours - theirs])
+        covered += low <= 5 <= high
+    assert 25 <= covered <= 30
+
+
+# --- mistakes
+
+MISTAKES = {
+    "unknown_key": ({"arm": 1}, ["Unknown key 'arm' in", "Did you mean arms?"]),
+    "no_seeds": ({"seeds": []}, ["Expected name, question", "got no seeds"]),
+    "no_question": ({"question": ""}, ["got no question"]),
+    "seed_twice": ({"seeds": [1, 1]}, ["Expected each of seeds once", "got 1 2 times"]),
+    "seeds_of_words": ({"seeds": ["one"]}, ["Expected a list of whole numbers from 0 as seeds", "['one']"]),
+    "name_with_a_slash": ({"name": "a/b"}, ["Expected a name of letters", "'a/b'"]),
+    "baseline_that_is_no_arm": ({"baseline": "backprob"}, ["Expected an arm as baseline", "Did you mean backprop?"]),
+    "no_other_arm": ({"arms": {"backprop": {"objective": "backprop"}}}, ["Expected arms beside the baseline"]),
+    "unknown_argument": (
+        {"common": {"learing_rate": 1}}, ["argument 'learing_rate' in common of", "Did you mean learning_rate?"],
+    ),
+    "unknown_argument_of_an_arm": (
+        {"arms": {**STUDY["arms"], "x": {"num_block": 1}}}, ["'num_block' in arm 'x'", "Did you mean num_blocks?"],
+    ),
+    "unknown_objective": (
+        {"arms": {**STUDY["arms"], "x": {"objective": "al"}}}, ["Expected objective to be one of", "(arm 'x' of"],
+    ),
+    "value_of_another_type": ({"common": {"max_steps": "many"}}, ["Expected max_steps as int, got 'many'."]),
+    "the_same_arm_twice": (
+        {"arms": {**STUDY["arms"], "x": {"objective": "al_ce"}}}, ["Expected arms that differ", "'al_ce' and 'x'"],
+    ),
+    "what_the_study_decides": ({"common": {"seed": 1}}, ["Expected no seed in common", "the study decides it"]),
+    "no_recipe": ({"architectures": ["gru"]}, ["Expected the recipe", "mine_gru.yaml, found none"]),
+    "no_data": ({"sets": ["theirs"]}, ["Expected a folder theirs* in", "found none"]),
+    "screen_alone": ({"screen": 1}, ["Expected screen and best_of together"]),
+    "screen_of_another_seed": ({"screen": 7, "best_of": 1}, ["Expected screen to be one of several seeds", "got 7"]),
+    "best_of_all": ({"screen": 1, "best_of": 1}, ["Expected at least two arms beside the baselines", "got 1"]),
+    "several_baselines_without_screen": (
+        {"arms": {**STUDY["arms"], "x": {}}, "baseline": ["backprop", "x"]}, ["Expected screen with several baselines"],
+    ),
+    "an_arm_without_a_baseline": (
+        {"arms": {**STUDY["arms"], "x": {}}, "baseline": {"al_ce": "backprop"}}, ["got neither for 'x'"],
+    ),
+    "several_processes": ({"common": {"stages": 2}, "arms": {"a": {"objective": "al_ce"}, "backprop": {}}},
+                          ["Expected runs of one process, got 2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_study_is_one_message_before_anything_starts(mistake, place):
+    values, said = MISTAKES[mistake]
+    place.write(**values)
+    before = sorted(place.folder.rglob("*"))
+    assert_mistake(place.run(), *said)
+    assert sorted(place.folder.rglob("*")) == before
+
+
+def test_an_arm_that_is_named_twice_is_a_mistake(place):
+    place.yaml.write_text(place.yaml.read_text().replace("arms:\n", "arms:\n  al_ce: {}\n"))
+    assert_mistake(place.run(), "the key 'al_ce' comes 2 times")
+
+
+def test_what_only_the_optimizer_refuses_is_refused_before_the_first_run(place):
+    place.write(common={"optim": "sgd", "optim_args": {"momentun": 0.9}})
+    assert_mistake(place.run(), "Expected optim_args of torch's SGD", "(mine lstm, arm 'al_ce')")
+    assert not (place.folder / "out").exists()
+
+
+def test_data_without_a_test_file_is_a_mistake(place):
+    (place.folder / "data" / "mine" / "test.csv").unlink()
+    assert_mistake(place.run(), "Expected train.csv and test.csv in the folder of mine")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": [{}]}', '{"rows": 3}'])
+def test_results_of_another_kind_are_a_mistake(content, place):
+    (place.folder / "study.json").write_text(content)
+    assert_mistake(place.run(), "Expected the results of a study in")
+    assert (place.folder / "study.json").read_text() == content
+
+
+# --- the studies that come with hf_al
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_run_of_a_shipped_study_can_be_made(path, tmp_path, encoder_folder):
+    study = read_study(str(path))
+    found = all_runs(study, tmp_path)
+    one_each = {run.key.arm: run for run in found.values()}
+    execution.check(one_each.values())
+    assert study.name == path.stem
+    assert len(found) == len(study.sets) * len(study.architectures) * len(study.arms) * len(study.seeds)
+    assert len({run.folder for run in found.values()}) == len(found)
