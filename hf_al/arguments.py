@@ -166,6 +166,7 @@ class TrainingArguments:
     per_device_eval_batch_size: int = _arg(128, "Examples per evaluation batch.")
     gradient_accumulation_steps: int = _arg(1, "Micro-batches per optimizer step, in each replica.")
     # --- evaluation, checkpoints, logs
+    do_predict: bool = _arg(True, "Evaluate the chosen weights on the test split, if there is one.")
     eval_strategy: str = _arg("epoch", "epoch, steps (every eval_steps) or no.")
     eval_steps: int | None = _arg(None, "Evaluate every N optimizer steps, with eval_strategy=steps.")
     metric_for_best_model: str | None = _arg(

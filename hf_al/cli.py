@@ -1,5 +1,5 @@
 """The command line: hf-al train | grow | prune | evaluate | predict | calibrate | inspect | compare | push | export |
-plan | study | demo | serve.
+plan | sweep | study | demo | serve.
 
 Results go to standard output, messages to standard error. Exit status 0, 2 for a user's mistake, 130 for Ctrl-C.
 A command's imports happen when it runs: no `--help` waits for torch.
@@ -32,6 +32,7 @@ EXAMPLES = """\
   hf-al push out/mine user/name
   hf-al export out/mine out/small --inference_only
   hf-al plan --config recipes/tweets_lstm.yaml --stages 1,2
+  hf-al sweep recipes/sweeps/tweets_lstm.yaml --output_dir out/sweep
   hf-al study recipes/studies/objectives.yaml --output_dir out/study
   hf-al demo out/mine
   hf-al serve out/mine

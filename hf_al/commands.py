@@ -49,6 +49,7 @@ from .parsing import FlagParser, add_training_flags, planned_blocks, reader, res
 from .report import read_report
 from .serving_commands import demo_flags, run_demo, run_serve, serve_flags
 from .study.command import run_study, study_flags
+from .sweep.command import run_sweep, sweep_flags
 
 # --- train
 
@@ -348,6 +349,7 @@ COMMANDS = {
     "push": Command("share a finished run on the Hub: model, card, results", _push_flags, _push),
     "export": Command("a copy of a model, whole or for inference only", _export_flags, _export),
     "plan": Command("predict speed, waiting and memory of a split over machines", _plan_flags, _plan),
+    "sweep": Command("the best settings of each way of training, searched by Optuna", sweep_flags, run_sweep),
     "study": Command("many runs that answer one question, and a page on them", study_flags, run_study),
     "demo": Command("a page on which to try a model: the answer at every exit", demo_flags, run_demo),
     "serve": Command("answer requests over HTTP, many at a time", serve_flags, run_serve),

@@ -286,7 +286,7 @@ MISTAKES = {
     "unknown_command": (
         nothing, "trian",
         "hf-al: error: Expected one of train, grow, prune, evaluate, predict, calibrate, inspect, compare, push, "
-        "export, plan, study, demo, serve, got 'trian'. "
+        "export, plan, sweep, study, demo, serve, got 'trian'. "
         "Did you mean train? See hf-al --help.",
     ),
     # --- folders

@@ -12,7 +12,7 @@ ROOMS = [
     ("parsing", "early", "metrics"), ("loading",), ("data",), ("parallel",),
     ("report", "plots", "metadata", "card"), ("hub",),
     ("training",), ("forecast",), ("saved",), ("evaluation", "exits"), ("flags",),
-    ("depth", "serving_commands", "study"), ("commands",), ("cli", "__init__"),
+    ("depth", "serving_commands", "study"), ("sweep",), ("commands",), ("cli", "__init__"),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 

@@ -54,7 +54,8 @@ def load_with_fingerprints(
             f"Expected a split named train, got {list(raw)}. Rename yours, or name it: --train_split_name."
         )
     columns = choose_columns(raw["train"], args)
-    data = {name: named_columns(raw[name], *columns, name) for name in SPLITS if name in raw}
+    splits = [name for name in SPLITS if name in raw and (name != "test" or args.do_predict)]
+    data = {name: named_columns(raw[name], *columns, name) for name in splits}
     for name in data:
         check_rows(data[name], name)
     read, data = data, encode_labels(data, args.problem_type)

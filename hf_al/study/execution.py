@@ -2,19 +2,13 @@
 
 import logging
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +20,14 @@ from ..metrics import SMALLER_IS_BETTER
 from ..parsing import resolve
 from ..report import machine
 from ..training.loop import TrainResult, train
+from ..training.progress import OnEvaluation
 from ..training.setup import check_model
 from .intervals import packed
 from .plan import Study
 from .results import Results, key_of
 from .runs import Run, planned
 from .summary import seconds_to_go
+from .workers import Workers, answer_tasks
 
 TRAIN_ROWS = 2000  # on so many of them, evenly spread, the training accuracy is measured
 
@@ -71,7 +67,7 @@ def carry_out_study(study: Study, results: Results, jobs: int, keep_models: bool
     def done(row: dict[str, Any]) -> None:
         results.add(row)
         if not keep_models:
-            _clear(results.runs[key_of(row)].folder)
+            clear(results.runs[key_of(row)].folder)
         keys = planned(study, results.rows)
         count = sum(key in results.rows for key in keys)
         said = f"failed: {row['error']}" if "error" in row else f"validation {row['validation']:.4f}"
@@ -93,20 +89,20 @@ def carry_out_study(study: Study, results: Results, jobs: int, keep_models: bool
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, runs say nothing but errors; what they would say is in their reports."""
+def quiet(but: str = "hf_al.study") -> Iterator[None]:
+    """Inside, runs say nothing but errors; what they would say is in their reports. `but`: the logger that goes on."""
     set_up_output(disable_tqdm=True)
     package = logging.getLogger("hf_al")
     before = package.level
     package.setLevel(logging.ERROR)
-    logging.getLogger("hf_al.study").setLevel(logging.INFO)
+    logging.getLogger(but).setLevel(logging.INFO)
     try:
         yield
     finally:
         package.setLevel(before)
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Removes what a run left, but for its report."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name != "report.json":
@@ -132,7 +128,7 @@ def carry_out(run: Run) -> dict[str, Any]:
 
 
 def _found(run: Run) -> dict[str, Any]:
-    result = _train(run)
+    result = train_on(run.flags)
     args = resolve(run.flags)
     data = sources.load_text_datasets(args)
     if "test" not in data:
@@ -146,14 +142,20 @@ def _found(run: Run) -> dict[str, Any]:
     return measured(result.report, right(seen, result.model.config), right(test, result.model.config))
 
 
-def _train(run: Run) -> TrainResult:
-    """Goes on from the last checkpoint of a run that was interrupted."""
-    if (run.folder / "checkpoints").is_dir():
+def train_on(flags: dict[str, Any], on_evaluation: OnEvaluation | None = None) -> TrainResult:
+    """Goes on from the last checkpoint of a run that was interrupted.
+
+    Args:
+        flags: those of hf-al train.
+        on_evaluation: as in `train`.
+    """
+    folder = Path(flags["output_dir"])
+    if (folder / "checkpoints").is_dir():
         try:
-            return train(resolve({**run.flags, "resume_from_checkpoint": "last"}))
+            return train(resolve({**flags, "resume_from_checkpoint": "last"}), on_evaluation=on_evaluation)
         except ValueError as error:  # checkpoints that are damaged, or of other data
-            logger.warning("%s starts anew: %s", run.key, error)
-    return train(resolve({**run.flags, "overwrite_output_dir": True}))
+            logger.warning("%s starts anew: %s", folder, error)
+    return train(resolve({**flags, "overwrite_output_dir": True}), on_evaluation=on_evaluation)
 
 
 def right(answers: ExitAnswers, config: Any) -> Any:
@@ -212,9 +214,7 @@ def in_processes(runs: Iterable[Run], jobs: int, done: Callable[[dict[str, Any]]
     Raises:
         OSError: what a run raised, or a process that died.
     """
-    context = multiprocessing.get_context("spawn")
     waiting = deque(runs)
-    processes: dict[Connection, BaseProcess] = {}
     running: dict[Connection, Run] = {}
 
     def give(pipe: Connection) -> None:
@@ -222,54 +222,17 @@ def in_processes(runs: Iterable[Run], jobs: int, done: Callable[[dict[str, Any]]
             running[pipe] = waiting.popleft()
             pipe.send(running[pipe])
 
-    try:
-        for _ in range(min(jobs, len(waiting))):
-            here, there = context.Pipe()
-            processes[here] = context.Process(target=_work, args=(there,))
-            processes[here].start()
-            there.close()  # or its end would not be seen
-            give(here)
+    with Workers(_work, min(jobs, len(waiting))) as workers:
+        for pipe in workers.pipes:
+            give(pipe)
         while running:
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
-                run = running.pop(pipe)
-                try:
-                    answer = pipe.recv()
-                except EOFError:
-                    processes[pipe].join()
-                    raise ChildProcessError(
-                        f"The process of {run.key} ended with status {processes[pipe].exitcode}, perhaps for lack of "
-                        "memory. Finished runs are kept: the same command goes on. Pass fewer --jobs if memory is "
-                        "short."
-                    ) from None
-                if isinstance(answer, Exception):
-                    raise answer
-                done(answer)
+            for pipe, row in workers.answers(running):
+                del running[pipe]
+                done(row)
                 give(pipe)
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.join()
 
 
 def _work(pipe: Connection) -> None:
     """Answers each run with its row, or with why there is none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     with quiet():
-        while True:
-            run = pipe.recv()
-            try:
-                pipe.send(carry_out(run))
-            except OSError as error:
-                pipe.send(OSError(str(error)))
-            except Exception:
-                pipe.send(RuntimeError(traceback.format_exc()))
-
-
-def _end_with_parent() -> None:
-    """Or a run would go on beside the one that takes its place, in the same folder."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        answer_tasks(pipe, carry_out)

@@ -77,7 +77,7 @@ def read_study(path: str) -> Study:
     common = values.get("common") or {}
     if isinstance(common, dict):  # otherwise refused below
         import_own(common.get("import_module"))
-    arms, seeds = _arms(path, values["arms"]), _distinct(path, "seeds", values["seeds"], int)
+    arms, seeds = checked_arms(path, values["arms"]), _distinct(path, "seeds", values["seeds"], int)
     study = Study(
         path=Path(path),
         name=values["name"],
@@ -90,7 +90,7 @@ def read_study(path: str) -> Study:
         best_of=values.get("best_of") or 0,
         arms=arms,
         baselines=_baselines(path, values["baseline"], arms),
-        common=_arguments(path, "common", common),
+        common=checked_arguments(path, "common", common),
     )
     _check_screen(study)
     return study
@@ -108,12 +108,14 @@ def _distinct(path: str, key: str, values: Any, kind: type) -> Any:
     return values
 
 
-def _arms(path: str, values: Any) -> dict[str, dict[str, Any]]:
+def checked_arms(path: str, values: Any) -> dict[str, dict[str, Any]]:
+    """The arguments of each arm, by name. ValueError for two arms with the same ones, or what `checked_arguments`
+    refuses."""
     if not isinstance(values, dict):
         raise ValueError(f"Expected a mapping of names to arguments as arms in {path}, got {values!r}.")
     arms: dict[str, dict[str, Any]] = {}
     for name, given in values.items():
-        arguments = _arguments(path, f"arm {str(name)!r}", {} if given is None else given)
+        arguments = checked_arguments(path, f"arm {str(name)!r}", {} if given is None else given)
         same = next((other for other in arms if arms[other] == arguments), None)
         if same is not None:
             raise ValueError(
@@ -124,8 +126,8 @@ def _arms(path: str, values: Any) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def _arguments(path: str, where: str, values: Any) -> dict[str, Any]:
-    """Arguments of hf-al train and config values, by name."""
+def checked_arguments(path: str, where: str, values: Any) -> dict[str, Any]:
+    """Arguments of hf-al train and config values, by name. ValueError for what is neither, or not for an arm to say."""
     if not isinstance(values, dict):
         raise ValueError(f"Expected a mapping of arguments as {where} in {path}, got {values!r}.")
     known = [f.name for f in dataclasses.fields(TrainingArguments)]

@@ -8,7 +8,6 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
-from ..arguments import SHOWING
 from ..messages import table
 from ..parsing import resolve
 from .plan import Sweep
@@ -33,7 +32,7 @@ def as_text(sweep: Sweep, studies: dict[str, optuna.Study]) -> str:
             "ended early": states.count(TrialState.PRUNED),
             "failed": states.count(TrialState.FAIL),
             "best validation": study.best_value if complete else "-",
-            "median": statistics.median(trial.value for trial in complete) if complete else "-",
+            "median": statistics.median(trial.values[0] for trial in complete) if complete else "-",
         }
         best = study.best_params if complete else {}
         lines.append({**line, **{name: best.get(name, "-") for name in sweep.search}})
@@ -48,7 +47,7 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
             "arm": arm,
             "number": trial.number,
             "state": trial.state.name.lower(),
-            "validation": trial.value,
+            "validation": trial.value if trial.state == TrialState.COMPLETE else None,
             "evaluations": [trial.intermediate_values[n] for n in sorted(trial.intermediate_values)],
             **trial.user_attrs,
             **{name: trial.params.get(name) for name in sweep.search},
@@ -84,7 +83,7 @@ def draw(sweep: Sweep, arm: str, study: optuna.Study) -> list[str]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as drawn
 
-    plots = {"slices": drawn.plot_slice}
+    plots: dict[str, Any] = {"slices": drawn.plot_slice}
     if len(sweep.search) > 1:
         plots |= {"importance": drawn.plot_param_importances, "together": drawn.plot_parallel_coordinate}
     files = []
@@ -92,7 +91,7 @@ def draw(sweep: Sweep, arm: str, study: optuna.Study) -> list[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # these functions are "experimental", and their layout is not ours
             axes = plot(study)
-        figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
+        figure: Any = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
         files.append(f"{name}_{_file_name(arm)}.png")
         figure.savefig(sweep.output_dir / files[-1], dpi=120, bbox_inches="tight")
         pyplot.close(figure)

@@ -67,9 +67,8 @@ def read_sweep(path: str, output_dir: Path, data_dir: str | None = None, trials:
     if not recipe.is_file():
         raise ValueError(f"Expected the recipe {recipe}, found none. Fix recipe in {path}.")
     files = data_files(data_dir, str(values.get("set") or recipe.stem.split("_")[0]))
-    files.pop("test_file", None)  # nothing of a sweep may depend on it
     seed = values.get("seed", 1)
-    fixed = {"config": str(recipe), **ALWAYS, **files, "seed": seed, **common}
+    fixed = {"config": str(recipe), **ALWAYS, **files, "do_predict": False, "seed": seed, **common}
     sweep = Sweep(
         path=Path(path),
         output_dir=output_dir,
@@ -102,8 +101,8 @@ def _space(where: str, given: Any) -> Space:
     numbers = all(type(v) in (int, float) and math.isfinite(v) for v in (low, high))
     if not numbers or not low < high or not isinstance(log, bool) or (log and low <= 0):
         raise ValueError(
-            f"Expected numbers with low below high as {where}, above 0 for log: true, got low {low!r}, high {high!r} and "
-            f"log {log!r}."
+            f"Expected numbers with low below high as {where}, above 0 for log: true, got low {low!r}, high {high!r} "
+            f"and log {log!r}."
         )
     return {"low": low, "high": high, "log": log}
 

@@ -7,12 +7,11 @@ than half of the others were by then.
 import hashlib
 import json
 import logging
-import signal
 import time
-import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -23,7 +22,7 @@ from ..data.labels import problem_type_of
 from ..metrics import SMALLER_IS_BETTER, chosen_metric
 from ..parsing import resolve
 from ..study.execution import clear, quiet, train_on
-from ..study.workers import Workers, end_with_parent
+from ..study.workers import Workers, answer_tasks
 from .plan import Space, Sweep
 
 DATABASE = "sweep.db"
@@ -65,7 +64,7 @@ def open_studies(sweep: Sweep) -> dict[str, optuna.Study]:
     """
     sweep.output_dir.mkdir(parents=True, exist_ok=True)
     path = (sweep.output_dir / DATABASE).resolve()
-    direction = _direction(sweep)
+    direction: Any = _direction(sweep)
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
         studies = {
@@ -105,7 +104,8 @@ def _direction(sweep: Sweep) -> str:
 def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study) -> None:
     """Remembers what the trials of an arm have in common; ValueError if they had anything else."""
     args = resolve({**sweep.arms[arm], "output_dir": "."})
-    now = json.loads(json.dumps({**args.to_dict(), **args.model, **{f"search {n}": s for n, s in sweep.search.items()}}))
+    search = {f"search {name}": space for name, space in sweep.search.items()}
+    now = json.loads(json.dumps({**args.to_dict(), **args.model, **search}))
     then = study.user_attrs.setdefault("sweep", now)
     differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if differ:
@@ -148,7 +148,7 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
 
     missing = sum(sweep.trials - len(finished(study)) for study in studies.values())
     try:
-        with quiet(), Workers(_work, min(jobs, missing)) as workers:
+        with quiet(__name__), Workers(_work, min(jobs, missing)) as workers:
             for pipe in workers.pipes:
                 give(pipe)
             while running:
@@ -162,7 +162,7 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
                     trial = running.pop(pipe)
                     _finish(studies[trial.arm], trial, what, value)
                     if not keep_models:
-                        clear(trial.flags["output_dir"])
+                        clear(Path(trial.flags["output_dir"]))
                     _say(sweep, studies, trial)
                     give(pipe)
     except KeyboardInterrupt as stop:
@@ -219,42 +219,34 @@ def _say(sweep: Sweep, studies: dict[str, optuna.Study], trial: Trial) -> None:
 
 
 def _work(pipe: Connection) -> None:
-    """Answers the flags of each trial with how it goes, and then what it came to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
-    end_with_parent()
+    """Answers the flags of each trial with how it goes, and then with what it came to."""
 
     def report(number: int, value: float) -> None:
         pipe.send(("evaluation", (number, value)))
         if pipe.recv():
             raise Pruned
 
-    with quiet():
-        while True:
-            flags = pipe.recv()
-            try:
-                pipe.send(("done", carry_out(flags, report)))
-            except Pruned:
-                pipe.send(("pruned", None))
-            except (ValueError, FloatingPointError) as error:  # it diverged, or values do not go together
-                pipe.send(("failed", str(error)))
-            except OSError as error:
-                pipe.send(OSError(str(error)))
-            except Exception:
-                pipe.send(RuntimeError(traceback.format_exc()))
+    def tried(flags: dict[str, Any]) -> tuple[str, Any]:
+        try:
+            return "done", carry_out(flags, report)
+        except Pruned:
+            return "pruned", None
+        except (ValueError, FloatingPointError) as error:  # it diverged, or values do not go together
+            return "failed", str(error)
+
+    with quiet(__name__):
+        answer_tasks(pipe, tried)
 
 
-def carry_out(flags: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Trains, without the test split, and calls `report` with the number and the value of each evaluation."""
+def carry_out(flags: dict[str, Any], report: Callable[[int, float], None]) -> dict[str, Any]:
+    """Trains, and calls `report` with the number and the value of each evaluation."""
     clock = time.perf_counter()
-    args = resolve(flags)
-    data = sources.load_text_datasets(args)
-    data.pop("test", None)
 
     def after_evaluation(metric: str, history: list[dict[str, Any]]) -> None:
         values = [row["validation"][-1][metric] for row in history if "validation" in row]
         report(len(values), values[-1])
 
-    found = train_on(flags, data, after_evaluation).report
+    found = train_on(flags, after_evaluation).report
     return {
         "validation": found["validation"][-1][found["metric"]],
         "steps": found["steps"],

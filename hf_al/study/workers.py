@@ -1,0 +1,94 @@
+"""Processes that each carry out one task at a time, and end with the context that holds them, however that ends."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+class Workers:
+    """
+    Args:
+        work: what each process does: takes tasks from its pipe, and answers them there; a function of a module.
+        count: processes.
+
+    Attributes:
+        pipes: one to each process.
+    """
+
+    def __init__(self, work: Callable[[Connection], None], count: int):
+        self.work, self.count = work, count
+        self.pipes: list[Connection] = []
+        self.processes: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> "Workers":
+        context = multiprocessing.get_context("spawn")
+        try:
+            for _ in range(self.count):
+                here, there = context.Pipe()
+                process = context.Process(target=self.work, args=(there,))
+                process.start()
+                there.close()  # or its end would not be seen
+                self.processes[here] = process
+                self.pipes.append(here)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def answers(self, busy: Mapping[Connection, Any]) -> Iterator[tuple[Connection, Any]]:
+        """Waits until a busy process says something; then what each has said.
+
+        Args:
+            busy: pipe -> the task, named by its `str` in messages.
+
+        Raises:
+            ChildProcessError: a process died.
+            Exception: one that it sent.
+        """
+        for pipe in wait(list(busy)):
+            assert isinstance(pipe, Connection)
+            try:
+                answer = pipe.recv()
+            except EOFError:
+                self.processes[pipe].join()
+                raise ChildProcessError(
+                    f"The process of {busy[pipe]} ended with status {self.processes[pipe].exitcode}, perhaps for lack "
+                    "of memory. What is finished is kept: the same command goes on. Pass fewer --jobs if memory is "
+                    "short."
+                ) from None
+            if isinstance(answer, Exception):
+                raise answer
+            yield pipe, answer
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.join()
+
+
+def answer_tasks(pipe: Connection, carry_out: Callable[[Any], Any]) -> None:
+    """What a process does: answers each task with what `carry_out` makes of it, or with what it raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        task = pipe.recv()
+        try:
+            pipe.send(carry_out(task))
+        except OSError as error:
+            pipe.send(OSError(str(error)))
+        except Exception:
+            pipe.send(RuntimeError(traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """Or a task would go on beside the one that takes its place, in the same folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
