@@ -245,14 +245,14 @@ def run(line: str, monkeypatch) -> None:
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     "page",
-    [slow(p) if p in ("measured", "stages") else p for p in PAGES if commands(p)],  # benchmarks, launches
+    [slow(p) if p in ("measured", "stages", "studies") else p for p in PAGES if commands(p)],  # benchmarks, launches
 )
 def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, capsys):
     lines = [line for line in commands(page) if not line.startswith(NOT_RUN) and ON_A_HUB not in line]
     for line in lines:
         run(line, monkeypatch)
     assert "error:" not in capsys.readouterr().err
-    for folder in re.findall(r"^(?!hf-al study).* --output_dir (\S+)", "\n".join(lines), re.MULTILINE):
+    for folder in re.findall(r"^(?!hf-al (?:study|sweep)).* --output_dir (\S+)", "\n".join(lines), re.MULTILINE):
         assert (room / folder / "report.md").is_file()
     for results in room.glob("out/*.json"):
         assert set(json.loads(results.read_text())) == {"machine", "rows", "ratios"}
