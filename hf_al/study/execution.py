@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -34,6 +35,7 @@ from .runs import Run, planned
 from .summary import seconds_to_go
 
 TRAIN_ROWS = 2000  # on so many of them, evenly spread, the training accuracy is measured
+GRACE = 20.0  # seconds for a process to write a checkpoint and end
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +125,13 @@ def carry_out(run: Run) -> dict[str, Any]:
         A row: the key and `seconds`; what `measured` found, or `error` if training failed; `machine` and `hf_al`.
     """
     clock = time.perf_counter()
+    found: dict[str, Any]
     try:
         found = _found(run)
     except (ValueError, FloatingPointError) as error:  # it diverged, or its values do not go together with its data
         found = {"error": str(error)}
-    row = {**run.key._asdict(), **found, "seconds": round(time.perf_counter() - clock, 1)}
+    seconds = max(time.perf_counter() - clock, found.get("train seconds", 0.0))  # it may have begun in another process
+    row = {**run.key._asdict(), **found, "seconds": round(seconds, 1)}
     return {**row, "machine": machine(), "hf_al": version("hf_al")}
 
 
@@ -246,8 +250,15 @@ def in_processes(runs: Iterable[Run], jobs: int, done: Callable[[dict[str, Any]]
                     raise answer
                 done(answer)
                 give(pipe)
+        for pipe in processes:
+            pipe.close()  # which ends its process
+        for process in processes.values():
+            process.join(GRACE)
     finally:
         for process in processes.values():
+            process.terminate()
+        for process in processes.values():
+            process.join(GRACE)
             process.kill()
             process.join()
 
@@ -255,8 +266,9 @@ def in_processes(runs: Iterable[Run], jobs: int, done: Callable[[dict[str, Any]]
 def _work(pipe: Connection) -> None:
     """Answers each run with its row, or with why there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # in training: after a checkpoint
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with quiet():
+    with quiet(), suppress(EOFError):
         while True:
             run = pipe.recv()
             try:
