@@ -20,6 +20,7 @@ from hf_al.study.page import draw, write_page
 from hf_al.study.plan import read_study
 from hf_al.study.runs import Key, all_runs, planned
 from hf_al.study.summary import Summary
+from hf_al.training.stage import Stage
 
 STUDIES = sorted((Path(__file__).parents[1] / "recipes" / "studies").glob("*.yaml"))
 RECIPE = {
@@ -162,6 +163,26 @@ def test_kill_9_loses_no_finished_run_and_the_next_start_goes_on(place, start, p
     pretended.given = lambda key: row(key, right=(1,) * 80, data=data)
     place.run()
     assert [key.arm for key in pretended] == ["long"]
+
+
+@pytest.mark.medium
+def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(place, monkeypatch):
+    place.write(seeds=[1], common={"save_steps": 2})
+    steps, stop = [], [True]
+
+    def batch(call):
+        steps.append(call.step)
+        if call.step == 3 and stop:
+            stop.pop()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook(monkeypatch, Stage, "train_batch", before=batch)
+    status, _, err = place.run()
+    assert (status, steps) == (130, [0, 1, 2, 3])
+    assert "0 finished runs are kept" in err
+    assert place.run()[0] == 0
+    assert steps == [0, 1, 2, 3, *range(4)]  # of the second run: the first one had its last checkpoint
+    assert [found["steps"] for found in place.rows()] == [4, 4]
 
 
 @pytest.mark.slow

@@ -33,7 +33,10 @@ def write_page(path: Path, summary: Summary) -> None:
         image.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(image)
         lines += ["", "## Differences to the baseline", "", f"![Points of test accuracy by arm](images/{image.name})"]
-        lines += ["", "Dark: the mean over all sets. Light: each set. Bars are 95 % intervals."]
+        lines += [
+            "",
+            f"Dark: the mean over all sets. Light: each of {', '.join(study.sets)}, in this order. Bars: 95 % intervals.",
+        ]
     lines += ["", "## Results", "", COLUMNS]
     for title, architecture, sets in tables(study):
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
