@@ -33,10 +33,8 @@ def write_page(path: Path, summary: Summary) -> None:
         image.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(image)
         lines += ["", "## Differences to the baseline", "", f"![Points of test accuracy by arm](images/{image.name})"]
-        lines += [
-            "",
-            f"Dark: the mean over all sets. Light: each of {', '.join(study.sets)}, in this order. Bars: 95 % intervals.",
-        ]
+        names = ", ".join(study.sets)
+        lines += ["", f"Bars are 95 % intervals; dark: the mean over all sets, light: of {names}, in this order."]
     lines += ["", "## Results", "", COLUMNS]
     for title, architecture, sets in tables(study):
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
