@@ -109,7 +109,7 @@ def _not_run(summary: Summary) -> list[str]:
     if waiting:
         about = f", about {duration(to_go)} one after the other" if to_go else ""
         arms = ", ".join(dict.fromkeys(key.arm for key in waiting))
-        lines.append(f"- {len(waiting)} runs have yet to be made{about}: of {arms}.")
+        lines.append(f"- Yet to be made: {len(waiting)} runs of {arms}{about}.")
     if summary.study.screen is not None:
         lines.append("- By design, arms that are not among the best in screening have one seed.")
     return lines or ["Nothing: all runs are done."]
