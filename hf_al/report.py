@@ -134,8 +134,10 @@ def rows_used(report: dict[str, Any]) -> str:
     data = report["data"]
     own_split = "validation" in data["fingerprint"]
     counts = {n: count for n, count in data.get("rows", {}).items() if n != "train" or not data.get("streamed")}
-    seed = None if own_split else report["arguments"]["validation_seed"]
-    return json.dumps([data["fingerprint"], counts, seed], sort_keys=True)
+    arguments = report["arguments"]
+    seed = None if own_split else arguments["validation_seed"]
+    noise = [arguments["label_noise"], arguments["label_noise_seed"]] if arguments.get("label_noise") else []
+    return json.dumps([data["fingerprint"], counts, seed, *noise], sort_keys=True)
 
 
 def flat_arguments(report: dict[str, Any]) -> dict[str, Any]:

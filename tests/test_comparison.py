@@ -76,8 +76,9 @@ def test_runs_that_are_equal_but_for_the_seed_get_mean_and_range(run):
         ({"fingerprint": {"train": "other"}}, {}),
         ({"rows": {"train": 80, "validation": 10}}, {}),
         ({}, {"validation_seed": 1}),
+        ({}, {"label_noise": 0.1, "label_noise_seed": 0}),
     ],
-    ids=["rows", "limit", "validation"],
+    ids=["rows", "limit", "validation", "noise"],
 )
 def test_runs_on_other_data_are_said_so_and_not_one_group(data, arguments, run):
     folders = [run("a"), run("b", seed=2, report={"data": {**REPORT["data"], **data}}, **arguments)]

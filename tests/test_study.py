@@ -1,6 +1,7 @@
 """`hf-al study`: a finished run is kept and used once, arms are chosen on validation, differences have intervals."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from hf_al.study.page import draw, write_page
 from hf_al.study.plan import read_study
 from hf_al.study.runs import Key, all_runs, planned
 from hf_al.study.summary import Summary
+from hf_al.training.stage import Stage
 
 STUDIES = sorted((Path(__file__).parents[1] / "recipes" / "studies").glob("*.yaml"))
 RECIPE = {
@@ -100,6 +102,15 @@ def pretended(monkeypatch):
 # --- real runs
 
 
+def wait_until(happens, process, place) -> None:
+    """Waits for what a study does in another process, whose messages are in `log`; it must not end before."""
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert process.poll() is None, (place.folder / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.medium
 def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch):
     place.write(seeds=[1], arms={**STUDY["arms"], "wild": {"objective": "al_ce", "learning_rate": 1e38}})
@@ -143,11 +154,8 @@ def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch
 def test_kill_9_loses_no_finished_run_and_the_next_start_goes_on(place, start, pretended):
     place.write(arms={**STUDY["arms"], "long": {"objective": "al_ce", "max_steps": 100000, "save_steps": 5}}, seeds=[1])
     process = start(*place.argv, log=place.folder / "log")
-    deadline = time.monotonic() + 60
-    while not list(place.folder.glob("out/runs/*long*/checkpoints/checkpoint-*/manifest.json")):
-        assert process.poll() is None, (place.folder / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    begun = "out/runs/*long*/checkpoints/checkpoint-*/manifest.json"
+    wait_until(lambda: list(place.folder.glob(begun)), process, place)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     assert [found["arm"] for found in place.rows()] == ["al_ce", "backprop"]
@@ -155,6 +163,26 @@ def test_kill_9_loses_no_finished_run_and_the_next_start_goes_on(place, start, p
     pretended.given = lambda key: row(key, right=(1,) * 80, data=data)
     place.run()
     assert [key.arm for key in pretended] == ["long"]
+
+
+@pytest.mark.medium
+def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(place, monkeypatch):
+    place.write(seeds=[1], common={"save_steps": 2})
+    steps, stop = [], [True]
+
+    def batch(call):
+        steps.append(call.step)
+        if call.step == 3 and stop:
+            stop.pop()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook(monkeypatch, Stage, "train_batch", before=batch)
+    status, _, err = place.run()
+    assert (status, steps) == (130, [0, 1, 2, 3])
+    assert "0 finished runs are kept" in err
+    assert place.run()[0] == 0
+    assert steps == [0, 1, 2, 3, *range(4)]  # of the second run: the first one had its last checkpoint
+    assert [found["steps"] for found in place.rows()] == [4, 4]
 
 
 @pytest.mark.slow
@@ -169,6 +197,29 @@ def test_two_jobs_find_what_one_finds(place):
     assert [{n: v for n, v in found.items() if n not in times} for found in two] == [
         {n: v for n, v in found.items() if n not in times} for found in one
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("victim", ["a run", "the study"])
+def test_what_dies_leaves_no_process_behind(victim, place, start):
+    """A run would go on beside the one that takes its place after the next start."""
+    arms = {name: {"objective": name, "max_steps": 100000, "save_steps": 5} for name in ("al_ce", "backprop")}
+    place.write(arms=arms, seeds=[1])
+    process = start(*place.argv, "--jobs=2", log=place.folder / "log")
+    wait_until(lambda: len(list(place.folder.glob("out/runs/*/checkpoints"))) == 2, process, place)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    runs = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(runs) == 2
+    os.kill(runs[0] if victim == "a run" else process.pid, signal.SIGKILL)
+    process.wait(60)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in runs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if victim == "a run":
+        assert "ended with status -9, perhaps for lack of memory" in (place.folder / "log").read_text()
+    assert not (place.folder / "study.json").exists()
 
 
 # --- which runs are done again
@@ -334,10 +385,7 @@ def test_sets_count_equally_and_only_shared_seeds_are_compared(place, tmp_path):
     assert [line["seeds"] for line in summary.table("lstm", study.sets)] == [2, 1]
     assert draw(summary) is not None
     write_page(tmp_path / "page.md", summary)
-    assert (
-        "- 1 runs have yet to be made, about 4 s one after the other: of backprop."
-        in (tmp_path / "page.md").read_text()
-    )
+    assert "- Yet to be made: 1 runs of backprop, about 4 s one after the other." in (tmp_path / "page.md").read_text()
 
 
 @settings(max_examples=12, deadline=None)

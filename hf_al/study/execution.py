@@ -119,11 +119,13 @@ def carry_out(run: Run) -> dict[str, Any]:
         A row: the key and `seconds`; what `measured` found, or `error` if training failed; `machine` and `hf_al`.
     """
     clock = time.perf_counter()
+    found: dict[str, Any]
     try:
         found = _found(run)
     except (ValueError, FloatingPointError) as error:  # it diverged, or its values do not go together with its data
         found = {"error": str(error)}
-    row = {**run.key._asdict(), **found, "seconds": round(time.perf_counter() - clock, 1)}
+    seconds = max(time.perf_counter() - clock, found.get("train seconds", 0.0))  # it may have begun in another process
+    row = {**run.key._asdict(), **found, "seconds": round(seconds, 1)}
     return {**row, "machine": machine(), "hf_al": version("hf_al")}
 
 

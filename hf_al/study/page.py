@@ -33,7 +33,8 @@ def write_page(path: Path, summary: Summary) -> None:
         image.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(image)
         lines += ["", "## Differences to the baseline", "", f"![Points of test accuracy by arm](images/{image.name})"]
-        lines += ["", "Dark: the mean over all sets. Light: each set. Bars are 95 % intervals."]
+        names = ", ".join(study.sets)
+        lines += ["", f"Bars are 95 % intervals; dark: the mean over all sets, light: of {names}, in this order."]
     lines += ["", "## Results", "", COLUMNS]
     for title, architecture, sets in tables(study):
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
@@ -108,7 +109,7 @@ def _not_run(summary: Summary) -> list[str]:
     if waiting:
         about = f", about {duration(to_go)} one after the other" if to_go else ""
         arms = ", ".join(dict.fromkeys(key.arm for key in waiting))
-        lines.append(f"- {len(waiting)} runs have yet to be made{about}: of {arms}.")
+        lines.append(f"- Yet to be made: {len(waiting)} runs of {arms}{about}.")
     if summary.study.screen is not None:
         lines.append("- By design, arms that are not among the best in screening have one seed.")
     return lines or ["Nothing: all runs are done."]

@@ -3,12 +3,16 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+GRACE = 20.0  # seconds for a process to write a checkpoint and end
 
 
 class Workers:
@@ -66,8 +70,14 @@ class Workers:
                 raise answer
             yield pipe, answer
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        for pipe in self.pipes:
+            pipe.close()  # which ends a process that has nothing to do
         for process in self.processes.values():
+            if any(error):
+                process.terminate()
+        for process in self.processes.values():
+            process.join(GRACE)
             process.kill()
             process.join()
 
@@ -75,15 +85,17 @@ class Workers:
 def answer_tasks(pipe: Connection, carry_out: Callable[[Any], Any]) -> None:
     """What a process does: answers each task with what `carry_out` makes of it, or with what it raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # in training: after a checkpoint
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        task = pipe.recv()
-        try:
-            pipe.send(carry_out(task))
-        except OSError as error:
-            pipe.send(OSError(str(error)))
-        except Exception:
-            pipe.send(RuntimeError(traceback.format_exc()))
+    with suppress(EOFError):
+        while True:
+            task = pipe.recv()
+            try:
+                pipe.send(carry_out(task))
+            except OSError as error:
+                pipe.send(OSError(str(error)))
+            except Exception:
+                pipe.send(RuntimeError(traceback.format_exc()))
 
 
 def _end_with_parent() -> None:
