@@ -382,6 +382,9 @@ def test_sets_count_equally_and_only_shared_seeds_are_compared(place, tmp_path):
     del rows[Key("other", "lstm", "backprop", 2)]
     summary = Summary(study, rows)
     assert summary.difference("lstm", "al_ce", ("mine", "other"))[0] == pytest.approx(0)
+    assert not np.isnan(summary.difference("lstm", "al_ce", ("mine",))).any()
+    lines = {line["arm"]: line for line in summary.table("lstm", ["other"])}
+    assert lines["al_ce"]["minus baseline, points (95 %)"] == "-25.00 (one seed)"
     assert [line["seeds"] for line in summary.table("lstm", study.sets)] == [2, 1]
     assert draw(summary) is not None
     write_page(tmp_path / "page.md", summary)

@@ -19,7 +19,7 @@ COLUMNS = (
     "the seeds; *train* is the accuracy on at most 2,000 training rows, *drop* how far validation fell from the chosen "
     "step to the last one, *seconds* the training time of a run. The difference to the baseline is in points of test "
     "accuracy, over the seeds that both have, with the 95 % interval of a paired bootstrap over seeds and test rows; "
-    "with one seed, it knows nothing of seeds."
+    "one seed is too few for an interval."
 )
 
 

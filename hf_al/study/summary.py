@@ -1,5 +1,6 @@
 """What the rows of a study say: tables of arms, and how far each is from its baseline."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean, stdev
@@ -65,7 +66,8 @@ class Summary:
 
     def _difference(self, architecture: str, arm: str, sets: tuple[str, ...]) -> Difference | None:
         """Points of test accuracy by which an arm is ahead of its baseline, over the seeds that both have on a set;
-        None if there is nothing to compare."""
+        None if there is nothing to compare. The ends are nan for one seed: an interval over its test rows alone would
+        be too narrow."""
         baseline = self.reference(architecture, arm)
         if baseline is None:
             return None
@@ -76,7 +78,9 @@ class Summary:
             if not done:
                 return None
             by_set.append(np.stack([self._right(ours) - self._right(theirs) for ours, theirs in done]))
-        return points_apart(by_set)
+        middle, low, high = points_apart(by_set)
+        alone = any(len(differences) == 1 for differences in by_set)
+        return (middle, math.nan, math.nan) if alone else (middle, low, high)
 
     def _right(self, key: Key) -> np.ndarray:
         return unpacked(self.rows[key]["right"], self.rows[key]["tests"])
@@ -84,7 +88,9 @@ class Summary:
     def _compared(self, architecture: str, arm: str, sets: tuple[str, ...]) -> dict[str, Any]:
         """The cells that say how far an arm is from its baseline."""
         found = self.difference(architecture, arm, sets)
-        cell = "" if found is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
+        cell = "" if found is None else f"{found[0]:+.2f} (one seed)"
+        if found is not None and not math.isnan(found[1]):
+            cell = "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
         names = {name for candidates in self.study.baselines.values() for name in candidates}
         several = {"baseline": self.reference(architecture, arm)} if len(names) > 1 else {}
         return {**several, "minus baseline, points (95 %)": cell}
