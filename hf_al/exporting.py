@@ -204,7 +204,7 @@ def _small(file: File) -> File:
     """The same graph with int8 weights; its row becomes part of that of the other."""
     path = file.path.with_suffix(".int8.onnx")
     quantize(file.path, path)
-    row = file.row["int8"] = {"file": path.name, "bytes": _bytes(path)}
+    row = file.row["int8"] = {"file": path.name, "block": file.row["block"], "bytes": _bytes(path)}
     return File(path, row, FORMATS["onnx"].open(path))
 
 
