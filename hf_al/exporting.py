@@ -116,7 +116,7 @@ def export_graphs(
             or rows that `evaluate` would refuse.
     """
     config = model.config
-    model.float().cpu().eval()  # type: ignore[call-arg]
+    model.float().cpu().eval()
     rows = None
     if labelled is not None:
         _, *rows = labelled_tokens(config, tokenizer, labelled, text_column_names, label_column_name)
@@ -223,7 +223,7 @@ def check_batches(model: ALForSequenceClassification, tokenizer: PreTrainedToken
     rng, longest = np.random.default_rng(0), max_length(model, tokenizer)
 
     def text(tokens: int) -> str:
-        return tokenizer.decode(rng.choice(words, tokens))
+        return str(tokenizer.decode(rng.choice(words, tokens)))
 
     def batch(*lengths: int, pairs: bool = False, side: str = "right") -> Tensors:
         columns = [[text(tokens) for tokens in lengths] for _ in range(1 + pairs)]

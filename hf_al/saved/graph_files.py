@@ -80,8 +80,9 @@ def write(
         name: {i: sizes[axis] for i, axis in enumerate(named) if isinstance(axis, str)}
         for name, named in shapes["inputs"].items()
     }
-    # without this, torch.export takes sizes of 1 for a case of their own, and refuses one graph for all
-    with warnings.catch_warnings(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    settings: Any = torch.fx.experimental._config
+    # sizes of 1 are like others: else torch.export refuses to make one graph for all, as the exporter to ONNX knows
+    with warnings.catch_warnings(), settings.patch(backed_size_oblivious=True):
         for message in NOT_OURS:
             warnings.filterwarnings("ignore", message)
         program = torch.export.export(
@@ -101,7 +102,7 @@ class _Named(nn.Module):
         self.of = graph  # "graph" is taken in what torch makes of it
 
         def forward(**given: torch.Tensor) -> Tensors:
-            return graph(**given)  # type: ignore[no-any-return]
+            return graph(**given)
 
         parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

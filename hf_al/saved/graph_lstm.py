@@ -6,6 +6,8 @@ stand in its place in the copy of a model that is exported.
 Legend: N batch, T tokens, E input width, H hidden size of one direction.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops import scan
@@ -34,10 +36,10 @@ class OnnxLSTM(nn.Module):
         """As [`BidirectionalLSTM`]; only inside `torch.onnx.export`, since torch cannot compute the operator."""
         N, T, _ = x_NTE.shape
         H = self.hidden_size
-        inputs = [x_NTE.transpose(0, 1), self.input_weights, self.hidden_weights, self.biases, lengths_N.int()]
+        weights: list[Any] = [self.input_weights, self.hidden_weights, self.biases]
         y_T2NH, h, c = torch.onnx.ops.symbolic_multi_out(
             "LSTM",
-            [*inputs, *(state or ())],
+            [x_NTE.transpose(0, 1), *weights, lengths_N.int(), *(state or ())],
             {"direction": "bidirectional", "hidden_size": H},
             dtypes=[x_NTE.dtype] * 3,
             shapes=[(T, 2, N, H), (2, N, H), (2, N, H)],
