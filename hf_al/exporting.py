@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from .atomic import export
 from .data.batching import Collator, evaluation_batches, token_lengths
 from .evaluation import labelled_tokens
-from .messages import last_line, table
+from .messages import table
 from .metrics import compute_metrics
 from .modeling.blocks import walk
 from .modeling.modeling_al import ALForSequenceClassification
@@ -179,9 +179,9 @@ def _write(
         except OSError:
             raise
         except Exception as error:  # each step of an exporter raises its own
+            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise ValueError(
-                f"Expected a model that can be written as {path.name}, got {type(error).__name__}: {last_line(error)}. "
-                "Pass another --format."
+                f"Expected a model that can be written as {path.name}, got {why.rstrip('.: ')}. Pass another --format."
             ) from error
         return File(path, {"file": path.name, "block": block, **shapes, "bytes": _bytes(path)}, kind.open(path))
 

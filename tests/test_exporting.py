@@ -200,7 +200,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_nothing_is_kept(make, toke
 
 def test_what_an_exporter_cannot_write_is_refused_and_nothing_is_kept(make, tokenizer, monkeypatch, tmp_path):
     def fails(*_):
-        raise RuntimeError("many words\nUnsupported: this")
+        raise RuntimeError("Unsupported: this.\nmany words")
 
     monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=fails))
     with pytest.raises(ValueError, match=r"as block_0.onnx, got RuntimeError: Unsupported: this\. Pass another"):
