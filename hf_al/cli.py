@@ -31,6 +31,7 @@ EXAMPLES = """\
   hf-al compare out/mine out/other
   hf-al push out/mine user/name
   hf-al export out/mine out/small --inference_only
+  hf-al export out/mine out/onnx --format onnx
   hf-al plan --config recipes/tweets_lstm.yaml --stages 1,2
   hf-al sweep recipes/sweeps/tweets_lstm.yaml --output_dir out/sweep
   hf-al study recipes/studies/objectives.yaml --output_dir out/study

@@ -22,10 +22,10 @@ from .early import (
     check_training,
     input_format,
 )
+from .export_command import export_flags, run_export
 from .flags import (
     COLUMNS,
     MODEL,
-    add_copy,
     add_delimiter,
     add_file,
     add_labelled,
@@ -35,7 +35,6 @@ from .flags import (
     check_labelled_file,
     exit_name,
     labelled,
-    load_for_copy,
     positive,
     set_threads,
     set_up_output,
@@ -277,20 +276,6 @@ def _push(flags: Namespace) -> None:
     print(push(values.pop("model"), **values))
 
 
-# --- export
-
-
-def _export_flags(parser: FlagParser) -> None:
-    add_copy(parser)
-    parser.add_argument("--inference_only", action="store_true", help="drop the parameters that only training needs")
-
-
-def _export(flags: Namespace) -> None:
-    model, tokenizer, out = load_for_copy(flags)
-    model.save_pretrained(out, inference_only=flags.inference_only)
-    tokenizer.save_pretrained(out)
-
-
 # --- plan
 
 
@@ -347,7 +332,7 @@ COMMANDS = {
     "inspect": Command("blocks, shapes, parameters and exits of a model", _inspect_flags, _inspect),
     "compare": Command("a table of several runs", _compare_flags, _compare),
     "push": Command("share a finished run on the Hub: model, card, results", _push_flags, _push),
-    "export": Command("a copy of a model, whole or for inference only", _export_flags, _export),
+    "export": Command("a copy of a model, or graphs of it for other runtimes", export_flags, run_export),
     "plan": Command("predict speed, waiting and memory of a split over machines", _plan_flags, _plan),
     "sweep": Command("the best settings of each way of training, searched by Optuna", sweep_flags, run_sweep),
     "study": Command("many runs that answer one question, and a page on them", study_flags, run_study),

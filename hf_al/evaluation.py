@@ -97,21 +97,35 @@ def answer_exits(
     show_progress: bool = False,
 ) -> ExitAnswers:
     """One pass over labelled text. Arguments and errors are those of `evaluate`."""
+    rows, data, labels = labelled_tokens(model.config, tokenizer, dataset, text_column_names, label_column_name)
+    collator = Collator(tokenizer.pad_token_id, model.config.classes)
+    stage = Stage(model, place(model.config.units), 0, device_of(model), collator)
+    logits = stage.evaluate(data, batch_size, show_progress)
+    return ExitAnswers(logits, labels, rows, token_lengths(data))
+
+
+def labelled_tokens(
+    config: ALConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    text_column_names: str | None = None,
+    label_column_name: str | None = None,
+) -> tuple[Dataset, Dataset, np.ndarray]:
+    """The rows of labelled text with their labels as ids or numbers, their tokens, and the labels: ids (N,), multi-hot
+    rows (N, C), or values. Arguments and errors are those of `evaluate`."""
     args = TrainingArguments(
         text_column_names=text_column_names,
         label_column_name=label_column_name,
-        problem_type=model.config.resolved_problem_type,
-        max_seq_length=min(tokenizer.model_max_length, model.config.max_position_embeddings),
+        problem_type=config.resolved_problem_type,
+        max_seq_length=min(tokenizer.model_max_length, config.max_position_embeddings),
     )
     dataset = sources.named_columns(dataset, *sources.choose_columns(dataset, args), "test")
     sources.check_rows(dataset, "test")
-    encoded = encode_labels({"test": dataset}, args.problem_type, model.config.label_names)
+    encoded = encode_labels({"test": dataset}, args.problem_type, config.label_names)
     data = tokenization.tokenize(DatasetDict(encoded), tokenizer, args)["test"]
-    collator = Collator(tokenizer.pad_token_id, model.config.classes)
-    stage = Stage(model, place(model.config.units), 0, device_of(model), collator)
+    collator = Collator(tokenizer.pad_token_id, config.classes)
     labels = collator.labels(data.features["label"], data["label"]).numpy()
-    logits = stage.evaluate(data, batch_size, show_progress)
-    return ExitAnswers(logits, labels, encoded["test"], token_lengths(data))
+    return encoded["test"], data, labels
 
 
 def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, config: ALConfig) -> None:

@@ -95,9 +95,9 @@ def add_file(parser: Any, flag: str, help: str) -> None:
     parser.add_argument(flag, metavar="FILE", help=help).complete = shtab.FILE
 
 
-def add_labelled(parser: FlagParser, split: str) -> None:
+def add_labelled(parser: FlagParser, split: str, required: bool = True) -> None:
     """The flags that name labelled text: a file, or a data set of the Hub and its split."""
-    data = parser.add_mutually_exclusive_group(required=True)
+    data = parser.add_mutually_exclusive_group(required=required)
     add_file(data, f"--{split}_file", "csv, tsv, json lines or parquet, also .gz")
     data.add_argument("--dataset_name", metavar="NAME", help="in place of a file: a Hub id, or tweets")
     add_delimiter(parser)

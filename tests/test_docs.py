@@ -166,8 +166,9 @@ SHORT = [
     "--use_cpu",
 ]  # fmt: skip
 MEMORY_ARMS = "backprop;checkpointed;al_ce, 6 blocks;al_ce, 6 blocks, offload"
-RUN_ELSEWHERE = {"README", "serving"}  # their Python blocks, by test_readme and test_serving
-NOT_RUN = ("pip install", "make ", "hf-al serve", "curl ", "docker ")  # make targets are looked up; see test_serving
+RUN_ELSEWHERE = {"README", "serving"}  # their Python blocks, by test_readme, test_serving and test_exporting
+# make targets are looked up; for the others see test_serving and test_exporting
+NOT_RUN = ("pip install", "make ", "hf-al serve", "curl ", "docker ", "hf-al export out/mine out/onnx")
 ON_A_HUB = " user/name"  # tests/hub runs these, with a Hub
 
 

@@ -11,8 +11,8 @@ ROOMS = [
     ("arguments",),
     ("parsing", "early", "metrics"), ("loading",), ("data",), ("parallel",),
     ("report", "plots", "metadata", "card"), ("hub",),
-    ("training",), ("forecast",), ("saved",), ("evaluation", "exits"), ("flags",),
-    ("depth", "serving_commands", "study"), ("sweep",), ("commands",), ("cli", "__init__"),
+    ("training",), ("forecast",), ("saved",), ("evaluation", "exits", "exporting"), ("flags",),
+    ("depth", "serving_commands", "export_command", "study"), ("sweep",), ("commands",), ("cli", "__init__"),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 

@@ -401,7 +401,7 @@ def test_a_missing_package_is_named(shell, trained, monkeypatch):
 def test_the_clients_of_the_documentation_work(client, capsys, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     address = f"127.0.0.1:{client.base_url.port}"
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)[0]  # the other one: test_exporting
     exec(code.replace("127.0.0.1:8000", address), {})
     labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert len(labels) == 2

@@ -35,7 +35,7 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     if how == "max":
         return hidden_NTD.masked_fill(mask_NT[..., None] == 0, torch.finfo(hidden_NTD.dtype).min).amax(1)
     first_N = mask_NT.argmax(1)
-    rows_N = torch.arange(len(hidden_NTD), device=hidden_NTD.device)
+    rows_N = torch.arange(hidden_NTD.shape[0], device=hidden_NTD.device)  # `len` would be fixed in an exported graph
     if how == "first":
         return hidden_NTD[rows_N, first_N]
     last_N = mask_NT.shape[1] - 1 - mask_NT.flip(1).argmax(1)

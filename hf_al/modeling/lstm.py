@@ -7,6 +7,8 @@ Legend: N batch, T tokens, E input width, H hidden size of one direction. The tw
 tensor; the backward one starts each text at its last token, so that padding comes after the text in both.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -84,9 +86,12 @@ def _turned(lengths_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return torch.where(mask_TN, lengths_N - 1 - time_T1, time_T1), mask_TN
 
 
-def traceable(lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None) -> tuple[Tensor, State]:
+def traceable(
+    lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: State | None, steps: Callable | None = None
+) -> tuple[Tensor, State]:
     """The layer in torch's own operations, for `torch.export` and `torch.compile`: one direction at a time, because
-    only our own layout keeps padding after the text in both."""
+    only our own layout keeps padding after the text in both. `steps` computes those of a direction (default: one by
+    one, so that the graph is for one length)."""
     turned_TN, mask_TN = _turned(lengths_N, x_NTE.shape[1])
     turned_TN1, mask_TN1 = turned_TN[..., None], mask_TN[..., None]
     x_TNE = x_NTE.transpose(0, 1)
@@ -97,7 +102,7 @@ def traceable(lstm: BidirectionalLSTM, x_NTE: Tensor, lengths_N: Tensor, state: 
         weights = operands[side::2]
         zeros = x_TNE.new_zeros(1, x_TNE.shape[1], lstm.hidden_size)
         h_c = (zeros, zeros) if state is None else (state[0][side : side + 1], state[1][side : side + 1])
-        h_TNH, c_TNH = _steps(given_TNE, h_c, weights)
+        h_TNH, c_TNH = (steps or _steps)(given_TNE, h_c, weights)
         finals.append((h_TNH.gather(0, last_1NH), c_TNH.gather(0, last_1NH)))
         hidden.append(h_TNH.gather(0, turned_TN1.expand_as(h_TNH)) if side else h_TNH)
     hidden_TND = torch.cat(hidden, -1) * mask_TN1.to(x_NTE.dtype)
