@@ -226,6 +226,7 @@ def run(line: str, monkeypatch) -> None:
             "defaults.py": ["--seeds=1", "--sets=tweets", *SHORT],
             "memory.py": ["--batch=2", "--tokens=8", "--rounds=1", "--depths=1,2", f"--arms={MEMORY_ARMS}"],
             "exits.py": ["--sets=tweets", "--seeds=1", "--depths=1", "--timed=16", "--rounds=1", *SHORT],
+            "serve.py": ["--set=tweets", "--seconds=3", "--clients=8", *SHORT],
             "throughput.py": ["--rounds=1", "--steps=1", "--rows=8", "--networks=lstm"],
             "encoders.py": [*encoders, "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],
         }.get(Path(argv[0]).name, SHORT)
