@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from filelock import FileLock, Timeout
+
 CONFIG = "config.json"  # to transformers, a folder without it is not a model
 # What a run writes under names that are not fixed, as patterns that match nothing of a user's own
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors")
@@ -17,6 +19,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]'
 CODE = (
     "configuration_al.py", "modeling_al.py", "blocks.py", "encoders.py", "lstm.py", "objectives.py", "limits.py",
     "configuration_encoder.py", "modeling_encoder.py", "pretrained.py", "layouts.py", "early_exit.py",
+    "late.py",
 )  # fmt: skip
 EXPORTS = f"export.{'[0-9a-f]' * 8}.tmp"
 
@@ -24,6 +27,28 @@ EXPORTS = f"export.{'[0-9a-f]' * 8}.tmp"
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
+@contextmanager
+def alone_at(path: Path) -> Iterator[None]:
+    """Inside, nobody else is; the lock, a hidden file beside `path`, ends with the process, however that ends.
+
+    Raises:
+        ValueError: another process is.
+    """
+    file = path.absolute().with_name(f".{path.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Expected nobody else at work on {path}, found another process. Wait for it, or pass another name."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def fsync(path: Path) -> None:

@@ -103,7 +103,7 @@ def _check_flags(flags: Namespace) -> None:
     missing = [name for name in PACKAGES if flags.format == ONNX and importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"Expected the package {missing[0]} for --format onnx, found none. Run: pip install {' '.join(PACKAGES)}"
+            f"Expected the package {missing[0]} for --format onnx, found none. Run: pip install 'hf_al[onnx]'"
         )
     check_labelled_file(flags, "validation")
 

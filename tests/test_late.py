@@ -128,6 +128,7 @@ def test_both_tables_start_from_the_word_vectors(few_tweets, tmp_path):
         (["--late_block=1", "--late_from=0"], "Expected late_from to be at least 1"),
         (["--late_from=5"], "Expected late_block with late_from=5, got none"),
         (["--late_block=1"], "Expected pairs of texts with late_block=1"),
+        (["--late_block=1", "--late_from=40", "--max_seq_length=40"], "Expected late_from below 40"),
     ],
 )
 def test_late_text_that_cannot_be_is_refused(flags, said, shell, tweet_files, tmp_path):
@@ -143,3 +144,22 @@ def test_encoders_that_read_text_at_once_have_no_late_text(make_model):
 def test_without_a_separator_nothing_says_what_the_second_text_is(make_model):
     with pytest.raises(ValueError, match="Expected sep_token_id or late_from"):
         make_model("al_lstm", late_block=1)
+
+
+def test_both_tables_are_resized(make_model, make_batch, tmp_path):
+    model = make_model("al_lstm", late_block=BLOCK, late_from=FROM)
+    model.resize_token_embeddings(70)
+    batch = make_batch(tokens=8)
+    batch["input_ids"][0] = 69
+    expected = exits(model.eval(), batch)
+    model.save_pretrained(tmp_path)
+    loaded = hf_al.ALLstmForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == 70
+    for one, two in zip(expected, exits(loaded.eval(), batch), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_pairs_without_ids_have_no_late_text(make_model):
+    model = make_model("al_lstm", **PAIRS)
+    with pytest.raises(ValueError, match="Expected input_ids with late_block"):
+        model(inputs_embeds=torch.zeros(2, 5, 16))

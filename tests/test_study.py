@@ -14,10 +14,12 @@ from hooks import hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_al.atomic import alone_at
 from hf_al.study import execution
 from hf_al.study.intervals import packed, points_apart, unpacked
 from hf_al.study.page import draw, write_page
 from hf_al.study.plan import read_study
+from hf_al.study.results import Results
 from hf_al.study.runs import Key, all_runs, planned
 from hf_al.study.summary import Summary
 from hf_al.training.stage import Stage
@@ -95,7 +97,8 @@ def pretended(monkeypatch):
         return done.given(run.key)
 
     monkeypatch.setattr(execution, "carry_out", carry_out)
-    monkeypatch.setattr(execution, "check", lambda runs: None)
+    monkeypatch.setattr(execution, "check_values", lambda runs: None)
+    monkeypatch.setattr(execution, "check_data", lambda runs, results: None)
     return done
 
 
@@ -172,16 +175,16 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(place, monkeypat
 
     def batch(call):
         steps.append(call.step)
-        if call.step == 3 and stop:
+        if call.step == 1 and stop:
             stop.pop()
             os.kill(os.getpid(), signal.SIGINT)
 
     hook(monkeypatch, Stage, "train_batch", before=batch)
     status, _, err = place.run()
-    assert (status, steps) == (130, [0, 1, 2, 3])
+    assert (status, steps) == (130, [0, 1])
     assert "0 finished runs are kept" in err
     assert place.run()[0] == 0
-    assert steps == [0, 1, 2, 3, *range(4)]  # of the second run: the first one had its last checkpoint
+    assert steps == [0, 1, 2, 3, *range(4)], "the first run goes on, then comes the second one"
     assert [found["steps"] for found in place.rows()] == [4, 4]
 
 
@@ -274,6 +277,14 @@ def test_rows_of_other_data_are_refused(place, pretended):
     pretended.given = lambda key: row(key, data={"fingerprint": {"test": "another"}})
     assert_mistake(place.run(), "Expected the data of the earlier runs on mine, got other rows or labels")
     assert len(place.rows()) == 4
+
+
+def test_two_studies_do_not_keep_rows_in_one_file(place, pretended):
+    """Each would write its own rows over those of the other."""
+    with alone_at(place.folder / "study.json"):
+        assert_mistake(place.run("--output_dir=elsewhere"), "Expected nobody else at work on")
+        assert place.run("--dry_run")[0] == 0
+    assert not pretended
 
 
 def test_ctrl_c_says_how_to_go_on(place, pretended):
@@ -441,9 +452,9 @@ MISTAKES = {
     "the_same_arm_twice": (
         {"arms": {**STUDY["arms"], "x": {"objective": "al_ce"}}}, ["Expected arms that differ", "'al_ce' and 'x'"],
     ),
-    "what_the_study_decides": ({"common": {"seed": 1}}, ["Expected no seed in common", "the study decides it"]),
+    "what_the_study_decides": ({"common": {"seed": 1}}, ["Expected no seed in common", "it is decided for all runs"]),
     "no_recipe": ({"architectures": ["gru"]}, ["Expected the recipe", "mine_gru.yaml, found none"]),
-    "no_data": ({"sets": ["theirs"]}, ["Expected a folder theirs* in", "found none"]),
+    "no_data": ({"sets": ["theirs"]}, ["Expected one folder for theirs in", "found none"]),
     "screen_alone": ({"screen": 1}, ["Expected screen and best_of together"]),
     "screen_of_another_seed": ({"screen": 7, "best_of": 1}, ["Expected screen to be one of several seeds", "got 7"]),
     "best_of_all": ({"screen": 1, "best_of": 1}, ["Expected at least two arms beside the baselines", "got 1"]),
@@ -480,7 +491,7 @@ def test_what_only_the_optimizer_refuses_is_refused_before_the_first_run(place):
 
 def test_data_without_a_test_file_is_a_mistake(place):
     (place.folder / "data" / "mine" / "test.csv").unlink()
-    assert_mistake(place.run(), "Expected train.csv and test.csv in the folder of mine")
+    assert_mistake(place.run(), "Expected train.csv and test.csv in")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{}]}', '{"rows": 3}'])
@@ -498,7 +509,43 @@ def test_every_run_of_a_shipped_study_can_be_made(path, tmp_path, encoder_folder
     study = read_study(str(path))
     found = all_runs(study, tmp_path)
     one_each = {run.key.arm: run for run in found.values()}
-    execution.check(one_each.values())
+    execution.check_values(one_each.values())
     assert study.name == path.stem
     assert len(found) == len(study.sets) * len(study.architectures) * len(study.arms) * len(study.seeds)
     assert len({run.folder for run in found.values()}) == len(found)
+
+
+def test_data_that_a_study_cannot_use_is_refused_before_training(place, monkeypatch):
+    monkeypatch.setattr(execution, "carry_out", lambda run: pytest.fail("trained"))
+    place.write(seeds=[1])
+    path = place.folder / "data" / "mine" / "test.csv"
+    before = path.read_text()
+    path.write_text("text,label\n")
+    assert_mistake(place.run(), "test")
+    path.write_text(before)
+    _, runs = place.study()
+    results = Results(place.folder / "study.json", runs)
+    key = next(iter(runs))
+    results.rows[key] = {**row(key), "arguments": {}, "data": {"fingerprint": {"train": "another"}}}
+    with pytest.raises(ValueError, match="Expected the data of the earlier runs on mine"):
+        execution.check_data(runs.values(), results)
+
+
+def test_two_folders_for_a_set_are_a_mistake_and_similar_names_are_not(place):
+    (place.folder / "data" / "minefield").mkdir()
+    place.study()
+    (place.folder / "data" / "mine_2").mkdir()
+    with pytest.raises(ValueError, match=r"Expected one folder for mine in .*, found 2: mine, mine_2"):
+        place.study()
+
+
+def test_seeds_that_differ_make_the_interval_wide_enough():
+    """Of 200 studies of three seeds whose arms differ by seed alone, most intervals cover the true difference, 0. A
+    bootstrap of three seeds cannot reach 95 %."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        shift = rng.normal(0, 0.2, 3)
+        differences = (rng.random((3, 100)) < 0.5 + shift[:, None]).astype(int) - (rng.random((3, 100)) < 0.5)
+        _, low, high = points_apart([differences])
+        covered += low <= 0 <= high
+    assert covered > 165

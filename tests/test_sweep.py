@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import assert_mistake
 
+from hf_al.atomic import alone_at
 from hf_al.sweep.plan import read_sweep
 from hf_al.sweep.trials import finished, open_studies
 
@@ -149,7 +150,7 @@ def test_a_trial_that_fails_counts_and_says_why(asked, shell):
         ({"search": {"learning_rate": {"low": 0.0, "high": 0.1, "log": True}}}, "above 0 for log: true"),
         ({"search": {"learning_rate": {"low": -1.0, "high": 0.1}}}, "Expected learning_rate above 0, got -1.0"),
         ({"search": {"pooling": ["mean"]}}, "Expected two or more plain values"),
-        ({"serach": SEARCH, "search": None}, "Did you mean search?"),
+        ({"searches": SEARCH, "search": None}, "Did you mean search?"),
     ],
     ids=str,
 )
@@ -170,6 +171,12 @@ def asked_again(path: Path, **search) -> Path:
     values = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**values, "search": {**values["search"], **search}}))
     return path
+
+
+def test_two_sweeps_do_not_share_a_folder(asked, shell):
+    path = asked()
+    with alone_at(path.parent / "out"):
+        assert_mistake(shell("sweep", *flags(path)), "Expected nobody else at work on")
 
 
 def test_what_is_no_database_is_refused(asked, shell):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoders import Encoder, Inputs
+from .encoders import Embeddings, Encoder, Inputs
 
 
 def set_late_apart(config: Any, inputs: Inputs, encoder_class: type[Encoder]) -> Inputs:
@@ -49,12 +49,15 @@ def find_late(config: Any, inputs: Inputs) -> Tensor:
     Args:
         config: of the model.
         inputs: `attention_mask` (N, T), and for pairs `input_ids` (N, T).
+
+    Raises:
+        ValueError: no `input_ids`, and pairs.
     """
     is_text_NT = inputs["attention_mask"] > 0
     if config.late_from is not None:
         return is_text_NT & (is_text_NT.cumsum(1) > config.late_from)
     if "input_ids" not in inputs:
-        return torch.zeros_like(is_text_NT)
+        raise ValueError("Expected input_ids with late_block and no late_from, got none: they say where a text ends.")
     ends_NT = (inputs["input_ids"] == config.sep_token_id) & is_text_NT
     ended_NT = ends_NT.cumsum(1)
     is_pair_N1 = ended_NT[:, -1:] == 2
@@ -79,6 +82,13 @@ def early_inputs(inputs: Inputs, late_NT: Tensor) -> Inputs:
         if name in early:
             early[name] = early[name][:, :longest].contiguous()
     return {**early, "lengths": lengths_N, "padding": "none" if bool((lengths_N == longest).all()) else "right"}
+
+
+def resize_late(model: Any, rows: int) -> None:
+    """Gives the table for late text, if there is one, as many rows as that of block 0 has now."""
+    for module in list(model.modules()):
+        if isinstance(module, Embeddings) and module.word_embeddings.num_embeddings != rows:
+            module.word_embeddings = model._get_resized_embeddings(module.word_embeddings, rows)
 
 
 def of_length(hidden_NTD: Tensor, tokens: int) -> Tensor:

@@ -17,7 +17,7 @@ from .blocks import ALBlock, layout, never_empty, refuse_gradients, refuse_not_f
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .early_exit import predict_texts
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
-from .late import set_late_apart
+from .late import resize_late, set_late_apart
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
 
 logger = logging.get_logger(__name__)
@@ -136,6 +136,12 @@ class ALPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.config = full
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers; the rows for late text as well."""
+        resized = super().resize_token_embeddings(*args, **kwargs)
+        resize_late(self, resized.num_embeddings)
+        return resized
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """`state_dict`, with what was only added for training merged into the weights."""
@@ -388,12 +394,6 @@ class ALTransformerForSequenceClassification(ALForSequenceClassification):
 
 
 __all__ = [
-    "ALForSequenceClassification",
-    "ALLstmForSequenceClassification",
-    "ALLstmModel",
-    "ALModel",
-    "ALPreTrainedModel",
-    "ALSequenceClassifierOutput",
-    "ALTransformerForSequenceClassification",
-    "ALTransformerModel",
-]
+    "ALForSequenceClassification", "ALLstmForSequenceClassification", "ALLstmModel", "ALModel", "ALPreTrainedModel",
+    "ALSequenceClassifierOutput", "ALTransformerForSequenceClassification", "ALTransformerModel",
+]  # fmt: skip

@@ -41,13 +41,15 @@ def predict(
     batch_size: int = 64,
     exit_block: int | str | None = None,
     all_scores: bool = False,
+    most_tokens: int | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers in chunks of `CHUNK_BATCHES` batches; at most one chunk of rows is held at a time.
 
     Args:
         model, tokenizer: of a finished run.
         rows: texts (or pairs); an `Unusable` gives `{"row": its number from 0, "error": why}`.
-        batch_size: texts per batch.
+        batch_size: texts per batch, at most.
+        most_tokens: of a batch, with padding; None for any number.
         exit_block: the block to stop at, from 0; the last if None; `"adaptive"`: each text leaves as calibrated.
         all_scores: also return the scores of all classes.
 
@@ -64,7 +66,7 @@ def predict(
         model.predict(torch.ones(0, 1, dtype=torch.long), exit=exit_block)  # refuses what cannot be done, at once
     elif exit_block is not None and exit_block not in model.config.exits():
         raise ValueError(f"Expected exit_block to be one of {model.config.exits()}, got {exit_block}.")
-    return _predict_chunks(model, tokenizer, rows, batch_size, exit_block, all_scores)
+    return _predict_chunks(model, tokenizer, rows, batch_size, exit_block, all_scores, most_tokens)
 
 
 def _predict_chunks(
@@ -74,6 +76,7 @@ def _predict_chunks(
     batch_size: int,
     exit_block: int | str | None,
     all_scores: bool,
+    most_tokens: int | None,
 ) -> Iterator[list[dict[str, Any]]]:
     model.eval()
     done = 0
@@ -83,10 +86,13 @@ def _predict_chunks(
         ]
         usable = [i for i, row in enumerate(chunk) if not isinstance(row, Unusable)]
         ids = _token_ids(model, tokenizer, [chunk[i] for i in usable])  # type: ignore[misc]
+        size = batch_size
+        if most_tokens is not None:
+            size = max(1, min(batch_size, most_tokens // max(map(len, ids), default=1)))
         if isinstance(exit_block, str):
-            answered = _adaptive(model, ids, batch_size, exit_block, all_scores)
+            answered = _adaptive(model, ids, size, exit_block, all_scores)
         else:
-            answered = _every_exit(model, ids, batch_size, exit_block, all_scores)
+            answered = _every_exit(model, ids, size, exit_block, all_scores)
         for i, answer in answered:
             answers[usable[i]] = answer
         done += len(chunk)

@@ -5,8 +5,11 @@ execution.py carries them out, results.py keeps their rows, summary.py and page.
 """
 
 from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from ..atomic import alone_at
 from ..flags import add_file, positive
 from ..parsing import FlagParser
 from ..values import capped
@@ -31,14 +34,23 @@ def study_flags(parser: FlagParser) -> None:
 
 def run_study(flags: Namespace) -> None:
     from .plan import read_study
-    from .results import Results
     from .runs import all_runs
 
     study, output_dir = read_study(flags.study), Path(flags.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"Expected a folder as output_dir, got the file {output_dir}. Pass another name.")
     runs = all_runs(study, output_dir, flags.data_dir)
-    results = Results(Path(flags.results) if flags.results else study.path.with_suffix(".json"), runs)
+    path = Path(flags.results) if flags.results else study.path.with_suffix(".json")
+    with ExitStack() as stack:
+        if not (flags.dry_run or flags.only_page):  # else two of them would keep each their own rows
+            stack.enter_context(alone_at(path))
+        _run(flags, study, runs, path)
+
+
+def _run(flags: Namespace, study: Any, runs: Any, path: Path) -> None:
+    from .results import Results
+
+    results, output_dir = Results(path, runs), Path(flags.output_dir)
     jobs = capped("jobs", flags.jobs)
     from .page import as_text, listing, write_page
     from .summary import Summary
@@ -46,13 +58,15 @@ def run_study(flags: Namespace) -> None:
     if flags.dry_run:
         print(listing(study, results, jobs))
         return
-    if flags.rerun_changed:
-        results.drop_changed()
-    results.refuse_changed()
     if not flags.only_page:
-        from .execution import carry_out_study, check
+        from .execution import carry_out_study, check_data, check_values, quiet
 
-        check(runs.values())
+        if flags.rerun_changed:
+            results.drop_changed()
+        results.refuse_changed()
+        check_values(runs.values())
+        with quiet():
+            check_data(runs.values(), results)
         carry_out_study(study, results, jobs, flags.keep_models)
     page = Path(flags.page) if flags.page else output_dir / f"study_{study.name}.md"
     summary = Summary(study, results.rows)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..data import sources
+from ..data.labels import REGRESSION, problem_type_of
 from ..evaluation import ExitAnswers, answer_exits
 from ..flags import set_up_output
 from ..messages import duration
 from ..metrics import SMALLER_IS_BETTER
 from ..parsing import resolve
 from ..report import machine
+from ..training.health import Diverged
 from ..training.loop import TrainResult, train
 from ..training.progress import OnEvaluation
 from ..training.setup import check_model
@@ -34,7 +36,7 @@ TRAIN_ROWS = 2000  # on so many of them, evenly spread, the training accuracy is
 logger = logging.getLogger(__name__)
 
 
-def check(runs: Iterable[Run]) -> None:
+def check_values(runs: Iterable[Run]) -> None:
     """Refuses values that no model, optimizer or schedule takes, before any data is read.
 
     Raises:
@@ -48,6 +50,23 @@ def check(runs: Iterable[Run]) -> None:
                 check_model(resolve(run.flags))
             except ValueError as error:
                 raise ValueError(f"{error} ({run.key.set} {run.key.architecture}, arm {run.key.arm!r})") from None
+
+
+def check_data(runs: Iterable[Run], results: Results) -> None:
+    """Refuses data that a study cannot use, before anything is trained on it.
+
+    Raises:
+        ValueError: with the data set.
+    """
+    for run in {run.key.set: run for run in runs}.values():
+        data, fingerprints = sources.load_with_fingerprints(resolve(run.flags))
+        if "test" not in data:
+            raise ValueError(
+                f"Expected a test split with labels in {run.key.set}, got none. Pass --data_dir with a test file."
+            )
+        if problem_type_of(data["train"]) == REGRESSION:
+            raise ValueError(f"Expected classes as labels in {run.key.set}, got numbers: no answer is right or wrong.")
+        results.refuse_other_data(run.key.set, fingerprints)
 
 
 def carry_out_study(study: Study, results: Results, jobs: int, keep_models: bool = False) -> None:
@@ -116,13 +135,16 @@ def carry_out(run: Run) -> dict[str, Any]:
     """Trains, and measures what was trained.
 
     Returns:
-        A row: the key and `seconds`; what `measured` found, or `error` if training failed; `machine` and `hf_al`.
+        A row: the key and `seconds`; what `measured` found, or `error` if training diverged; `machine` and `hf_al`.
+
+    Raises:
+        ValueError, OSError: anything else that keeps the run from ending: data, memory, the disk.
     """
     clock = time.perf_counter()
     found: dict[str, Any]
     try:
         found = _found(run)
-    except (ValueError, FloatingPointError) as error:  # it diverged, or its values do not go together with its data
+    except (Diverged, FloatingPointError) as error:
         found = {"error": str(error)}
     seconds = max(time.perf_counter() - clock, found.get("train seconds", 0.0))  # it may have begun in another process
     row = {**run.key._asdict(), **found, "seconds": round(seconds, 1)}
@@ -133,8 +155,6 @@ def _found(run: Run) -> dict[str, Any]:
     result = train_on(run.flags)
     args = resolve(run.flags)
     data = sources.load_text_datasets(args)
-    if "test" not in data:
-        raise ValueError("Expected a test split with labels in a study, got none. Pass --data_dir with a test file.")
 
     def answers(rows: Any) -> ExitAnswers:
         return answer_exits(result.model, result.tokenizer, rows, batch_size=args.per_device_eval_batch_size)
@@ -155,20 +175,16 @@ def train_on(flags: dict[str, Any], on_evaluation: OnEvaluation | None = None) -
     if (folder / "checkpoints").is_dir():
         try:
             return train(resolve({**flags, "resume_from_checkpoint": "last"}), on_evaluation=on_evaluation)
+        except Diverged:
+            raise
         except ValueError as error:  # checkpoints that are damaged, or of other data
             logger.warning("%s starts anew: %s", folder, error)
     return train(resolve({**flags, "overwrite_output_dir": True}), on_evaluation=on_evaluation)
 
 
 def right(answers: ExitAnswers, config: Any) -> Any:
-    """Which rows (N,) the last exit answers right; of several labels, all of them.
-
-    Raises:
-        ValueError: labels that are numbers.
-    """
+    """Which rows (N,) the last exit answers right; of several labels, all of them."""
     logits_NC = answers.logits[max(answers.logits)]
-    if config.resolved_problem_type == "regression":
-        raise ValueError("Expected classes as labels in a study, got numbers: no answer is right or wrong.")
     if config.resolved_problem_type == "single_label_classification":
         return logits_NC.argmax(1) == answers.labels
     return ((logits_NC > 0) == (answers.labels > 0.5)).all(1)

@@ -1,5 +1,6 @@
 """The page of a study: question, protocol, tables, plot, and what was not run."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,17 +74,18 @@ def _protocol(summary: Summary) -> list[str]:
     common = ", ".join(f"{name}={value}" for name, value in study.common.items()) or "none"
     seconds = sum(row["seconds"] for row in summary.all.values())
     done = f"{len(summary.all)} of {len(summary.planned)} runs, {duration(seconds)} in all"
-    file = study.path.as_posix()
+    file = os.path.relpath(study.path).replace(os.sep, "/")
     machines = {(_hardware(row["machine"]), row["hf_al"]): None for row in summary.all.values()}
     return [
         f"- Recipes `SET_ARCHITECTURE.yaml` for {', '.join(study.sets)} and {', '.join(study.architectures)}; "
         f"arguments of all arms: {common}. Seeds {seeds}.",
         f"- The step of every run, and whatever else was chosen, was chosen on validation; nothing depends on test. "
         f"{chosen}",
+        "- What an arm does not name is as in the recipe, and was not searched again for that arm.",
         f"- {done}.",
         *(f"- On {hardware}, hf_al {version}." for hardware, version in machines),
         "",
-        f"    hf-al study {file} --output_dir out/study --data_dir FOLDER",
+        f"    hf-al study {file} --output_dir out/{study.name} --data_dir FOLDER",
         "",
         "The arms:",
         "",

@@ -18,7 +18,12 @@ OPTIONAL = ("recipes", "screen", "best_of", "common")
 # Decided by the study, not by its arms
 DECIDED = {
     *SHOWING, "train_file", "validation_file", "test_file", "dataset_name", "model_type", "model", "seed", "trace",
+    "do_predict", "threads", "save_total_limit",
 }  # fmt: skip
+
+
+# The same for all arms, or they would not be judged alike
+FOR_ALL = ("max_eval_samples", "max_predict_samples", "validation_fraction", "validation_seed", "metric_for_best_model")
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def read_study(path: str) -> Study:
         path=Path(path),
         name=values["name"],
         question=values["question"],
-        recipes=Path(path).parent / (values.get("recipes") or ".."),
+        recipes=Path(path).parent / str(values.get("recipes") or ".."),
         sets=_distinct(path, "sets", values["sets"], str),
         architectures=_distinct(path, "architectures", values["architectures"], str),
         seeds=seeds,
@@ -134,7 +139,13 @@ def checked_arguments(path: str, where: str, values: Any) -> dict[str, Any]:
     known += [name for fields in known_fields().values() for name in fields]
     for name in values:
         if name in DECIDED:
-            raise ValueError(f"Expected no {name} in {where} of {path}, got one: the study decides it. Leave it out.")
+            raise ValueError(
+                f"Expected no {name} in {where} of {path}, got one: it is decided for all runs. Leave it out."
+            )
+        if name in FOR_ALL and where != "common":
+            raise ValueError(
+                f"Expected no {name} in {where} of {path}, got one: arms have to be judged alike. Put it in common."
+            )
         if name not in known:
             raise ValueError(f"Unknown argument {name!r} in {where} of {path}.{nearest(str(name), known)}")
     return values

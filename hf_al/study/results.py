@@ -77,15 +77,19 @@ class Results:
         key = key_of(row)
         usual = self.defaults[key.architecture]
         row = {**row, "arguments": {n: v for n, v in self.runs[key].arguments.items() if usual.get(n) != v}}
-        others = (old for old in self.rows.values() if old["set"] == key.set and "data" in old)
-        other = next(others, row)
-        if "data" in row and row["data"]["fingerprint"] != other["data"]["fingerprint"]:
-            raise ValueError(
-                f"Expected the data of the earlier runs on {key.set}, got other rows or labels ({key}). Pass the "
-                f"--data_dir of those, or another --results than {self.path}."
-            )
+        if "data" in row:
+            self.refuse_other_data(key.set, row["data"]["fingerprint"])
         self.rows[key] = row
         self.write()
+
+    def refuse_other_data(self, name: str, fingerprint: dict[str, Any]) -> None:
+        """ValueError if the earlier runs on a set had other data."""
+        others = (row["data"]["fingerprint"] for key, row in self.rows.items() if key.set == name and "data" in row)
+        if next(others, fingerprint) != fingerprint:
+            raise ValueError(
+                f"Expected the data of the earlier runs on {name}, got other rows or labels. Pass the --data_dir of "
+                f"those, or another --results than {self.path}."
+            )
 
     def write(self) -> None:
         """A line for each row, in an order that does not depend on which run was done first."""
@@ -109,10 +113,11 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, An
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = {key_of(row): row for row in found["rows"]}
-        if not all(isinstance(row["arguments"], dict) for row in rows.values()):
-            raise TypeError("rows without arguments")
+        known = [found["defaults"], *found["defaults"].values(), *(row["arguments"] for row in rows.values())]
+        if not all(isinstance(values, dict) for values in known):
+            raise TypeError("arguments that are no mapping")
         return found["defaults"], rows
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"Expected the results of a study in {path}, got something else: {type(error).__name__}: {error}. Pass "
             "another --results, or move the file away."

@@ -20,6 +20,10 @@ from .plan import DECIDED, Study
 ALWAYS = {"threads": 1, "plots": False, "disable_tqdm": True, "save_total_limit": 1}
 
 
+# What changes no result
+OF_THE_OUTPUT = ("save_steps", "logging_steps", "per_device_eval_batch_size")
+
+
 class Key(NamedTuple):
     """Which run of a study."""
 
@@ -68,11 +72,6 @@ def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dic
     runs: dict[Key, Run] = {}
     for name in study.sets:
         files = data_files(data_dir, name)
-        if files and not {"train_file", "test_file"} <= files.keys():
-            raise ValueError(
-                f"Expected train.csv and test.csv in the folder of {name} in {data_dir}, also .gz, found not both. Add "
-                "what is missing."
-            )
         for architecture in study.architectures:
             recipe = study.recipes / f"{name}_{architecture}.yaml"
             if not recipe.is_file():
@@ -96,19 +95,25 @@ def data_files(data_dir: str | None, name: str) -> dict[str, str]:
     """The files of a data set by the name of their argument; none if the recipe's own data is to be loaded.
 
     Args:
-        data_dir: has a folder for each set, whose name begins with that of the set, with train, test and optionally
-            validation as csv or csv.gz.
+        data_dir: has a folder for each set, such as `trec6` or `dbpedia14_subset` for dbpedia, with train, test and
+            optionally validation as csv or csv.gz.
         name: of the set.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, several of them, or one without train and test.
     """
     if data_dir is None or name == "tweets":
         return {}
-    folders = sorted(path for path in Path(data_dir).glob(f"{name}*") if path.is_dir())
-    if not folders:
-        raise ValueError(f"Expected a folder {name}* in {data_dir}, found none. Leave {name} out of the sets.")
+    named = re.compile(rf"{re.escape(name)}([\d_-].*)?")
+    folders = sorted(path for path in Path(data_dir).glob("*") if path.is_dir() and named.fullmatch(path.name))
+    if len(folders) != 1:
+        found = f"{len(folders)}: {', '.join(path.name for path in folders)}" if folders else "none"
+        raise ValueError(f"Expected one folder for {name} in {data_dir}, found {found}. Check --data_dir.")
     files = {split: sorted(folders[0].glob(f"{split}.csv*")) for split in ("train", "validation", "test")}
+    if not (files["train"] and files["test"]):
+        raise ValueError(
+            f"Expected train.csv and test.csv in {folders[0]}, also .gz, found not both. Check --data_dir."
+        )
     return {f"{split}_file": str(found[0]) for split, found in files.items() if found}
 
 
@@ -134,7 +139,7 @@ def _flat(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The values that may change a result, as json knows them. Where the data is may not: its fingerprint says what it
     is."""
     of_data = {f.name for f in dataclasses.fields(TrainingArguments) if f.metadata.get("section") == "data"}
-    skipped = {*DECIDED, *of_data, "preprocessing_num_workers", "import_module"}
+    skipped = {*DECIDED, *of_data, *OF_THE_OUTPUT, "preprocessing_num_workers", "import_module"}
     skipped -= {"validation_fraction", "validation_seed"}
     kept = {name: value for name, value in values.items() if name not in skipped}
     found: dict[str, Any] = json.loads(json.dumps({**kept, **{f"model.{name}": v for name, v in model.items()}}))

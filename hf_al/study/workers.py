@@ -23,6 +23,8 @@ class Workers:
 
     Attributes:
         pipes: one to each process.
+
+    SIGTERM ends this process like Ctrl-C does: the others write a checkpoint first.
     """
 
     def __init__(self, work: Callable[[Connection], None], count: int):
@@ -31,6 +33,7 @@ class Workers:
         self.processes: dict[Connection, BaseProcess] = {}
 
     def __enter__(self) -> "Workers":
+        self.before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         context = multiprocessing.get_context("spawn")
         try:
             for _ in range(self.count):
@@ -80,6 +83,7 @@ class Workers:
             process.join(GRACE)
             process.kill()
             process.join()
+        signal.signal(signal.SIGTERM, self.before)
 
 
 def answer_tasks(pipe: Connection, carry_out: Callable[[Any], Any]) -> None:
@@ -87,15 +91,17 @@ def answer_tasks(pipe: Connection, carry_out: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # in training: after a checkpoint
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody is interested any more
         while True:
             task = pipe.recv()
+            answer: Any
             try:
-                pipe.send(carry_out(task))
-            except OSError as error:
-                pipe.send(OSError(str(error)))
+                answer = carry_out(task)
+            except (OSError, ValueError) as error:  # its message is for the user
+                answer = (OSError if isinstance(error, OSError) else ValueError)(str(error))
             except Exception:
-                pipe.send(RuntimeError(traceback.format_exc()))
+                answer = RuntimeError(traceback.format_exc())
+            pipe.send(answer)
 
 
 def _end_with_parent() -> None:

@@ -7,6 +7,7 @@ database, outcome.py says what they mean.
 from argparse import Namespace
 from pathlib import Path
 
+from ..atomic import alone_at
 from ..flags import add_file, positive
 from ..parsing import FlagParser
 from ..values import capped
@@ -26,9 +27,10 @@ def sweep_flags(parser: FlagParser) -> None:
 def run_sweep(flags: Namespace) -> None:
     try:
         import optuna
+        import sqlalchemy  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"Expected the package {error.name} to search settings, found none. Run: pip install optuna"
+            f"Expected the package {error.name} to search settings, found none. Run: pip install 'hf_al[sweep]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     from .plan import read_sweep
@@ -37,10 +39,14 @@ def run_sweep(flags: Namespace) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"Expected a folder as output_dir, got the file {output_dir}. Pass another name.")
     sweep = read_sweep(flags.sweep, output_dir, flags.data_dir, flags.trials)
+    from ..study.execution import quiet
     from .outcome import as_text, write_outcome
     from .trials import carry_out_sweep, open_studies
 
-    studies = open_studies(sweep)
-    carry_out_sweep(sweep, studies, capped("jobs", flags.jobs), flags.keep_models)
-    files = write_outcome(sweep, studies)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with alone_at(output_dir):
+        with quiet():
+            studies = open_studies(sweep)
+        carry_out_sweep(sweep, studies, capped("jobs", flags.jobs), flags.keep_models)
+        files = write_outcome(sweep, studies)
     print(f"{as_text(sweep, studies)}\n\nWritten to {output_dir}: {', '.join(files)}")

@@ -1,7 +1,9 @@
 """What the trials of a sweep say: a table, a file of all of them, plots, and the best settings of each arm."""
 
+import json
 import logging
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -10,7 +12,7 @@ from optuna.trial import TrialState
 
 from ..messages import table
 from ..parsing import resolve
-from .plan import Sweep
+from .plan import Sweep, file_name
 from .trials import finished
 
 TRIALS = "trials.parquet"
@@ -50,7 +52,7 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
             "validation": trial.value if trial.state == TrialState.COMPLETE else None,
             "evaluations": [trial.intermediate_values[n] for n in sorted(trial.intermediate_values)],
             **trial.user_attrs,
-            **{name: trial.params.get(name) for name in sweep.search},
+            **{name: _cell(sweep, name, trial.params.get(name)) for name in sweep.search},
         }
         for arm, study in studies.items()
         for trial in finished(study)
@@ -60,14 +62,17 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
     for arm, study in studies.items():
         if any(trial.state == TrialState.COMPLETE for trial in finished(study)):
             args = resolve({**sweep.arms[arm], **study.best_params, "output_dir": f"out/{arm}"})
-            files.append(f"best_{_file_name(arm)}.yaml")
+            args = replace(args, do_predict=True, plots=True, threads=None, disable_tqdm=False, save_total_limit=2)
+            files.append(f"best_{file_name(arm)}.yaml")
             args.save(sweep.output_dir / files[-1])
         files += draw(sweep, arm, study)
     return files
 
 
-def _file_name(arm: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in arm)
+def _cell(sweep: Sweep, name: str, value: Any) -> Any:
+    """A value for a column of one type: choices of several types as json."""
+    types = {type(choice) for choice in sweep.search[name].get("choices", ())}
+    return json.dumps(value) if len(types) > 1 else value
 
 
 def draw(sweep: Sweep, arm: str, study: optuna.Study) -> list[str]:
@@ -92,7 +97,7 @@ def draw(sweep: Sweep, arm: str, study: optuna.Study) -> list[str]:
             warnings.simplefilter("ignore")  # these functions are "experimental", and their layout is not ours
             axes = plot(study)
         figure: Any = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
-        files.append(f"{name}_{_file_name(arm)}.png")
+        files.append(f"{name}_{file_name(arm)}.png")
         figure.savefig(sweep.output_dir / files[-1], dpi=120, bbox_inches="tight")
         pyplot.close(figure)
     return files

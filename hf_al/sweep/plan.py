@@ -1,6 +1,7 @@
 """A sweep as its yaml describes it, checked before anything starts."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,10 @@ def read_sweep(path: str, output_dir: Path, data_dir: str | None = None, trials:
     for key, least in (("trials", 1), ("seed", 0)):
         if key in values and (type(values[key]) is not int or values[key] < least):
             raise ValueError(f"Expected a whole number from {least} as {key} in {path}, got {values[key]!r}.")
-    common = checked_arguments(path, "common", values.get("common") or {})
-    import_own(common.get("import_module"))
+    common = values.get("common") or {}
+    if isinstance(common, dict):  # otherwise refused below
+        import_own(common.get("import_module"))
+    common = checked_arguments(path, "common", common)
     arms = checked_arms(path, values["arms"])
     recipe = Path(path).parent / str(values["recipe"])
     if not recipe.is_file():
@@ -107,14 +110,26 @@ def _space(where: str, given: Any) -> Space:
     return {"low": low, "high": high, "log": log}
 
 
+def file_name(arm: str) -> str:
+    """An arm's name as part of file names."""
+    return re.sub(r"\W", "_", arm)
+
+
 def _check(sweep: Sweep) -> None:
     """Every arm with every end of every space, one at a time: what cannot be in any trial is found before the first."""
+    names = [file_name(arm) for arm in sweep.arms]
+    for arm in sweep.arms:
+        if names.count(file_name(arm)) > 1:
+            raise ValueError(
+                f"Expected arms of {sweep.path} whose names differ in letters or digits, got {arm!r} and another one. "
+                "Rename it."
+            )
     for arm, flags in sweep.arms.items():
         both = sorted(flags.keys() & sweep.search.keys())
         if both:
             raise ValueError(
-                f"Expected {both[0]} in search or in the arm {arm!r} of {sweep.path}, got both: an arm that does not "
-                "search it would have an easier task."
+                f"Expected {both[0]} in search or in the arm {arm!r} of {sweep.path}, got both: every arm has to "
+                "search the same ranges. Leave it out of the arm."
             )
         for name, space in sweep.search.items():
             for value in space.get("choices") or (space["low"], space["high"]):

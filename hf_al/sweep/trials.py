@@ -1,10 +1,9 @@
 """The trials of a sweep: asked of Optuna, trained in other processes, kept in a database.
 
-Only this process talks to the database. A trial says how it does after each evaluation, and ends there if it is worse
-than half of the others were by then.
+Only this process talks to the database. A trial says how it does after each evaluation, and ends there if its best
+value so far is worse than the median of what completed trials had after as many.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -17,22 +16,26 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from ..arguments import FILES
 from ..data import sources
 from ..data.labels import problem_type_of
 from ..metrics import SMALLER_IS_BETTER, chosen_metric
 from ..parsing import resolve
 from ..study.execution import clear, quiet, train_on
 from ..study.workers import Workers, answer_tasks
-from .plan import Space, Sweep
+from ..training.health import Diverged
+from ..training.setup import check_model
+from .plan import Space, Sweep, file_name
 
 DATABASE = "sweep.db"
-UNPRUNED = 5  # trials of an arm before any is ended early
+UNPRUNED = 5  # trials of an arm that are complete before any is ended early
+MOST_STARTS = 5  # of a trial that ends its process
 
 logger = logging.getLogger(__name__)
 
 
 class Pruned(Exception):
-    """This trial is worse than half of the others were."""
+    """This trial is worse than the median of the completed ones."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def open_studies(sweep: Sweep) -> dict[str, optuna.Study]:
     """
     sweep.output_dir.mkdir(parents=True, exist_ok=True)
     path = (sweep.output_dir / DATABASE).resolve()
-    direction: Any = _direction(sweep)
+    direction, fingerprints = _looked_at(sweep)
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
         studies = {
@@ -78,36 +81,65 @@ def open_studies(sweep: Sweep) -> dict[str, optuna.Study]:
             f"Expected the database of a sweep in {path}, got something else: {reason}. Pass another --output_dir."
         ) from error
     for arm, study in studies.items():
-        _refuse_another(sweep, arm, study)
+        _refuse_another(sweep, arm, study, fingerprints[arm])
         # one that went on with the same seed would propose what it has proposed before
         study.sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(trials[arm]))
         study.pruner = optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED)
         for trial in trials[arm]:
             if trial.state == TrialState.RUNNING:
-                study.tell(trial.number, state=TrialState.FAIL)
-                study.enqueue_trial(trial.params)
+                _begin_again(study, trial)
+    _refuse_fewer(sweep, studies)
     return studies
 
 
-def _direction(sweep: Sweep) -> str:
-    """By the metric of the first arm; arms that are chosen by another one are refused."""
-    metrics = {}
+def _refuse_fewer(sweep: Sweep, studies: dict[str, optuna.Study]) -> None:
+    """Arms that have had more trials than the others will get would be judged by the best of more."""
+    most, arm = max((len(finished(study)), arm) for arm, study in studies.items())
+    if most > sweep.trials:
+        raise ValueError(
+            f"Expected at least {most} trials, which the arm {arm!r} has had, got {sweep.trials}. Pass --trials {most}."
+        )
+
+
+def _begin_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """A trial that was interrupted: the next one has its settings and its folder, unless it ends its process each
+    time."""
+    starts = trial.user_attrs.get("starts", 1)
+    if starts >= MOST_STARTS:
+        again = optuna.Trial(study, trial._trial_id)
+        again.set_user_attr("error", f"interrupted {starts} times, perhaps for lack of memory")
+    else:
+        kept = {"folder": trial.user_attrs.get("folder", str(trial.number)), "starts": starts + 1}
+        study.enqueue_trial(trial.params, user_attrs=kept)
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _looked_at(sweep: Sweep) -> tuple[Any, dict[str, Any]]:
+    """The direction of the metric, and the fingerprints of the data of each arm.
+
+    Raises:
+        ValueError: data that cannot be used, or arms that are chosen by different metrics.
+    """
+    metrics, fingerprints = {}, {}
     for arm, flags in sweep.arms.items():
         args = resolve({**flags, "output_dir": str(sweep.output_dir)})
-        kind = problem_type_of(sources.load_text_datasets(args)["train"])
-        metrics[arm] = chosen_metric(args.metric_for_best_model, kind)
+        data, fingerprints[arm] = sources.load_with_fingerprints(args)
+        metrics[arm] = chosen_metric(args.metric_for_best_model, problem_type_of(data["train"]))
     if len(set(metrics.values())) > 1:
         raise ValueError(f"Expected one metric for all arms of {sweep.path}, got {metrics}. Set it in common.")
-    return "minimize" if set(metrics.values()) <= set(SMALLER_IS_BETTER) else "maximize"
+    return "minimize" if set(metrics.values()) <= set(SMALLER_IS_BETTER) else "maximize", fingerprints
 
 
-def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study) -> None:
-    """Remembers what the trials of an arm have in common; ValueError if they had anything else."""
+def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study, fingerprints: dict[str, Any]) -> None:
+    """Remembers what the trials of an arm have in common; ValueError if they had anything else. Arguments that came
+    into hf_al since then do not count."""
     args = resolve({**sweep.arms[arm], "output_dir": "."})
     search = {f"search {name}": space for name, space in sweep.search.items()}
-    now = json.loads(json.dumps({**args.to_dict(), **args.model, **search}))
-    then = study.user_attrs.setdefault("sweep", now)
+    values = {n: v for n, v in {**args.to_dict(), **args.model}.items() if n not in {"model", *FILES}}
+    now = json.loads(json.dumps({**values, "data": fingerprints, **search}))
+    then = study.user_attrs.get("sweep", now)
     differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    differ = [name for name in differ if (name in then and name in now) or name.startswith("search ")]
     if differ:
         raise ValueError(
             f"Expected the sweep whose trials are in {sweep.output_dir}, got another {differ[0]} for the arm {arm!r}: "
@@ -146,7 +178,7 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
             running[pipe] = trial
             pipe.send(trial.flags)
 
-    missing = sum(sweep.trials - len(finished(study)) for study in studies.values())
+    missing = sum(max(0, sweep.trials - len(finished(study))) for study in studies.values())
     try:
         with quiet(__name__), Workers(_work, min(jobs, missing)) as workers:
             for pipe in workers.pipes:
@@ -180,9 +212,10 @@ def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterabl
         return None
     asked = studies[arm].ask()
     chosen = {name: _suggested(asked, name, space) for name, space in sweep.search.items()}
-    digest = hashlib.sha256(json.dumps([arm, chosen], sort_keys=True).encode()).hexdigest()[:12]
-    flags = {**sweep.arms[arm], **chosen, "output_dir": str(sweep.output_dir / "trials" / digest)}
-    return Trial(arm, asked, flags)
+    name = asked.user_attrs.get("folder", str(asked.number))
+    asked.set_user_attr("folder", name)
+    folder = sweep.output_dir / "trials" / file_name(arm) / name
+    return Trial(arm, asked, {**sweep.arms[arm], **chosen, "output_dir": str(folder)})
 
 
 def _suggested(asked: optuna.Trial, name: str, space: Space) -> Any:
@@ -222,16 +255,24 @@ def _work(pipe: Connection) -> None:
     """Answers the flags of each trial with how it goes, and then with what it came to."""
 
     def report(number: int, value: float) -> None:
-        pipe.send(("evaluation", (number, value)))
-        if pipe.recv():
+        try:
+            pipe.send(("evaluation", (number, value)))
+            ended = pipe.recv()
+        except (EOFError, OSError):  # the sweep is being stopped: so is this run, after its next step
+            return
+        if ended:
             raise Pruned
 
     def tried(flags: dict[str, Any]) -> tuple[str, Any]:
         try:
+            check_model(resolve(flags))
+        except ValueError as error:  # values that do not go together
+            return "failed", str(error)
+        try:
             return "done", carry_out(flags, report)
         except Pruned:
             return "pruned", None
-        except (ValueError, FloatingPointError) as error:  # it diverged, or values do not go together
+        except (Diverged, FloatingPointError) as error:
             return "failed", str(error)
 
     with quiet(__name__):

@@ -28,6 +28,11 @@ from ..modeling.objectives import OBJECTIVES, first_target
 from ..parallel.alone import ALONE, Alone
 from .optim import of_block
 
+
+class Diverged(ValueError):
+    """Training led to numbers that are not finite."""
+
+
 COLLAPSED_SPREAD = 1e-2  # a live tanh code has 0.1 to 0.5
 SHARED_CODE = 0.05  # separation; live codes have 0.1 to 1, with 3 to 77 classes
 FAST_RATE = 0.03  # of the label side: at 0.03 codes of 77 classes stay apart, at 0.3 many of them are the same

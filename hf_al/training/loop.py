@@ -372,12 +372,12 @@ class Run:
                 self.on_evaluation(plan.metric, progress.history)
         return better
 
-    def _not_finite(self, error: str) -> ValueError:
+    def _not_finite(self, error: str) -> health.Diverged:
         if not (self.transport.is_main or self.transport.shares_folder):
-            return ValueError(error)  # this process does not see the checkpoints
+            return health.Diverged(error)  # this process does not see the checkpoints
         kept = checkpoint.complete_checkpoints(self.plan.output_dir)
         last = f"The last checkpoint was written before that: {kept[-1]}." if kept else "There is no checkpoint yet."
-        return ValueError(f"{error} {last}")
+        return health.Diverged(f"{error} {last}")
 
     def _save(self) -> None:
         output_dir, progress = self.plan.output_dir, self.progress

@@ -66,12 +66,7 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
         if args.word_vectors == "auto":
             args.word_vectors = tokenization.automatic_vectors(args, tokenizer)
         model = build_model(args, tokenizer, data["train"])
-    config: Any = model.config
-    if config.late_block is not None and config.late_from is None and not about["pairs"]:
-        raise ValueError(
-            f"Expected pairs of texts with late_block={config.late_block}, whose second text is late, got single "
-            "texts. Pass late_from=64, for example, to have the rest of each text late."
-        )
+    _check_late(model.config, bool(about["pairs"]))
     tokens = tokenization.tokenize(data, tokenizer, args)
     batch = args.global_batch_size
     if windows is None:
@@ -86,6 +81,21 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
 
     stream = StreamOrder(windows, encode, tokens["train"].features, batch, args.seed)
     return model, tokenizer, tokens, stream, about
+
+
+def _check_late(config: Any, pairs: bool) -> None:
+    """ValueError if no block would ever read late text."""
+    block, start = config.late_block, config.late_from
+    if block is not None and start is None and not pairs:
+        raise ValueError(
+            f"Expected pairs of texts with late_block={block}, whose second text is late, got single texts. Pass "
+            "late_from=64, for example, to have the rest of each text late."
+        )
+    if start is not None and start >= config.max_position_embeddings:
+        raise ValueError(
+            f"Expected late_from below {config.max_position_embeddings}, the longest text, got {start}: nothing would "
+            "be late. Pass less, or more --max_seq_length."
+        )
 
 
 def build_model(

@@ -229,13 +229,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed turns (default: 7)")
     known, more = parser.parse_known_args()  # further flags are those of hf-al train
     set_up_output()
-    rows = kept_rows(known.json)
+    rows, flags = kept_rows(known.json), " ".join([known.architecture, known.rule, str(known.timed), *more])
     seeds = [int(seed) for seed in known.seeds.split(",")]
     plan = [(BLOCKS, "al_ce", seed) for seed in seeds]
     plan += [(int(depth), "backprop", seeds[0]) for depth in known.depths.split(",") if depth]
     for blocks, objective, seed in plan:
         for name in known.sets.split(","):
-            key = {"set": name, "blocks": blocks, "objective": objective, "seed": seed}
+            key = {"set": name, "blocks": blocks, "objective": objective, "seed": seed, "flags": flags}
             if not any(row.items() >= key.items() for row in rows):
                 rows.append(run(key, known, more))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)

@@ -20,7 +20,7 @@ from hf_al import plots
 from hf_al.parallel import launch, transport
 from hf_al.parallel.transport import Neighbours
 from hf_al.parsing import parse_arguments
-from hf_al.training import checkpoint, finish, loop
+from hf_al.training import checkpoint, finish, loop, setup
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.stage import Stage
 
@@ -203,7 +203,8 @@ def signalled_at_the_end(stage: int, steps: int, flags: list[str]) -> int:
 
 def another_order_at_the_first_stage(stage: int, flags: list[str]) -> dict:
     """The batch order differs; the handshake, which would notice first, is switched off."""
-    PATCH.setattr(loop, "check_same", lambda *args, **kwargs: None)
+    for module in (loop, setup):
+        PATCH.setattr(module, "check_same", lambda *args, **kwargs: None)
     return other_flags_at_the_first_stage(stage, ["--seed=43"], flags)
 
 
