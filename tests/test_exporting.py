@@ -303,7 +303,7 @@ def test_what_cannot_be_exported_is_one_message(trained, shell, tmp_path, monkey
     said = "Expected a new or an empty folder"
     assert_mistake(shell("export", str(trained[0]), str(tmp_path / "full"), "--format=onnx"), said)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    said = "Expected the package onnxscript for --format onnx, found none. Run: pip install onnx onnxruntime onnxscript"
+    said = "Expected the package onnxscript for --format onnx, found none. Run: pip install 'hf_al[onnx]'"
     assert_mistake(shell("export", str(trained[0]), str(tmp_path / "out"), "--format=onnx"), said)
 
 

@@ -153,7 +153,7 @@ def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch
     assert {n: v for n, v in again.items() if n not in times} == {n: v for n, v in twin.items() if n not in times}
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_kill_9_loses_no_finished_run_and_the_next_start_goes_on(place, start, pretended):
     place.write(arms={**STUDY["arms"], "long": {"objective": "al_ce", "max_steps": 100000, "save_steps": 5}}, seeds=[1])
     process = start(*place.argv, log=place.folder / "log")

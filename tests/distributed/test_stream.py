@@ -158,7 +158,8 @@ def test_processes_that_share_no_folder_leave_the_bytes_of_one(more, run_flags, 
     assert not [path for folder in folders[:-1] for path in Path(folder).rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("more", [slow([]), ["--streaming", "--streaming_buffer_size=150"]], ids=["whole", "streamed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--streaming", "--streaming_buffer_size=150"]], ids=["whole", "streamed"])
 def test_data_that_only_the_first_stage_finds_gives_the_same_bits(more, run_flags, tmp_path):
     """Also after a failure."""
     more = ["--dispatch_data", "--resume_from_checkpoint=last", *more]
