@@ -43,7 +43,7 @@ class Results:
             if key in self.runs:
                 now = self.runs[key].arguments
                 then = {**self.defaults[key.architecture], **row["arguments"]}
-                differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+                differ = [name for name in now if then.get(name) != now[name]]
                 if differ:
                     name = differ[0]
                     found[key] = f"{name} was {then.get(name)!r} and is now {now.get(name)!r}"
