@@ -145,6 +145,12 @@ def no_repo_id(repo_id: str, error: Exception) -> ValueError:
     return ValueError(f"Expected a repo id as user/name, got {repo_id!r}: {error}")
 
 
+def check_is_no_file(folder: Path) -> None:
+    """Refuses a file where a folder is to be."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder as output_dir, got the file {folder}. Pass another name.")
+
+
 def check_output_dir(args: TrainingArguments) -> Path:
     """The output folder: new or empty, to be emptied, or holding the run to resume. Changes nothing.
 
@@ -155,8 +161,7 @@ def check_output_dir(args: TrainingArguments) -> Path:
     if not args.output_dir:
         raise ValueError("Expected output_dir, got none. Pass output_dir='out/my_run', for example.")
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected a folder as output_dir, got the file {folder}. Pass another name.")
+    check_is_no_file(folder)
     try:
         used = folder.exists() and any(folder.iterdir())
         if used and args.resume_from_checkpoint is None and not args.overwrite_output_dir:

@@ -12,7 +12,7 @@ from .data import sources, tokenization
 from .data.batching import Collator, token_lengths
 from .data.labels import encode_labels
 from .early import check_ending
-from .loading import best_device, device_of, load_model
+from .loading import best_device, device_of, load_model, longest_text
 from .metrics import exit_metrics
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
@@ -117,7 +117,7 @@ def labelled_tokens(
         text_column_names=text_column_names,
         label_column_name=label_column_name,
         problem_type=config.resolved_problem_type,
-        max_seq_length=min(tokenizer.model_max_length, config.max_position_embeddings),
+        max_seq_length=longest_text(config, tokenizer),
     )
     dataset = sources.named_columns(dataset, *sources.choose_columns(dataset, args), "test")
     sources.check_rows(dataset, "test")

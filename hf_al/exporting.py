@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from .atomic import export
 from .data.batching import Collator, evaluation_batches, token_lengths
 from .evaluation import labelled_tokens
+from .loading import longest_text
 from .messages import table
 from .metrics import compute_metrics
 from .modeling.blocks import walk
@@ -138,7 +139,7 @@ def export_graphs(
                 "model_type": config.model_type,
                 "problem_type": config.resolved_problem_type,
                 "labels": config.label_names,
-                "max_length": max_length(model, tokenizer),
+                "max_length": longest_text(config, tokenizer),
                 "pad_token_id": config.pad_token_id,
                 "exit_rule": config.exit_rule,
                 "measured_rows": None if rows is None else len(rows[0]),
@@ -156,11 +157,6 @@ def export_graphs(
         )  # fmt: skip
         (aside / "README.md").write_text(readme, encoding="utf-8")
     return found
-
-
-def max_length(model: ALForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest text that the model reads."""
-    return min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
 
 # --- writing
@@ -220,7 +216,7 @@ def check_batches(model: ALForSequenceClassification, tokenizer: PreTrainedToken
     """Batches of texts made of the tokenizer's words: one short text, seven ragged ones, the longest, padding on the
     left, and pairs if the model knows them."""
     words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
-    rng, longest = np.random.default_rng(0), max_length(model, tokenizer)
+    rng, longest = np.random.default_rng(0), longest_text(model.config, tokenizer)
 
     def text(tokens: int) -> str:
         return str(tokenizer.decode(rng.choice(words, tokens)))

@@ -26,6 +26,7 @@ from transformers import (
 from . import registration
 from .early import check_model_name
 from .messages import last_line
+from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.pretrained import load_pretrained
 from .own import hint
@@ -151,6 +152,11 @@ def device_of(model: ALForSequenceClassification) -> torch.device:
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     device = torch.device(model.device if device in (None, "disk") else device)
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def longest_text(config: ALConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest text that a model reads."""
+    return min(tokenizer.model_max_length, config.max_position_embeddings)
 
 
 def local_copy(name: str, revision: str | None) -> Path:

@@ -139,22 +139,26 @@ def make_model():
     return make
 
 
-@pytest.fixture(scope="session")
-def encoder_folder(few_tweets, tmp_path_factory):
-    """A tiny BERT with a tokenizer of the tweets' most frequent words."""
-    folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for t in few_tweets["train"]["text"] for w in t.split()})]
+def pair_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """Of these words, with token types for pairs."""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    words = [*special.values(), *words]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     reads = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=128, model_input_names=reads, **names
-    ).save_pretrained(folder)
-    sizes = {**TINY_ENCODER, "num_hidden_layers": 5, "vocab_size": len(words)}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128, model_input_names=reads, **special)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(few_tweets, tmp_path_factory):
+    """A tiny BERT with a tokenizer of the tweets' most frequent words."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = pair_tokenizer(sorted({w for t in few_tweets["train"]["text"] for w in t.split()}))
+    tokenizer.save_pretrained(folder)
+    sizes = {**TINY_ENCODER, "num_hidden_layers": 5, "vocab_size": len(tokenizer)}
     AutoModel.from_config(AutoConfig.for_model(**sizes)).save_pretrained(folder)
     return folder
 

@@ -14,11 +14,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import EVERY_OBJECTIVE, assert_mistake, slow
+from conftest import EVERY_OBJECTIVE, assert_mistake, pair_tokenizer, slow
 from datasets import Dataset
 from test_encoders import tiny_encoder
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from hf_al import ALEncoderForSequenceClassification, exporting
 from hf_al.cli import main
@@ -48,15 +46,7 @@ def _no_traces():
 @pytest.fixture(scope="module")
 def tokenizer():
     """60 tokens, as many as a tiny model knows, with token types for pairs."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{i}" for i in range(4, 60))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    reads = ["input_ids", "token_type_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128, model_input_names=reads, **special)
+    return pair_tokenizer([f"word{i}" for i in range(4, 60)])
 
 
 @pytest.fixture

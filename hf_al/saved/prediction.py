@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic import replacing
 from ..early import input_format
-from ..loading import best_device, device_of, load_model
+from ..loading import best_device, device_of, load_model, longest_text
 from ..modeling.modeling_al import ALForSequenceClassification
 from .answers import Write, columns, writer
 from .rows import Texts, Unusable, read_rows
@@ -147,7 +147,7 @@ def _token_ids(
 ) -> list[list[int]]:
     if not rows:
         return []
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    limit = longest_text(model.config, tokenizer)
     return tokenizer(*map(list, zip(*rows, strict=True)), truncation=True, max_length=limit)["input_ids"]
 
 

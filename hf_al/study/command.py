@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import alone_at
+from ..early import check_is_no_file
 from ..flags import add_file, positive
 from ..parsing import FlagParser
 from ..values import capped
@@ -37,8 +38,7 @@ def run_study(flags: Namespace) -> None:
     from .runs import all_runs
 
     study, output_dir = read_study(flags.study), Path(flags.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"Expected a folder as output_dir, got the file {output_dir}. Pass another name.")
+    check_is_no_file(output_dir)
     runs = all_runs(study, output_dir, flags.data_dir)
     path = Path(flags.results) if flags.results else study.path.with_suffix(".json")
     with ExitStack() as stack:

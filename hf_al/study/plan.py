@@ -65,13 +65,7 @@ def read_study(path: str) -> Study:
     Raises:
         ValueError: keys, arguments or names that do not exist or do not go together.
     """
-    values = load_yaml(path, "the path")
-    for key in values:
-        if key not in (*NEEDED, *OPTIONAL):
-            raise ValueError(f"Unknown key {key!r} in {path}.{nearest(str(key), (*NEEDED, *OPTIONAL))}")
-    missing = [key for key in NEEDED if values.get(key) in (None, "", [], {})]
-    if missing:
-        raise ValueError(f"Expected {', '.join(NEEDED)} in {path}, got no {missing[0]}. Add it.")
+    values = read_keys(path, NEEDED, OPTIONAL)
     for key in ("name", "question"):
         if not isinstance(values[key], str):
             raise ValueError(f"Expected text as {key} in {path}, got {values[key]!r}.")
@@ -79,9 +73,7 @@ def read_study(path: str) -> Study:
         raise ValueError(
             f"Expected a name of letters, digits, - and _ in {path}, got {values['name']!r}: it is part of file names."
         )
-    common = values.get("common") or {}
-    if isinstance(common, dict):  # otherwise refused below
-        import_own(common.get("import_module"))
+    common = common_arguments(path, values)
     arms, seeds = checked_arms(path, values["arms"]), _distinct(path, "seeds", values["seeds"], int)
     study = Study(
         path=Path(path),
@@ -95,10 +87,31 @@ def read_study(path: str) -> Study:
         best_of=values.get("best_of") or 0,
         arms=arms,
         baselines=_baselines(path, values["baseline"], arms),
-        common=checked_arguments(path, "common", common),
+        common=common,
     )
     _check_screen(study)
     return study
+
+
+def read_keys(path: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
+    """The values of a yaml. ValueError for a key that it cannot have, or lacks."""
+    values = load_yaml(path, "the path")
+    for key in values:
+        if key not in (*needed, *optional):
+            raise ValueError(f"Unknown key {key!r} in {path}.{nearest(str(key), (*needed, *optional))}")
+    missing = [key for key in needed if values.get(key) in (None, "", [], {})]
+    if missing:
+        raise ValueError(f"Expected {', '.join(needed)} in {path}, got no {missing[0]}. Add it.")
+    return values
+
+
+def common_arguments(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of all runs, under `common`. Imports the modules that they name, which may have values of their
+    own."""
+    common = values.get("common") or {}
+    if isinstance(common, dict):  # otherwise refused below
+        import_own(common.get("import_module"))
+    return checked_arguments(path, "common", common)
 
 
 def _distinct(path: str, key: str, values: Any, kind: type) -> Any:

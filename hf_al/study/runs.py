@@ -78,17 +78,27 @@ def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dic
                 raise ValueError(f"Expected the recipe {recipe}, found none. Fix the sets in {study.path}.")
             for arm, given in study.arms.items():
                 flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given}
-                try:
-                    args = resolve({**flags, "print_config": True})
-                    check_training(args, is_main=False)
-                    if args.processes > 1:
-                        raise ValueError(f"Expected runs of one process, got {args.processes}. Leave stages out.")
-                except ValueError as error:
-                    raise ValueError(f"{error} (arm {arm!r} of {study.path} with {recipe})") from None
+                args = checked_run(flags, f"arm {arm!r} of {study.path} with {recipe}")
                 for seed in study.seeds:
                     run = _run(Key(name, architecture, arm, seed), flags, args, output_dir)
                     runs[run.key] = run
     return runs
+
+
+def checked_run(flags: dict[str, Any], what: str) -> TrainingArguments:
+    """The arguments of a run of one process, which has no output folder yet.
+
+    Raises:
+        ValueError: values that do not exist or cannot work; `what` says whose.
+    """
+    try:
+        args = resolve({**flags, "print_config": True})
+        check_training(args, is_main=False)
+        if args.processes > 1:
+            raise ValueError(f"Expected runs of one process, got {args.processes}. Leave stages out.")
+    except ValueError as error:
+        raise ValueError(f"{error} ({what})") from None
+    return args
 
 
 def data_files(data_dir: str | None, name: str) -> dict[str, str]:

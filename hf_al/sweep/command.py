@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..atomic import alone_at
+from ..early import check_is_no_file
 from ..flags import add_file, positive
 from ..parsing import FlagParser
 from ..values import capped
@@ -36,8 +37,7 @@ def run_sweep(flags: Namespace) -> None:
     from .plan import read_sweep
 
     output_dir = Path(flags.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"Expected a folder as output_dir, got the file {output_dir}. Pass another name.")
+    check_is_no_file(output_dir)
     sweep = read_sweep(flags.sweep, output_dir, flags.data_dir, flags.trials)
     from ..study.execution import quiet
     from .outcome import as_text, write_outcome

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..early import check_training
-from ..messages import nearest
-from ..own import import_own
-from ..parsing import load_yaml, resolve
-from ..study.plan import checked_arguments, checked_arms
-from ..study.runs import ALWAYS, data_files
+from ..study.plan import checked_arguments, checked_arms, common_arguments, read_keys
+from ..study.runs import ALWAYS, checked_run, data_files
 
 NEEDED = ("recipe", "arms", "search", "trials")
 OPTIONAL = ("set", "common", "seed")
@@ -51,20 +47,11 @@ def read_sweep(path: str, output_dir: Path, data_dir: str | None = None, trials:
     Raises:
         ValueError: keys, arguments, spaces or files that do not exist or do not go together.
     """
-    values = load_yaml(path, "the path")
-    for key in values:
-        if key not in (*NEEDED, *OPTIONAL):
-            raise ValueError(f"Unknown key {key!r} in {path}.{nearest(str(key), (*NEEDED, *OPTIONAL))}")
-    missing = [key for key in NEEDED if values.get(key) in (None, "", [], {})]
-    if missing:
-        raise ValueError(f"Expected {', '.join(NEEDED)} in {path}, got no {missing[0]}. Add it.")
+    values = read_keys(path, NEEDED, OPTIONAL)
     for key, least in (("trials", 1), ("seed", 0)):
         if key in values and (type(values[key]) is not int or values[key] < least):
             raise ValueError(f"Expected a whole number from {least} as {key} in {path}, got {values[key]!r}.")
-    common = values.get("common") or {}
-    if isinstance(common, dict):  # otherwise refused below
-        import_own(common.get("import_module"))
-    common = checked_arguments(path, "common", common)
+    common = common_arguments(path, values)
     arms = checked_arms(path, values["arms"])
     recipe = Path(path).parent / str(values["recipe"])
     if not recipe.is_file():
@@ -133,10 +120,4 @@ def _check(sweep: Sweep) -> None:
             )
         for name, space in sweep.search.items():
             for value in space.get("choices") or (space["low"], space["high"]):
-                try:
-                    args = resolve({**flags, name: value, "output_dir": str(sweep.output_dir / "trial")})
-                    check_training(args, is_main=False)
-                except ValueError as error:
-                    raise ValueError(f"{error} (arm {arm!r} of {sweep.path}, with {name}={value!r})") from None
-                if args.processes > 1:
-                    raise ValueError(f"Expected runs of one process, got {args.processes}. Leave stages out.")
+                checked_run({**flags, name: value}, f"arm {arm!r} of {sweep.path}, with {name}={value!r}")

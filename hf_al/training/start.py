@@ -16,7 +16,7 @@ from ..data import sources, tokenization
 from ..data.batching import BatchOrder, token_lengths
 from ..data.labels import encode_labels, label_names, problem_type_of
 from ..data.streaming import StreamOrder, Windows, open_windows
-from ..loading import difference, load_encoder, load_model
+from ..loading import difference, load_encoder, load_model, longest_text
 from ..messages import some
 from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
@@ -170,7 +170,7 @@ def continue_model(
         )
     args.model_type = saved.config.model_type
     args.__post_init__()  # what depends on the architecture
-    args.max_seq_length = min(tokenizer.model_max_length, saved.config.max_position_embeddings)
+    args.max_seq_length = longest_text(saved.config, tokenizer)
     check_model_keys(args)
     kind, names = problem_type_of(data["train"]), label_names(data["train"])
     known = saved.config.label_names

@@ -31,6 +31,7 @@ from hf_al.commands import set_up_output
 from hf_al.data import sources
 from hf_al.evaluation import answer_exits
 from hf_al.exits import calibrate_exits
+from hf_al.loading import longest_text
 from hf_al.messages import table
 from hf_al.metrics import expected_calibration_error
 from hf_al.parsing import parse_arguments
@@ -91,7 +92,7 @@ def answers(model: Any, tokenizer: Any, test: Any) -> dict[str, Any]:
 
 def encoded(model: Any, tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (N, T)."""
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    longest = longest_text(model.config, tokenizer)
     batch = tokenizer(list(texts), truncation=True, max_length=longest, padding=True, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 
