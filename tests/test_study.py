@@ -364,6 +364,51 @@ def test_of_several_baselines_the_best_by_validation_is_the_one(place):
     assert Summary(study, rows).reference("lstm", "gelu") == "twin"
 
 
+TUNED = {"tune": {"lstm": {"learning_rate": [0.001, 0.01], "weight_decay": [0.0, 0.1]}}}
+
+
+def test_every_arm_is_tuned_alike_and_other_seeds_get_its_best_setting(place, pretended):
+    """By validation: test would choose the setting without weight decay. A setting that fails is not chosen."""
+    place.write(**TUNED, sets=["mine", "other"])
+
+    def given(key):
+        best = "learning_rate=0.01, weight_decay=0.1" if key.arm == "al_ce" else "learning_rate=0.001, weight_decay=0.1"
+        if key.arm == "backprop" and "0.01" in key.setting:
+            return {**key._asdict(), "error": "diverged", "seconds": 1.0, "machine": row(key)["machine"], "hf_al": "0"}
+        chosen = key.setting == best
+        return row(key, 0.7 if chosen else 0.6, (1, 0, 0, 0) if chosen else (1, 1, 1, 1))
+
+    pretended.given = given
+    assert place.run()[0] == 0
+    mine = [key for key in pretended if key.set == "mine"]
+    assert pretended[: len(mine)] == mine  # set by set
+    assert len({key for key in mine if key.seed == 1}) == 2 * 4
+    assert {key[2:] for key in mine if key.seed == 2} == {
+        ("al_ce", 2, "learning_rate=0.01, weight_decay=0.1"),
+        ("backprop", 2, "learning_rate=0.001, weight_decay=0.1"),
+    }
+    study, runs = place.study()
+    summary = Summary(study, Results(place.folder / "study.json", runs).rows)
+    assert summary.rows[Key("mine", "lstm", "al_ce", 1)]["test"] == 0.25
+    assert summary.table("lstm", ["mine"])[0]["seeds"] == 2
+    page = (place.folder / "out" / "study_tiny.md").read_text()
+    assert "| al_ce | learning_rate=0.01, weight_decay=0.1 (0.6000, 0.6000, 0.6000, 0.7000) |" in page
+    assert "| backprop | learning_rate=0.001, weight_decay=0.1 (0.6000, 0.7000, failed, failed) |" in page
+    assert "- Failed: mine lstm, backprop, learning_rate=0.01, weight_decay=0.0, seed 1: diverged" in page
+
+
+def test_a_setting_reaches_the_run_and_screening_ranks_arms_at_their_best(place):
+    place.write(**SCREENED, tune={"lstm": {"learning_rate": [0.001, 0.01]}})
+    study, runs = place.study()
+    for key, run in runs.items():
+        assert run.arguments["learning_rate"] == float(key.setting.removeprefix("learning_rate="))
+    assert len({run.folder for run in runs.values()}) == len(runs)
+    validation = {("tanh", "learning_rate=0.01"): 0.9, ("gelu", "learning_rate=0.001"): 0.8}
+    rows = {key: row(key, validation.get((key.arm, key.setting), 0.5)) for key in planned(study, {})}
+    others = {(key.arm, key.setting) for key in planned(study, rows) if key.seed == 2}
+    assert others == {("tanh", "learning_rate=0.01"), ("backprop", "learning_rate=0.001")}
+
+
 # --- what the rows say
 
 
@@ -455,6 +500,19 @@ MISTAKES = {
     "what_the_study_decides": ({"common": {"seed": 1}}, ["Expected no seed in common", "it is decided for all runs"]),
     "no_recipe": ({"architectures": ["gru"]}, ["Expected the recipe", "mine_gru.yaml, found none"]),
     "no_data": ({"sets": ["theirs"]}, ["Expected one folder for theirs in", "found none"]),
+    "tuning_another_architecture": (
+        {"tune": {"lstn": {}}}, ["Expected architectures in tune of", "Did you mean lstm?"],
+    ),
+    "tuning_one_value": (
+        {"tune": {"lstm": {"learning_rate": [0.1]}}}, ["Expected a list of different values for learning_rate"],
+    ),
+    "tuning_what_does_not_exist": (
+        {"tune": {"lstm": {"learing_rate": [1, 2]}}}, ["argument 'learing_rate' in tune of lstm", "learning_rate?"],
+    ),
+    "tuning_what_an_arm_says": (
+        {"tune": {"lstm": {"objective": ["al_ce", "supcon"]}}}, ["Expected objective in tune of", "got it in both"],
+    ),
+    "tuning_no_mapping": ({"tune": ["learning_rate"]}, ["Expected a mapping of architectures to arguments as tune"]),
     "screen_alone": ({"screen": 1}, ["Expected screen and best_of together"]),
     "screen_of_another_seed": ({"screen": 7, "best_of": 1}, ["Expected screen to be one of several seeds", "got 7"]),
     "best_of_all": ({"screen": 1, "best_of": 1}, ["Expected at least two arms beside the baselines", "got 1"]),
@@ -509,9 +567,10 @@ def test_every_run_of_a_shipped_study_can_be_made(path, tmp_path, encoder_folder
     study = read_study(str(path))
     found = all_runs(study, tmp_path)
     one_each = {run.key.arm: run for run in found.values()}
-    execution.check_values(one_each.values())
+    execution.check_values({**one_each, **{run.key.setting: run for run in found.values()}}.values())
     assert study.name == path.stem
-    assert len(found) == len(study.sets) * len(study.architectures) * len(study.arms) * len(study.seeds)
+    settings = sum(map(len, study.tune.values()))
+    assert len(found) == len(study.sets) * settings * len(study.arms) * len(study.seeds)
     assert len({run.folder for run in found.values()}) == len(found)
 
 

@@ -4,8 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -94,14 +93,16 @@ def carry_out_study(study: Study, results: Results, jobs: int, keep_models: bool
         rest = f"; about {duration(to_go / jobs)} to go" if to_go else ""
         logger.info("%d of %d: %s: %s%s", count, len(keys), key_of(row), said, rest)
 
+    def next_run(running: Collection[Run]) -> Run | None:
+        keys = (key for key in planned(study, results.rows) if key not in results.rows)
+        return next((results.runs[key] for key in keys if results.runs[key] not in running), None)
+
     try:
         with quiet():
-            while missing := [results.runs[key] for key in planned(study, results.rows) if key not in results.rows]:
-                if jobs == 1:
-                    for run in missing:
-                        done(carry_out(run))
-                else:
-                    in_processes(missing, jobs, done)
+            if jobs > 1 and next_run([]):
+                in_processes(next_run, jobs, done)
+            while run := next_run([]):  # with several jobs, none is left
+                done(carry_out(run))
     except KeyboardInterrupt as stop:
         stop.add_note(f"{len(results.rows)} finished runs are kept in {results.path}. The same command goes on.")
         raise
@@ -221,33 +222,35 @@ def measured(report: dict[str, Any], train: Any, test: Any) -> dict[str, Any]:
 # --- several at a time
 
 
-def in_processes(runs: Iterable[Run], jobs: int, done: Callable[[dict[str, Any]], None]) -> None:
+def in_processes(
+    next_run: Callable[[Collection[Run]], Run | None], jobs: int, done: Callable[[dict[str, Any]], None]
+) -> None:
     """Carries out the runs in processes of their own, which end with this call, however it ends.
 
     Args:
-        runs: in the order in which they are begun.
+        next_run: gives the run to begin, by those that are running; None if there is none now.
         jobs: how many at the same time.
         done: called with each row as soon as it is there.
 
     Raises:
         OSError: what a run raised, or a process that died.
     """
-    waiting = deque(runs)
     running: dict[Connection, Run] = {}
 
-    def give(pipe: Connection) -> None:
-        if waiting:
-            running[pipe] = waiting.popleft()
-            pipe.send(running[pipe])
+    def give(pipes: Iterable[Connection]) -> None:
+        for pipe in pipes:
+            run = None if pipe in running else next_run(running.values())
+            if run is not None:
+                running[pipe] = run
+                pipe.send(run)
 
-    with Workers(_work, min(jobs, len(waiting))) as workers:
-        for pipe in workers.pipes:
-            give(pipe)
+    with Workers(_work, jobs) as workers:
+        give(workers.pipes)
         while running:
             for pipe, row in workers.answers(running):
                 del running[pipe]
                 done(row)
-                give(pipe)
+            give(workers.pipes)
 
 
 def _work(pipe: Connection) -> None:

@@ -9,7 +9,7 @@ from ..messages import duration, table
 from ..plots import PALETTE
 from .plan import Study
 from .results import Results
-from .runs import planned
+from .runs import named, planned
 from .summary import Summary, seconds_to_go
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ COLUMNS = (
     "step to the last one, *seconds* the training time of a run. The difference to the baseline is in points of test "
     "accuracy, over the seeds that both have, with the 95 % interval of a paired bootstrap over seeds and test rows; "
     "one seed is too few for an interval."
+)
+
+SETTINGS = (
+    "The best setting of each arm on each set, by validation with seed {}; in brackets, validation with each setting, "
+    "in the order of the heading."
 )
 
 
@@ -39,9 +44,19 @@ def write_page(path: Path, summary: Summary) -> None:
     lines += ["", "## Results", "", COLUMNS]
     for title, architecture, sets in tables(study):
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
+    if tuned(study):
+        lines += ["", "## Settings", "", SETTINGS.format(study.first_seed)]
+        for kind in study.architectures:
+            if len(study.tune[kind]) > 1:
+                lines += ["", f"### {kind}: {'; '.join(map(named, study.tune[kind]))}"]
+                lines += ["", table(summary.tuning(kind), markdown=True)]
     lines += ["", "## Not run", "", *_not_run(summary)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines) + "\n")
+
+
+def tuned(study: Study) -> bool:
+    return any(len(settings) > 1 for settings in study.tune.values())
 
 
 def as_text(summary: Summary) -> str:
@@ -62,7 +77,14 @@ def tables(study: Study) -> list[tuple[str, str, list[str]]]:
 def _protocol(summary: Summary) -> list[str]:
     study = summary.study
     seeds = ", ".join(map(str, sorted(study.seeds)))
+    searched = "What an arm does not name is as in the recipe, and was not searched again for that arm."
     chosen = "Every arm has all seeds."
+    if tuned(study):
+        searched = (
+            f"Every arm was tuned alike: with seed {study.first_seed}, on each set and for each architecture, it tried "
+            f"the same settings, and the best by validation got the other seeds. What the settings and the arm do not "
+            "name is as in the recipe."
+        )
     if study.screen is not None:
         chosen = (
             f"Seed {study.screen} screens all arms: for each architecture, the best {study.best_of} by validation, as "
@@ -81,7 +103,7 @@ def _protocol(summary: Summary) -> list[str]:
         f"arguments of all arms: {common}. Seeds {seeds}.",
         f"- The step of every run, and whatever else was chosen, was chosen on validation; nothing depends on test. "
         f"{chosen}",
-        "- What an arm does not name is as in the recipe, and was not searched again for that arm.",
+        f"- {searched}",
         f"- {done}.",
         *(f"- On {hardware}, hf_al {version}." for hardware, version in machines),
         "",
@@ -104,6 +126,7 @@ def _hardware(machine: dict[str, Any]) -> str:
 
 def _not_run(summary: Summary) -> list[str]:
     """What is missing, and what failed."""
+    study = summary.study
     waiting = [key for key in summary.planned if key not in summary.all]
     failed = [(key, row["error"]) for key, row in summary.all.items() if "error" in row]
     to_go = seconds_to_go(summary.all, summary.planned)
@@ -112,7 +135,9 @@ def _not_run(summary: Summary) -> list[str]:
         about = f", about {duration(to_go)} one after the other" if to_go else ""
         arms = ", ".join(dict.fromkeys(key.arm for key in waiting))
         lines.append(f"- Yet to be made: {len(waiting)} runs of {arms}{about}.")
-    if summary.study.screen is not None:
+    if tuned(study) and waiting:
+        lines.append("- Where settings are not chosen yet, the runs of the other seeds come on top.")
+    if study.screen is not None:
         lines.append("- By design, arms that are not among the best in screening have one seed.")
     return lines or ["Nothing: all runs are done."]
 
@@ -133,6 +158,8 @@ def listing(study: Study, results: Results, jobs: int) -> str:
     words = f"{len(done)} of {len(keys)} runs are done"
     if len(done) < len(keys):
         words += f", about {duration(to_go / jobs)} to go" if to_go else ", and none tells how long they take"
+        if tuned(study):
+            words += "; then those of the other seeds, where the best setting is not known yet"
         if study.screen is not None and any(key.seed == study.screen and key not in done for key in keys):
             finalists = study.best_of * (len(study.seeds) - 1) * len(study.sets) * len(study.architectures)
             words += f"; then up to {finalists} more of the best arms, and those of the baselines"

@@ -1,6 +1,7 @@
 """A study as its yaml describes it, checked before anything starts."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..own import import_own
 from ..parsing import load_yaml
 
 NEEDED = ("name", "question", "sets", "architectures", "seeds", "baseline", "arms")
-OPTIONAL = ("recipes", "screen", "best_of", "common")
+OPTIONAL = ("recipes", "tune", "screen", "best_of", "common")
 # Decided by the study, not by its arms
 DECIDED = {
     *SHOWING, "train_file", "validation_file", "test_file", "dataset_name", "model_type", "model", "seed", "trace",
@@ -37,6 +38,8 @@ class Study:
         recipes: folder of the recipes, `SET_ARCHITECTURE.yaml`.
         sets, architectures: which of them.
         seeds: of each arm; with `screen` of the best arms only.
+        tune: architecture -> the settings that every arm tries with the first seed, on each set; of those, the other
+            seeds get the best by validation. One without arguments if nothing is to be tuned.
         screen: the seed that all arms are run with first; None if all arms get all seeds.
         best_of: how many arms then get the other seeds, by validation, for each architecture.
         arms: name -> its arguments.
@@ -52,11 +55,17 @@ class Study:
     sets: list[str]
     architectures: list[str]
     seeds: list[int]
+    tune: dict[str, list[dict[str, Any]]]
     screen: int | None
     best_of: int
     arms: dict[str, dict[str, Any]]
     baselines: dict[str, list[str]]
     common: dict[str, Any]
+
+    @property
+    def first_seed(self) -> int:
+        """The one that settings and arms are chosen with."""
+        return self.seeds[0] if self.screen is None else self.screen
 
 
 def read_study(path: str) -> Study:
@@ -75,14 +84,16 @@ def read_study(path: str) -> Study:
         )
     common = common_arguments(path, values)
     arms, seeds = checked_arms(path, values["arms"]), _distinct(path, "seeds", values["seeds"], int)
+    architectures = _distinct(path, "architectures", values["architectures"], str)
     study = Study(
         path=Path(path),
         name=values["name"],
         question=values["question"],
         recipes=Path(path).parent / str(values.get("recipes") or ".."),
         sets=_distinct(path, "sets", values["sets"], str),
-        architectures=_distinct(path, "architectures", values["architectures"], str),
+        architectures=architectures,
         seeds=seeds,
+        tune=_settings(path, values.get("tune") or {}, architectures, [common, *arms.values()]),
         screen=values.get("screen"),
         best_of=values.get("best_of") or 0,
         arms=arms,
@@ -162,6 +173,34 @@ def checked_arguments(path: str, where: str, values: Any) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"Unknown argument {name!r} in {where} of {path}.{nearest(str(name), known)}")
     return values
+
+
+def _settings(
+    path: str, given: Any, architectures: list[str], others: list[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """For each architecture all combinations of the values that `tune` lists; `others` are the arguments that must not
+    name them too."""
+    if not isinstance(given, dict):
+        raise ValueError(f"Expected a mapping of architectures to arguments as tune in {path}, got {given!r}.")
+    settings: dict[str, list[dict[str, Any]]] = {name: [{}] for name in architectures}
+    for architecture, values in given.items():
+        if architecture not in architectures:
+            close = nearest(str(architecture), architectures)
+            raise ValueError(f"Expected architectures in tune of {path}, got {architecture!r}.{close}")
+        for name, choices in checked_arguments(path, f"tune of {architecture}", values).items():
+            if not isinstance(choices, list) or len({repr(choice) for choice in choices}) < max(2, len(choices)):
+                raise ValueError(
+                    f"Expected a list of different values for {name} in tune of {path}, got {choices!r}. An argument "
+                    "with one value goes into common."
+                )
+            if any(name in arguments for arguments in others):
+                raise ValueError(
+                    f"Expected {name} in tune of {path} or in arms and common, got it in both. Leave one of them out."
+                )
+        settings[architecture] = [
+            dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+        ]
+    return settings
 
 
 def _baselines(path: str, given: Any, arms: Mapping[str, Any]) -> dict[str, list[str]]:

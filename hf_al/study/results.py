@@ -103,7 +103,7 @@ class Results:
 
 
 def key_of(row: dict[str, Any]) -> Key:
-    return Key(row["set"], row["architecture"], row["arm"], row["seed"])
+    return Key(row["set"], row["architecture"], row["arm"], row["seed"], row.get("setting", ""))
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, Any]]]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,15 +27,17 @@ OF_THE_OUTPUT = ("save_steps", "logging_steps", "per_device_eval_batch_size")
 
 
 class Key(NamedTuple):
-    """Which run of a study."""
+    """Which run of a study. `setting` says which values of tuned arguments, as `named` writes them."""
 
     set: str
     architecture: str
     arm: str
     seed: int
+    setting: str = ""
 
     def __str__(self) -> str:
-        return f"{self.set} {self.architecture}, {self.arm}, seed {self.seed}"
+        setting = f", {self.setting}" if self.setting else ""
+        return f"{self.set} {self.architecture}, {self.arm}{setting}, seed {self.seed}"
 
 
 Rows = Mapping[Key, dict[str, Any]]  # of finished runs, see results.py
@@ -76,13 +80,18 @@ def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dic
             recipe = study.recipes / f"{name}_{architecture}.yaml"
             if not recipe.is_file():
                 raise ValueError(f"Expected the recipe {recipe}, found none. Fix the sets in {study.path}.")
-            for arm, given in study.arms.items():
-                flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given}
+            for (arm, given), setting in itertools.product(study.arms.items(), study.tune[architecture]):
+                flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given, **setting}
                 args = checked_run(flags, f"arm {arm!r} of {study.path} with {recipe}")
                 for seed in study.seeds:
-                    run = _run(Key(name, architecture, arm, seed), flags, args, output_dir)
+                    run = _run(Key(name, architecture, arm, seed, named(setting)), flags, args, output_dir)
                     runs[run.key] = run
     return runs
+
+
+def named(setting: Mapping[str, Any]) -> str:
+    """A setting in words."""
+    return ", ".join(f"{name}={value}" for name, value in setting.items())
 
 
 def checked_run(flags: dict[str, Any], what: str) -> TrainingArguments:
@@ -160,48 +169,85 @@ def _flat(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned(study: Study, rows: Rows) -> list[Key]:
-    """The runs that are needed, as far as the finished ones tell, seed by seed: of a study with `screen`, its other
-    seeds are for the best arms and for the baselines."""
+    """The runs that are needed, as far as the finished ones tell, set by set. All arms are run with the first seed, in
+    every setting; the other seeds are for the best setting and, of a study with `screen`, for the best arms and the
+    baselines."""
+    first, done = study.first_seed, settled(study, rows)
     screened = study.screen is not None
-    seeds = sorted(study.seeds, key=lambda seed: seed != study.screen)
-    chosen = {kind: _finalists(study, rows, kind) if screened else set(study.arms) for kind in study.architectures}
-    return [
-        Key(name, architecture, arm, seed)
-        for seed in seeds
-        for name in study.sets
-        for architecture in study.architectures
-        for arm in study.arms
-        if arm in chosen[architecture] or seed == study.screen
-    ]
+    chosen = {kind: _finalists(study, done, kind) if screened else set(study.arms) for kind in study.architectures}
+    keys = []
+    for name in study.sets:
+        for seed in sorted(study.seeds, key=lambda seed: seed != first):
+            for architecture, arm in itertools.product(study.architectures, study.arms):
+                if seed == first:
+                    settings = [named(setting) for setting in study.tune[architecture]]
+                else:
+                    best = best_setting(study, rows, name, architecture, arm)
+                    settings = [best] if best is not None and arm in chosen[architecture] else []
+                keys += [Key(name, architecture, arm, seed, setting) for setting in settings]
+    return keys
 
 
-def _finalists(study: Study, rows: Rows, architecture: str) -> set[str]:
+def best_setting(study: Study, rows: Rows, name: str, architecture: str, arm: str) -> str | None:
+    """Of the settings that an arm may have on a set, the best by what validation says of the first seed; None until all
+    of them are done. Nothing of test is looked at."""
+    settings = [named(setting) for setting in study.tune[architecture]]
+    if len(settings) == 1:
+        return settings[0]
+    found = {setting: rows.get(Key(name, architecture, arm, study.first_seed, setting)) for setting in settings}
+    done = {setting: row for setting, row in found.items() if row is not None}
+    return max(done, key=lambda setting: _score(done[setting])) if len(done) == len(settings) else None
+
+
+def settled(study: Study, rows: Rows) -> dict[Key, dict[str, Any]]:
+    """The rows of the best settings, by keys without a setting."""
+    best = {
+        (name, architecture, arm): best_setting(study, rows, name, architecture, arm)
+        for name, architecture, arm in itertools.product(study.sets, study.architectures, study.arms)
+    }
+    return {key._replace(setting=""): row for key, row in rows.items() if best.get(key[:3]) == key.setting}
+
+
+def _score(row: dict[str, Any]) -> float:
+    """What validation says of a run, more is better."""
+    from ..metrics import SMALLER_IS_BETTER
+
+    if "error" in row:
+        return -math.inf
+    return float(-row["validation"] if row["metric"] in SMALLER_IS_BETTER else row["validation"])
+
+
+def _finalists(study: Study, done: Rows, architecture: str) -> set[str]:
     """The arms that get all seeds."""
-    best = ranked(study, rows, architecture, list(study.baselines))[: study.best_of]
-    references = [reference(study, rows, architecture, arm) for arm in study.baselines]
+    best = ranked(study, done, architecture, list(study.baselines))[: study.best_of]
+    references = [reference(study, done, architecture, arm) for arm in study.baselines]
     return {arm for arm in [*best, *references] if arm is not None}
 
 
-def reference(study: Study, rows: Rows, architecture: str, arm: str) -> str | None:
-    """The baseline that an arm is compared with; None for a baseline, and while it is not known."""
+def reference(study: Study, done: Rows, architecture: str, arm: str) -> str | None:
+    """The baseline that an arm is compared with; None for a baseline, and while it is not known.
+
+    Args:
+        done: settled rows.
+    """
     candidates = study.baselines.get(arm, [])
     if len(candidates) > 1:
-        candidates = ranked(study, rows, architecture, candidates)
+        candidates = ranked(study, done, architecture, candidates)
     return candidates[0] if candidates else None
 
 
-def ranked(study: Study, rows: Rows, architecture: str, arms: list[str]) -> list[str]:
+def ranked(study: Study, done: Rows, architecture: str, arms: list[str]) -> list[str]:
     """The arms by what validation says of the screening seed, as the mean over all sets, best first; none until all of
-    these runs are done. Arms with a run that failed are left out. Nothing of test is looked at."""
-    from ..metrics import SMALLER_IS_BETTER
+    these runs are done. Arms with a run that failed are left out. Nothing of test is looked at.
 
+    Args:
+        done: settled rows.
+    """
     assert study.screen is not None
     scores = {}
     for arm in arms:
         keys = [Key(name, architecture, arm, study.screen) for name in study.sets]
-        if any(key not in rows for key in keys):
+        if any(key not in done for key in keys):
             return []
-        if all("error" not in rows[key] for key in keys):
-            sign = -1 if rows[keys[0]]["metric"] in SMALLER_IS_BETTER else 1
-            scores[arm] = sign * fmean(rows[key]["validation"] for key in keys)
-    return sorted(scores, key=lambda arm: scores[arm], reverse=True)
+        scores[arm] = fmean(_score(done[key]) for key in keys)
+    return sorted((arm for arm in arms if scores[arm] > -math.inf), key=lambda arm: scores[arm], reverse=True)

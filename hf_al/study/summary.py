@@ -10,25 +10,47 @@ import numpy as np
 
 from .intervals import points_apart, unpacked
 from .plan import Study
-from .runs import Key, Rows, planned, reference
+from .runs import Key, Rows, best_setting, planned, reference, settled
 
 Difference = tuple[float, float, float]  # points, and the ends of their 95 % interval
 
 
 class Summary:
-    """The finished runs of a study, without those that failed.
+    """The finished runs of a study.
 
     Args:
         study: its yaml.
         rows: as they are kept; those of arms that the study no longer has are not looked at.
+
+    Attributes:
+        all: the rows of runs that are needed, by key.
+        settled: of them, those of the best settings, by keys without a setting.
+        rows: of these, those that did not fail.
     """
 
     def __init__(self, study: Study, rows: Rows):
         self.study = study
         self.planned = planned(study, rows)
         self.all = {key: rows[key] for key in self.planned if key in rows}
-        self.rows = {key: row for key, row in self.all.items() if "error" not in row}
+        self.settled = settled(study, self.all)
+        self.rows = {key: row for key, row in self.settled.items() if "error" not in row}
         self.difference = cache(self._difference)
+
+    def tuning(self, architecture: str) -> list[dict[str, Any]]:
+        """A line for each arm: the best setting on each set, and validation with it and with the others."""
+        return [{"arm": arm, **self._tuned(architecture, arm)} for arm in self.study.arms]
+
+    def _tuned(self, architecture: str, arm: str) -> dict[str, str]:
+        cells = {}
+        for name in self.study.sets:
+            best = best_setting(self.study, self.all, name, architecture, arm)
+            if best is not None:
+                keys = [key for key in self.all if key[:4] == (name, architecture, arm, self.study.first_seed)]
+                found = (
+                    "failed" if "error" in row else f"{row['validation']:.4f}" for row in map(self.all.get, keys) if row
+                )
+                cells[name] = f"{best} ({', '.join(found)})"
+        return cells
 
     def table(self, architecture: str, sets: Sequence[str]) -> list[dict[str, Any]]:
         """A line for each arm, as the mean over the sets: of the seeds that it has on all of them."""
