@@ -116,7 +116,8 @@ def wait_until(happens, process, place) -> None:
 
 @pytest.mark.medium
 def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch):
-    place.write(seeds=[1], arms={**STUDY["arms"], "wild": {"objective": "al_ce", "learning_rate": 1e38}})
+    wild = {"objective": "al_ce", "learning_rate": 1e38}
+    place.write(seeds=[1], inside=True, arms={**STUDY["arms"], "wild": wild})
     trained = []
     hook(monkeypatch, execution, "train", before=lambda call: trained.append(call.args.output_dir))
     status, out, err = place.run()
@@ -133,11 +134,17 @@ def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch
         assert {"train", "best step", "seconds", "machine", "hf_al"} <= found.keys()
     assert al["arguments"].items() >= {"max_steps": 4, "learning_rate": 5e-3, "model.hidden_size": 16}.items()
     assert not {"adam_beta1", "seed", "train_file"} & al["arguments"].keys()
+    wrong = [block["exit"]["wrong"] for block in al["inside"]]
+    assert wrong == pytest.approx([1 - right for right in al["test by exit"]])
+    assert "exit" not in twin["inside"][0]
     assert "minus baseline" in out
     page = (place.folder / "out" / "study_tiny.md").read_text()
     for words in ("Which is better?", "hf-al study", "Failed: mine lstm, wild, seed 1: ", "al_ce"):
         assert words in page
-    assert (place.folder / "out" / "images" / "study_tiny.png").stat().st_size > 5000
+    for image in ("study_tiny.png", "study_tiny_inside_lstm.png"):
+        assert image in page
+        assert (place.folder / "out" / "images" / image).stat().st_size > 5000
+    assert "### lstm, mine, by block" in page
     kept = {path.name for path in (place.folder / "out" / "runs").glob("*/*")}
     assert kept == {"report.json"}
 
@@ -512,6 +519,7 @@ MISTAKES = {
     "tuning_what_an_arm_says": (
         {"tune": {"lstm": {"objective": ["al_ce", "supcon"]}}}, ["Expected objective in tune of", "got it in both"],
     ),
+    "looking_inside_perhaps": ({"inside": "perhaps"}, ["Expected true or false as inside", "got 'perhaps'"]),
     "tuning_no_mapping": ({"tune": ["learning_rate"]}, ["Expected a mapping of architectures to arguments as tune"]),
     "screen_alone": ({"screen": 1}, ["Expected screen and best_of together"]),
     "screen_of_another_seed": ({"screen": 7, "best_of": 1}, ["Expected screen to be one of several seeds", "got 7"]),

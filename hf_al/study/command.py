@@ -6,6 +6,7 @@ execution.py carries them out, results.py keeps their rows, summary.py and page.
 
 from argparse import Namespace
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def run_study(flags: Namespace) -> None:
 
     study, output_dir = read_study(flags.study), Path(flags.output_dir)
     check_is_no_file(output_dir)
+    if study.inside and find_spec("sklearn") is None:
+        raise ValueError("Expected scikit-learn to look inside blocks, found none. Run: pip install 'hf_al[sweep]'")
     runs = all_runs(study, output_dir, flags.data_dir)
     path = Path(flags.results) if flags.results else study.path.with_suffix(".json")
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import sources
-from ..data.labels import REGRESSION, problem_type_of
+from ..data.labels import REGRESSION, SINGLE, problem_type_of
 from ..evaluation import ExitAnswers, answer_exits
 from ..flags import set_up_output
 from ..messages import duration
@@ -23,6 +23,7 @@ from ..training.health import Diverged
 from ..training.loop import TrainResult, train
 from ..training.progress import OnEvaluation
 from ..training.setup import check_model
+from .inside import look_inside
 from .intervals import packed
 from .plan import Study
 from .results import Results, key_of
@@ -65,6 +66,11 @@ def check_data(runs: Iterable[Run], results: Results) -> None:
             )
         if problem_type_of(data["train"]) == REGRESSION:
             raise ValueError(f"Expected classes as labels in {run.key.set}, got numbers: no answer is right or wrong.")
+        if run.inside and problem_type_of(data["train"]) != SINGLE:
+            raise ValueError(
+                f"Expected one class for each text in {run.key.set} to look inside blocks, got several. Leave inside "
+                "out."
+            )
         results.refuse_other_data(run.key.set, fingerprints)
 
 
@@ -161,8 +167,12 @@ def _found(run: Run) -> dict[str, Any]:
         return answer_exits(result.model, result.tokenizer, rows, batch_size=args.per_device_eval_batch_size)
 
     step = math.ceil(len(data["train"]) / TRAIN_ROWS)
-    seen, test = answers(data["train"].select(range(0, len(data["train"]), step))), answers(data["test"])
-    return measured(result.report, right(seen, result.model.config), right(test, result.model.config))
+    some, rows = data["train"].select(range(0, len(data["train"]), step)), data["test"]
+    seen, test = answers(some), answers(rows)
+    found = measured(result.report, right(seen, result.model.config), right(test, result.model.config))
+    if run.inside:
+        found["inside"] = look_inside(result.model, result.tokenizer, some, rows, test)
+    return found
 
 
 def train_on(flags: dict[str, Any], on_evaluation: OnEvaluation | None = None) -> TrainResult:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..atomic import write_atomically
 from ..messages import duration, table
 from ..plots import PALETTE
+from .inside_page import has_inside, inside_section
 from .plan import Study
 from .results import Results
 from .runs import named, planned
@@ -33,10 +34,10 @@ def write_page(path: Path, summary: Summary) -> None:
     """Writes the page and, into `images` beside it, its plot."""
     study = summary.study
     lines = [f"# Study: {study.name}", "", study.question, "", "## Protocol", "", *_protocol(summary)]
-    figure = draw(summary)
+    figure, images = draw(summary), path.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
     if figure is not None:
-        image = path.parent / "images" / f"study_{study.name}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
+        image = images / f"study_{study.name}.png"
         figure.savefig(image)
         lines += ["", "## Differences to the baseline", "", f"![Points of test accuracy by arm](images/{image.name})"]
         names = ", ".join(study.sets)
@@ -44,6 +45,8 @@ def write_page(path: Path, summary: Summary) -> None:
     lines += ["", "## Results", "", COLUMNS]
     for title, architecture, sets in tables(study):
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
+    if has_inside(summary):
+        lines += inside_section(summary, images)
     if tuned(study):
         lines += ["", "## Settings", "", SETTINGS.format(study.first_seed)]
         for kind in study.architectures:
@@ -51,7 +54,6 @@ def write_page(path: Path, summary: Summary) -> None:
                 lines += ["", f"### {kind}: {'; '.join(map(named, study.tune[kind]))}"]
                 lines += ["", table(summary.tuning(kind), markdown=True)]
     lines += ["", "## Not run", "", *_not_run(summary)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines) + "\n")
 
 

@@ -15,7 +15,7 @@ from ..own import import_own
 from ..parsing import load_yaml
 
 NEEDED = ("name", "question", "sets", "architectures", "seeds", "baseline", "arms")
-OPTIONAL = ("recipes", "tune", "screen", "best_of", "common")
+OPTIONAL = ("recipes", "tune", "screen", "best_of", "common", "inside")
 # Decided by the study, not by its arms
 DECIDED = {
     *SHOWING, "train_file", "validation_file", "test_file", "dataset_name", "model_type", "model", "seed", "trace",
@@ -46,6 +46,7 @@ class Study:
         baselines: arm -> those that it may be compared with; of several, the best by validation. The baselines
             themselves are not in it.
         common: arguments of all arms.
+        inside: whether to measure what the blocks of each model hold.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Study:
     arms: dict[str, dict[str, Any]]
     baselines: dict[str, list[str]]
     common: dict[str, Any]
+    inside: bool
 
     @property
     def first_seed(self) -> int:
@@ -99,7 +101,10 @@ def read_study(path: str) -> Study:
         arms=arms,
         baselines=_baselines(path, values["baseline"], arms),
         common=common,
+        inside=values.get("inside", False),
     )
+    if not isinstance(study.inside, bool):
+        raise ValueError(f"Expected true or false as inside in {path}, got {study.inside!r}.")
     _check_screen(study)
     return study
 

@@ -53,6 +53,7 @@ class Run:
         model_type: its architecture.
         arguments: all that may change its result, by name; config values are `model.NAME`.
         folder: where it trains.
+        inside: whether to measure what the blocks of the model hold.
     """
 
     key: Key
@@ -60,6 +61,7 @@ class Run:
     model_type: str
     arguments: dict[str, Any]
     folder: Path
+    inside: bool = False
 
 
 def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dict[Key, Run]:
@@ -84,7 +86,8 @@ def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dic
                 flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given, **setting}
                 args = checked_run(flags, f"arm {arm!r} of {study.path} with {recipe}")
                 for seed in study.seeds:
-                    run = _run(Key(name, architecture, arm, seed, named(setting)), flags, args, output_dir)
+                    key = Key(name, architecture, arm, seed, named(setting))
+                    run = _run(key, flags, args, output_dir, study.inside)
                     runs[run.key] = run
     return runs
 
@@ -136,13 +139,13 @@ def data_files(data_dir: str | None, name: str) -> dict[str, str]:
     return {f"{split}_file": str(found[0]) for split, found in files.items() if found}
 
 
-def _run(key: Key, flags: dict[str, Any], args: TrainingArguments, output_dir: Path) -> Run:
+def _run(key: Key, flags: dict[str, Any], args: TrainingArguments, output_dir: Path, inside: bool) -> Run:
     values = {**{n: f.default for n, f in config_fields(args.model_type).items()}, **args.model}
     arguments = _flat(args.to_dict(), values)
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
     folder = output_dir / "runs" / re.sub(r"[^\w.-]+", "-", "_".join(map(str, (*key, digest))))
     flags = {**flags, "seed": key.seed, "output_dir": str(folder)}
-    return Run(key, flags, args.model_type, arguments, folder)
+    return Run(key, flags, args.model_type, arguments, folder, inside)
 
 
 def defaults(model_type: str) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""The section of a study's page on what the blocks hold."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ..messages import table
+from ..plots import PALETTE
+from .summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXPLAINED = (
+    "Of the chosen step of every run, on test. Block k gives its bridge one vector for each text. *probe* is the "
+    "accuracy of logistic regression on these vectors (fitted on at most 2,000 training rows), *exit* that of the "
+    "block's own exit; *separation* the share of the variance of the vectors that lies between classes; *rank* their "
+    "effective rank, *variance* the mean over their entries; *gradient* the norm of the gradient of the loss with "
+    "respect to the encoder without its word vectors, on 512 training rows. *t spread*, *t rank*, *t separation* are "
+    "those of the target codes, as in the report of a run. Of all texts, in percent: *short* and *long* are the shares "
+    "of the shorter and the longer half that the exit gets wrong, *mended* what it gets wrong and the last exit right, "
+    "*spoilt* the other way round. Means over the seeds."
+)
+PANELS = {  # name: title, logarithmic axis
+    "probe": ("probe, accuracy", False), "exit": ("exit, accuracy", False),
+    "separation": ("separation of classes", False), "rank": ("effective rank", False),
+    "variance": ("variance", True), "gradient": ("gradient norm", True),
+}  # fmt: skip
+
+
+def has_inside(summary: Summary) -> bool:
+    return any("inside" in row for row in summary.rows.values())
+
+
+def inside_section(summary: Summary, images: Path) -> list[str]:
+    """Markdown lines: a plot and a table for each architecture and set. Writes the plots into `images`."""
+    lines = ["", "## Inside the blocks", "", EXPLAINED]
+    for architecture in summary.study.architectures:
+        figure = draw_inside(summary, architecture)
+        if figure is not None:
+            image = images / f"study_{summary.study.name}_inside_{architecture}.png"
+            figure.savefig(image)
+            lines += ["", f"![What the blocks of {architecture} models hold](images/{image.name})"]
+            for name in summary.study.sets:
+                lines += ["", f"### {architecture}, {name}, by block", ""]
+                lines += [table(block_rows(summary, architecture, name), markdown=True)]
+    return lines
+
+
+def block_rows(summary: Summary, architecture: str, name: str) -> list[dict[str, Any]]:
+    """A line for each arm and block, as the mean over the seeds."""
+    lines = []
+    for arm in summary.study.arms:
+        for k, block in enumerate(_blocks(summary, architecture, name, arm)):
+            line: dict[str, Any] = {"arm": arm, "block": k}
+            line |= {what: f"{block[what]:.3f}" for what in ("probe", "exit") if what in block}
+            line |= {what: f"{block[what]:.3g}" for what in ("separation", "rank", "variance", "gradient")}
+            codes = (f"t {what}" for what in ("spread", "rank", "separation"))
+            line |= {what: f"{block[what]:.3g}" for what in codes if what in block}
+            wrong = (what for what in ("short", "long", "mended", "spoilt") if what in block)
+            line |= {what: f"{100 * block[what]:.1f}" for what in wrong}
+            lines.append(line)
+    return lines
+
+
+def _blocks(summary: Summary, architecture: str, name: str, arm: str) -> list[dict[str, float]]:
+    """The numbers of each block of an arm, as the mean over its seeds; none if it has none."""
+    runs = [
+        [_flat(block) for block in row["inside"]]
+        for key, row in summary.rows.items()
+        if key[:3] == (name, architecture, arm) and "inside" in row
+    ]
+    return [{what: fmean(block[what] for block in blocks) for what in blocks[0]} for blocks in zip(*runs, strict=True)]
+
+
+def _flat(block: dict[str, Any]) -> dict[str, float]:
+    found = {what: block[what] for what in ("probe", "separation", "rank", "variance", "gradient")}
+    found |= {f"t {what}": value for what, value in block.get("code", {}).items()}
+    wrong = block.get("exit")
+    return found | ({"exit": 1 - wrong["wrong"], **wrong} if wrong else {})
+
+
+def draw_inside(summary: Summary, architecture: str) -> "Figure | None":
+    """Over the blocks: a row of panels for each set, a line for each arm. None if nothing was measured."""
+    study = summary.study
+    found = {
+        (name, arm): blocks
+        for name in study.sets
+        for arm in study.arms
+        if (blocks := _blocks(summary, architecture, name, arm))
+    }
+    if not found:
+        return None
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in study.arms if any(arm == there for _, there in found)]
+    colours = [PALETTE[i] if len(arms) <= len(PALETTE) else colormaps["tab20"](i % 20) for i in range(len(arms))]
+    figure = Figure(figsize=(2.6 * len(PANELS), 2.5 * len(study.sets) + 0.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(study.sets), len(PANELS), squeeze=False, sharex=True)
+    for row, name in zip(axes, study.sets, strict=True):
+        for ax, (what, (title, is_log)) in zip(row, PANELS.items(), strict=True):
+            for arm, colour in zip(arms, colours, strict=True):
+                points = [(k, block[what]) for k, block in enumerate(found.get((name, arm), [])) if what in block]
+                if points:
+                    ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3.5, linewidth=1.3, label=arm)
+            ax.set_title(f"{name}: {title}", fontsize=9)
+            if is_log:
+                ax.set_yscale("log")
+            ax.grid(color="#dddddd", linewidth=0.6)
+            ax.set_axisbelow(True)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.tick_params(labelsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel("block", fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(arms)), fontsize=8)
+    return figure
