@@ -29,7 +29,7 @@ BELOW_ONE = (
 )
 PROBABILITIES = ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing")
 NOT_PROBABILITIES = (-0.1, 1.0, 1.5, math.nan, math.inf)
-POSITIVE = ("initializer_range", "embedding_std")
+POSITIVE = ("initializer_range", "code_scale", "embedding_std")
 CHOICES = (
     "objective",
     "associated_loss",

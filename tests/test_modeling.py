@@ -613,6 +613,14 @@ def test_each_initialization_gives_its_own_scale(kind, model_type, make_model):
         assert torch.allclose(small @ small.T, torch.eye(len(small)), atol=1e-5), name
 
 
+@pytest.mark.parametrize("kind", ["xavier", "kaiming", "orthogonal", "normal"])
+def test_the_scale_of_the_code_is_that_of_the_label_encoders_alone(kind, make_model):
+    usual, wide = (make_model(initialization=kind, code_scale=scale).state_dict() for scale in (1.0, 3.0))
+    for name, weight in usual.items():
+        factor = 3.0 if name.endswith("encode_target.weight") else 1.0
+        assert torch.allclose(wide[name], factor * weight), name
+
+
 @pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_biases_start_at_zero_and_forget_gates_open(model_type, make_model):
     model = make_model(model_type)

@@ -134,11 +134,13 @@ class Bridge(nn.Module):
 
 class TargetLayer(nn.Linear):
     """One linear layer of the label side, (N, V or C) -> (N, V or C), and its activation, a name that `activate` knows.
-    The decoder of block 0 has no activation: its outputs are logits."""
+    At the start its weights are multiplied by `scale_at_start`. The decoder of block 0 has no activation: its outputs
+    are logits."""
 
     def __init__(self, input_size: int, output_size: int, activation: str):
         super().__init__(input_size, output_size)
         self.activation = activation
+        self.scale_at_start = 1.0
 
     def forward(self, x: Tensor | None = None):
         """The layer's output; without an input, its weight and bias, which travel to later blocks. They are read
@@ -199,6 +201,8 @@ class ALBlock(nn.Module):
         self.lookahead = encoder_class.look_ahead(config, index) if has_lookahead else None
         has_code = not config.inference_only and target_codes
         self.encode_target = TargetLayer(label_size, config.target_size, config.label_activation) if has_code else None
+        if self.encode_target is not None:
+            self.encode_target.scale_at_start = config.code_scale
         self.decode_target = TargetLayer(
             config.target_size, label_size, "identity" if self.reads_labels else config.label_activation
         )

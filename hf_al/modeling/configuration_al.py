@@ -58,6 +58,8 @@ class ALConfig(PreTrainedConfig):
         initialization (`str`, defaults to `"xavier"`): `xavier`, `kaiming`, `orthogonal` or `normal`
             (std `initializer_range`) for the matrices of linear layers and LSTMs.
         initializer_range (`float`, defaults to 0.02): std of `initialization="normal"`.
+        code_scale (`float`, defaults to 1.0): factor of the weights of `encode_target` at the start, so that of the
+            target codes before their activation.
         embedding_std (`float`, defaults to 0.1): std of the embedding rows at the start.
         class_weights (`list[float]`, *optional*): one weight per class: the loss is mean(weight[y] * cross-entropy);
             for multi-label, the weight of the positive term.
@@ -108,6 +110,7 @@ class ALConfig(PreTrainedConfig):
     bridge_dropout_prob: float | int = 0.1
     initialization: str = "xavier"
     initializer_range: float | int = 0.02
+    code_scale: float | int = 1.0
     embedding_std: float | int = 0.1
     class_weights: list[float] | None = None
     label_smoothing: float | int = 0.0

@@ -74,8 +74,8 @@ def check_shared(config: Any, objectives: tuple[str, ...]) -> None:
         at_most(config, name, MOST_LAYERS)
     for name in ("hidden_dropout_prob", "embedding_dropout_prob", "bridge_dropout_prob", "label_smoothing"):
         probability(config, name)
-    for name in ("initializer_range", "embedding_std"):
-        positive(config, name, 0.1)
+    for name, usual in (("initializer_range", 0.02), ("code_scale", 1.0), ("embedding_std", 0.1)):
+        positive(config, name, usual)
     one_of(config, "exit_rule", EXIT_RULES)
     weights = getattr(config, "class_weights", None)
     if weights is not None and (any(not (w >= 0 and math.isfinite(w)) for w in weights) or not any(weights)):

@@ -65,7 +65,7 @@ class ALPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            self._init_matrix(module.weight)
+            self._init_matrix(module.weight, getattr(module, "scale_at_start", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LSTM):
@@ -85,16 +85,16 @@ class ALPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def _init_matrix(self, weight: Tensor) -> None:
+    def _init_matrix(self, weight: Tensor, scale: float = 1.0) -> None:
         kind = self.config.initialization
         if kind == "xavier":
-            init.xavier_uniform_(weight)
-        elif kind == "kaiming":
-            init.kaiming_normal_(weight, nonlinearity="linear")
+            init.xavier_uniform_(weight, scale)
+        elif kind == "kaiming":  # for linear layers, with as many inputs as columns
+            init.normal_(weight, std=scale / weight.shape[1] ** 0.5)
         elif kind == "orthogonal":
-            init.orthogonal_(weight)
+            init.orthogonal_(weight, scale)
         else:
-            init.normal_(weight, std=self.config.initializer_range)
+            init.normal_(weight, std=scale * self.config.initializer_range)
 
     def _wants(self, what: str, said: bool | None) -> bool:
         return bool(getattr(self.config, what, False) if said is None else said)
