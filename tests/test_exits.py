@@ -129,6 +129,19 @@ def test_compiled_blocks_answer_the_same(model_type, classifier, make_batch):
     torch.testing.assert_close(compiled.logits, plain.logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about parts of torch that it uses
+@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
+def test_a_model_that_is_compiled_whole_answers_the_same(backend, classifier, make_batch):
+    model, batch = classifier("al_lstm"), make_batch(rows=12, tokens=9)
+    half_leave(model, batch)
+    plain, whole = answers(model, batch, batch_size=5), model(**batch).logits
+    model.compile(dynamic=True, backend=backend)
+    torch.testing.assert_close(model(**batch).logits, whole, atol=1e-5, rtol=1e-5)
+    compiled = answers(model, batch, batch_size=5)
+    assert torch.equal(compiled.exit_blocks, plain.exit_blocks)
+    torch.testing.assert_close(compiled.logits, plain.logits, atol=1e-5, rtol=1e-5)
+
+
 def test_texts_are_cut_and_masked_as_the_model_does_it(classifier, make_batch):
     model, batch = classifier("al_encoder", max_position_embeddings=128, sep_token_id=3), make_batch(24, 150)
     batch["attention_mask"][5] = 0  # a text without tokens

@@ -265,7 +265,7 @@ class ALBlock(nn.Module):
             losses, own = OBJECTIVES[self.config.objective].local_loss(self, pooled_ND, boundary, inputs["labels"])
             sent = {**sent, **own}
         logits_NC = None
-        if self.index in exits:
+        if any(self.index == k for k in exits):  # `in` finds nothing once torch.compile has made the index symbolic
             with torch.set_grad_enabled(torch.is_grad_enabled() and not learning):  # the loss has its own read-out
                 logits_NC = self.exit(encoded["hidden"], sent, inputs)
         hidden_NTD = of_length(encoded["hidden"], tokens)
