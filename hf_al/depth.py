@@ -13,7 +13,7 @@ from .early import check_model_name, check_output_dir
 from .flags import MODEL, add_copy, add_model, load_for_copy, positive, set_up_output
 from .parallel.launch import is_launched, said_once
 from .parsing import FlagParser, add_training_flags, reader, resolve
-from .report import read_report
+from .report import read_report, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +169,14 @@ def prune_flags(parser: FlagParser) -> None:
 
 def run_prune(flags: Namespace) -> None:
     model, tokenizer, out = load_for_copy(flags)
-    from .saved.pruning import prune
+    from .loading import local_copy, weights_sha256
+    from .saved.pruning import prune, pruned_report
 
     pruned = prune(model, flags.keep)
+    source = local_copy(flags.model, flags.revision)
     with export(out) as aside:
         pruned.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        if (source / "report.json").is_file():  # a model need not come from a run of hf-al train
+            report = pruned_report(read_report(str(source)), pruned)
+            write_report(aside, {**report, "weights": weights_sha256(aside)})

@@ -117,6 +117,13 @@ def _of_encoder(name: str, load: Callable) -> Any:
         raise ValueError(f"Could not load the encoder {name}: {last_line(error)}") from error
 
 
+def parameter_counts(model: ALForSequenceClassification) -> dict[str, int]:
+    """How many parameters an answer needs (`inference`), and how many only training does (`training_only`)."""
+    names = dict(model.named_parameters())
+    training_only = sum(p.numel() for name, p in names.items() if model.is_training_only(name))
+    return {"inference": sum(p.numel() for p in names.values()) - training_only, "training_only": training_only}
+
+
 def weights_sha256(folder: Path) -> dict[str, str]:
     """Hashes of the weight files of a saved model, by name, for the report."""
     found = {}

@@ -20,6 +20,10 @@ REPORTED = (
     "model_type", "objective", "num_blocks", "metric", "steps", "validation", "parameters", "data", "speed",
     "arguments",
 )  # fmt: skip
+PRUNED = (
+    "These are the first {} of {} blocks that were trained together: steps, time, memory and arguments are those of "
+    "all of them, and so is the choice of the step."
+)
 MOST_ROWS = 20  # classes; with more, the confusion matrix is not also a table
 
 
@@ -196,6 +200,8 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
         f"{report['parameters']['training_only']:,} for training only. Best step {report['best_step']} of "
         f"{report['steps']}, chosen by validation {report['metric']}; seed {report['arguments']['seed']}.",
     ]
+    if "pruned_from" in report:
+        lines += ["", PRUNED.format(report["num_blocks"], report["pruned_from"])]
 
     def show(title: str, *names: str) -> None:
         for name in (n for n in names if n in drawn):

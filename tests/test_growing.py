@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import hf_al
-from hf_al import depth, metrics
+from hf_al import depth, hub, metrics
 from hf_al.loading import load_model
 from hf_al.training.optim import BlockOptimizers
 from hf_al.training.start import new_block
@@ -177,7 +177,15 @@ def test_hf_al_prune_leaves_a_model_folder(shell, small, texts, few_tweets, tmp_
     assert torch.equal(exits_of(model, texts)[-1], exits_of(load_model(str(small))[0], texts)[0])
     assert (out / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
     found = hf_al.evaluate(str(out), few_tweets["test"])
-    assert found["accuracy"] == json.loads((small / "report.json").read_text())["test"][0]["accuracy"]
+    report, whole = (json.loads((folder / "report.json").read_text()) for folder in (out, small))
+    assert found["accuracy"] == whole["test"][0]["accuracy"] == report["test"][-1]["accuracy"]
+    assert [row["block"] for row in report["exit_speeds"]] == [0]
+    assert (report["num_blocks"], report["pruned_from"]) == (1, 2)
+    assert report["parameters"]["inference"] < whole["parameters"]["inference"]
+    assert {name.split("/")[1] for row in report["history"] for name in row if "/" in name} == {"0"}
+    assert "These are the first 1 of 2 blocks" in (out / "report.md").read_text()
+    hub.prepare(report, str(out), "me/small", tmp_path / "pushed", False, None, None)
+    assert "first 1 of 2 blocks that were trained" in (tmp_path / "pushed" / "README.md").read_text()
     assert_mistake(shell("prune", str(small), str(out), "--keep=1"), "Expected a new or an empty folder")
     assert_mistake(shell("prune", str(small), str(tmp_path / "x"), "--keep=2"), "fewer than 2, which there are, got 2")
     assert_mistake(shell("prune", str(small), str(tmp_path / "x")), "required: --keep")

@@ -2,6 +2,7 @@
 
 from typing import Any, TypeVar
 
+from ..loading import parameter_counts
 from ..modeling.modeling_al import ALForSequenceClassification
 
 Model = TypeVar("Model", bound=ALForSequenceClassification)
@@ -38,3 +39,39 @@ def prune(model: Model, keep: int) -> Model:
     pruned.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
     pruned.train(model.training)
     return pruned
+
+
+def pruned_report(report: dict[str, Any], model: ALForSequenceClassification) -> dict[str, Any]:
+    """What the report of the whole model says of its first blocks.
+
+    Args:
+        report: of the run that trained them.
+        model: the pruned one.
+
+    Returns:
+        The report with the exits and blocks that are left, and `pruned_from`, the number of blocks that were trained:
+        steps, time, memory and arguments are those of the run. The confusion matrix of the last exit is gone.
+    """
+    keep = model.config.num_blocks
+
+    def first(row: dict[str, Any]) -> dict[str, Any]:
+        """A line of the history without what it says of other blocks."""
+        blocks = {name: int(name.split("/")[1]) for name in row if name.startswith(("loss/", "grad_norm/"))}
+        left = {name: value for name, value in row.items() if blocks.get(name, 0) < keep}
+        return {name: _of_blocks(value, keep) for name, value in left.items()}
+
+    trained = report.get("pruned_from", report["num_blocks"])
+    return {
+        **{name: _of_blocks(value, keep) for name, value in report.items() if name != "confusion_matrix"},
+        "num_blocks": keep,
+        "pruned_from": trained,
+        "parameters": parameter_counts(model),
+        "warnings": [f"Of the model of {trained} blocks: {message}" for message in report["warnings"]],
+        "history": [first(row) for row in report["history"]],
+    }
+
+
+def _of_blocks(value: Any, keep: int) -> Any:
+    """A list of what is said of each block, of the first ones only; anything else as it is."""
+    is_by_block = isinstance(value, list) and all(isinstance(row, dict) and "block" in row for row in value)
+    return [row for row in value if row["block"] < keep] if is_by_block else value

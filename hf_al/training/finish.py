@@ -12,7 +12,7 @@ from .. import report as reporting
 from ..atomic import export
 from ..data.batching import token_lengths
 from ..data.streaming import StreamOrder
-from ..loading import weights_sha256
+from ..loading import parameter_counts, weights_sha256
 from ..metrics import confusion_matrix, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from . import checkpoint, health, run_folder
@@ -131,8 +131,6 @@ def _report(
         warnings: what the reader should know.
     """
     config, args = model.config, plan.args
-    names = dict(model.named_parameters())
-    training_only = sum(p.numel() for n, p in names.items() if model.is_training_only(n))
     examples = plan.order.examples(progress.step)
     report = {
         "model_type": config.model_type,
@@ -145,10 +143,7 @@ def _report(
         "best_step": progress.best_step,
         **results,
         "code_limits": {"spread": health.COLLAPSED_SPREAD, "separation": health.SHARED_CODE},
-        "parameters": {
-            "inference": sum(p.numel() for p in names.values()) - training_only,
-            "training_only": training_only,
-        },
+        "parameters": parameter_counts(model),
         "data": {
             "name": args.dataset_name or Path(args.train_file or "given data").name,
             "rows": {name: len(split) for name, split in plan.data.items()}
