@@ -5,8 +5,10 @@ import math
 import os
 import platform
 import resource
+import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,17 @@ def _processor() -> str:
         lines = []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def code_version() -> str:
+    """The version of hf_al, with the commit if it is a git checkout: `0.1.0+g1a2b3c4`, `.dirty` if files differ."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return version("hf_al")
+    return f"{version('hf_al')}+g{commit.stdout.strip()}{'.dirty' if changed.stdout.strip() else ''}"
 
 
 def machine() -> dict[str, Any]:

@@ -371,6 +371,35 @@ def test_of_several_baselines_the_best_by_validation_is_the_one(place):
     assert Summary(study, rows).reference("lstm", "gelu") == "twin"
 
 
+def test_settings_that_all_fail_are_not_chosen_from(place, pretended):
+    place.write(tune={"lstm": {"learning_rate": [0.001, 0.01]}})
+    failed = {"error": "diverged", "seconds": 1.0, "hf_al": "0"}
+
+    def given(key):
+        found = row(key)
+        return {**key._asdict(), **failed, "machine": found["machine"]} if key.arm == "al_ce" else found
+
+    pretended.given = given
+    assert place.run()[0] == 0
+    assert [key.arm for key in pretended if key.seed == 2] == ["backprop"]
+    page = (place.folder / "out" / "study_tiny.md").read_text()
+    assert "| al_ce | none (failed, failed) |" in page
+    assert "| backprop | learning_rate=0.001 (0.5000, 0.5000) * |" in page
+    assert "| al_ce | 0 |" in page
+
+
+def test_a_seed_that_failed_is_counted_and_compared_on_no_set(place):
+    place.write(sets=["mine", "other"], seeds=[1, 2, 3])
+    study, _ = place.study()
+    rows = {key: row(key, right=(1, 0, 0, 0) if key.seed == 2 else (1, 1, 1, 0)) for key in planned(study, {})}
+    failed = Key("other", "lstm", "al_ce", 2)
+    rows[failed] = {**failed._asdict(), "error": "diverged"}
+    line = Summary(study, rows).table("lstm", ["mine", "other"])[0]
+    assert line["seeds"] == "2, 1 failed"
+    assert line["test"] == 0.75
+    assert line["minus baseline, points (95 %)"] == "+0.00 (+0.00 to +0.00)"
+
+
 TUNED = {"tune": {"lstm": {"learning_rate": [0.001, 0.01], "weight_decay": [0.0, 0.1]}}}
 
 
@@ -397,10 +426,10 @@ def test_every_arm_is_tuned_alike_and_other_seeds_get_its_best_setting(place, pr
     study, runs = place.study()
     summary = Summary(study, Results(place.folder / "study.json", runs).rows)
     assert summary.rows[Key("mine", "lstm", "al_ce", 1)]["test"] == 0.25
-    assert summary.table("lstm", ["mine"])[0]["seeds"] == 2
+    assert summary.table("lstm", ["mine"])[0]["seeds"] == "2"
     page = (place.folder / "out" / "study_tiny.md").read_text()
-    assert "| al_ce | learning_rate=0.01, weight_decay=0.1 (0.6000, 0.6000, 0.6000, 0.7000) |" in page
-    assert "| backprop | learning_rate=0.001, weight_decay=0.1 (0.6000, 0.7000, failed, failed) |" in page
+    assert "| al_ce | learning_rate=0.01, weight_decay=0.1 (0.6000, 0.6000, 0.6000, 0.7000) * |" in page
+    assert "| backprop | learning_rate=0.001, weight_decay=0.1 (0.6000, 0.7000, failed, failed) * |" in page
     assert "- Failed: mine lstm, backprop, learning_rate=0.01, weight_decay=0.0, seed 1: diverged" in page
 
 
@@ -431,7 +460,7 @@ def test_each_arm_is_compared_with_its_own_baseline(place):
     lines = {line["arm"]: line for line in summary.table("lstm", ["mine"])}
     assert lines["al_ce 2"]["baseline"] == "backprop 2"
     assert lines["al_ce 2"]["test"] == 0.75
-    assert lines["al_ce 2"]["seeds"] == 2
+    assert lines["al_ce 2"]["seeds"] == "2"
     assert lines["al_ce 2"]["std"] == 0
 
 
@@ -448,14 +477,14 @@ def test_sets_count_equally_and_only_shared_seeds_are_compared(place, tmp_path):
     assert not np.isnan(summary.difference("lstm", "al_ce", ("mine",))).any()
     lines = {line["arm"]: line for line in summary.table("lstm", ["other"])}
     assert lines["al_ce"]["minus baseline, points (95 %)"] == "-25.00 (one seed)"
-    assert [line["seeds"] for line in summary.table("lstm", study.sets)] == [2, 1]
+    assert [line["seeds"] for line in summary.table("lstm", study.sets)] == ["2", "1"]
     assert draw(summary) is not None
     write_page(tmp_path / "page.md", summary)
     assert "- Yet to be made: 1 runs of backprop, about 4 s one after the other." in (tmp_path / "page.md").read_text()
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(2, 40))
+@given(st.integers(0, 2**32 - 1), st.integers(2, 3), st.integers(2, 40))
 def test_arms_that_answer_alike_are_not_apart_however_much_seeds_and_rows_differ(seed, seeds, count):
     """The interval is paired: what both arms get wrong does not widen it."""
     right = np.random.default_rng(seed).integers(0, 2, (seeds, count))

@@ -57,8 +57,9 @@ def test_every_arm_gets_its_trials_and_leaves_its_best_settings(asked, shell):
     test.write_text("text,label\nno,class\n")  # nothing depends on the test split, not even whether it can be used
     status, out, err = shell("sweep", *flags(path))
     assert status == 0, err
-    for report in (path.parent / "out" / "trials").glob("*/report.json"):
-        assert "test" not in json.loads(report.read_text())
+    reports = list((path.parent / "out" / "trials").glob("*/*/report.json"))
+    assert len(reports) == 4
+    assert not any("test" in json.loads(report.read_text()) for report in reports)
     trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
     assert trials.groupby("arm").size().to_dict() == {"ours": 2, "theirs": 2}
     assert [line.split()[0] for line in out.splitlines() if line.startswith(("ours", "theirs"))] == ["ours", "theirs"]
@@ -117,7 +118,7 @@ def test_a_trial_that_is_worse_than_most_ends_early(asked, shell):
     trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
     early = trials[trials["state"] == "pruned"]
     assert 1 <= len(early) < 12
-    assert early["evaluations"].map(len).max() <= 3
+    assert early["evaluations"].map(len).min() < 3
     assert early["validation"].isna().all()
 
 
@@ -163,8 +164,10 @@ def test_mistakes_are_found_before_the_first_trial(changes, said, asked, shell):
 def test_another_sweep_does_not_go_on_with_these_trials(asked, shell):
     path = asked(trials=1, arms={"ours": ARMS["ours"]})
     studies_of(path)
-    path = asked_again(path, learning_rate=[1e-3, 1e-2])
-    assert_mistake(shell("sweep", *flags(path)), "got another search learning_rate for the arm 'ours'")
+    again = asked_again(path, learning_rate=[1e-3, 1e-2])
+    assert_mistake(shell("sweep", *flags(again)), "got another search learning_rate for the arm 'ours'")
+    path = asked(trials=1, arms={"ours": {**ARMS["ours"], "bridge_layers": 2}})
+    assert_mistake(shell("sweep", *flags(path)), "got another bridge_layers for the arm 'ours': 2, it was 1")
 
 
 def asked_again(path: Path, **search) -> Path:

@@ -58,7 +58,8 @@ def predict_texts(
         [`ALPredictOutput`], in the order of the texts.
 
     Raises:
-        ValueError: an exit that does not exist, `"adaptive"` for a model that is not calibrated, or an empty batch.
+        ValueError: an exit that does not exist, `"adaptive"` for a model that is not calibrated, or batches of less
+            than one text.
     """
     config, was_training = model.config, model.training
     thresholds = _thresholds(model, exit)

@@ -9,7 +9,6 @@ from ..arguments import SHOWING
 from ..messages import table
 from ..report import differences, find_report, flat_arguments, rows_used
 
-# Runs that differ only in these arguments are the same experiment with another seed
 Row = dict[str, Any]
 
 

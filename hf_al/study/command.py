@@ -61,12 +61,12 @@ def _run(flags: Namespace, study: Any, runs: Any, path: Path) -> None:
     if flags.dry_run:
         print(listing(study, results, jobs))
         return
+    if flags.rerun_changed:
+        results.drop_changed()
+    results.refuse_changed()
     if not flags.only_page:
         from .execution import carry_out_study, check_data, check_values, quiet
 
-        if flags.rerun_changed:
-            results.drop_changed()
-        results.refuse_changed()
         check_values(runs.values())
         with quiet():
             check_data(runs.values(), results)

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..flags import set_up_output
 from ..messages import duration
 from ..metrics import SMALLER_IS_BETTER
 from ..parsing import resolve
-from ..report import machine
+from ..report import code_version, machine
 from ..training.health import Diverged
 from ..training.loop import TrainResult, train
 from ..training.progress import OnEvaluation
@@ -155,7 +154,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         found = {"error": str(error)}
     seconds = max(time.perf_counter() - clock, found.get("train seconds", 0.0))  # it may have begun in another process
     row = {**run.key._asdict(), **found, "seconds": round(seconds, 1)}
-    return {**row, "machine": machine(), "hf_al": version("hf_al")}
+    return {**row, "machine": machine(), "hf_al": code_version()}
 
 
 def _found(run: Run) -> dict[str, Any]:

@@ -45,8 +45,9 @@ def look_inside(
         `rank` (effective: the exponential of the entropy of the normalised eigenvalues of the covariance, Roy and
         Vetterli 2007) and `separation` (the share of the variance that lies between classes, 0 to 1). `probe`: the
         accuracy of logistic regression on these vectors. `gradient`: the norm of the gradient of the loss with respect
-        to the encoder without its word vectors. `code`: spread, rank and separation of t_k as in `code_health`, if
-        there are target codes. `exit`: what `wrong_at` says, if the block has an exit. Training mode is left off.
+        to the encoder without its word vectors, if anything is left of it. `code`: spread, rank and separation of t_k
+        as in `code_health`, if there are target codes. `exit`: what `wrong_at` says, if the block has an exit. The
+        model is left in evaluation mode.
     """
     train_ND, train_labels = _pooled(model, tokenizer, train)
     test_ND, test_labels = _pooled(model, tokenizer, test)
@@ -55,7 +56,9 @@ def look_inside(
     exits = wrong_at(answers)
     rows = []
     for k in range(model.config.num_blocks):
-        found: dict[str, Any] = {"block": k, **geometry(test_ND[k], test_labels), "gradient": gradients[k]}
+        found: dict[str, Any] = {"block": k, **geometry(test_ND[k], test_labels)}
+        if k in gradients:
+            found["gradient"] = gradients[k]
         found["probe"] = probe(train_ND[k], train_labels, test_ND[k], test_labels)
         if k in codes:
             found["code"] = {name: codes[k][name] for name in ("spread", "rank", "separation")}
@@ -91,12 +94,13 @@ def probe(train_ND: np.ndarray, train_labels: np.ndarray, test_ND: np.ndarray, t
 
 
 def wrong_at(answers: ExitAnswers) -> dict[int, dict[str, float]]:
-    """For each exit the share of texts that it gets wrong: `wrong` of all, `short` and `long` of the texts up to the
-    median length and above; `mended` of all texts that the last exit gets right, and `spoilt` of those that it gets
+    """For each exit the share of texts that it gets wrong: `wrong` of all, `short` and `long` of the shorter and of the
+    longer half; `mended` of all texts that the last exit gets right, and `spoilt` of those that it gets
     right and the last exit wrong."""
     wrong = {k: logits_NC.argmax(1) != answers.labels for k, logits_NC in answers.logits.items()}
     last = wrong[max(wrong)]
-    is_long = answers.lengths > np.median(answers.lengths)
+    order = np.argsort(answers.lengths, kind="stable")  # half of the texts may have the same, the longest length
+    is_long = np.isin(np.arange(len(order)), order[len(order) // 2 :])
 
     def share(rows: np.ndarray) -> float:
         return float(rows.mean()) if len(rows) else 0.0
@@ -151,16 +155,18 @@ def _gradients(
     """The norm of the gradient of the mean loss, by block; without dropout. Local losses stay inside their blocks."""
     model.eval()
     model.zero_grad()
-    for places, batch in _batches(model, tokenizer, rows):
-        inputs, labels = model.model.prepare_inputs(**batch), batch["labels"]
-        boundary = model.model.initial_boundary(labels)
-        outs = list(walk(model.model.blocks, boundary, inputs, learning=True))
-        loss = torch.stack([out.loss for _, out in outs if out.losses]).sum()
-        (loss * len(places) / len(rows)).backward()
-    words = model.get_input_embeddings().weight
+    with torch.backends.cudnn.flags(enabled=False):  # it has no backward pass of an LSTM in evaluation mode
+        for places, batch in _batches(model, tokenizer, rows):
+            inputs, labels = model.model.prepare_inputs(**batch), batch["labels"]
+            boundary = model.model.initial_boundary(labels)
+            outs = list(walk(model.model.blocks, boundary, inputs, learning=True))
+            loss = torch.stack([out.loss for _, out in outs if out.losses]).sum()
+            (loss * len(places) / len(rows)).backward()
     norms = {}
     for block in model.model.blocks:
-        grads = [p.grad for p in block.encode.parameters() if p is not words and p.grad is not None]
-        norms[block.index] = float(torch.stack([g.float().norm() for g in grads]).norm()) if grads else 0.0
+        own = {name: p.grad for name, p in block.encode.named_parameters() if p.grad is not None}
+        grads = [grad.float().norm() for name, grad in own.items() if "word_embeddings" not in name]
+        if grads:
+            norms[block.index] = float(torch.stack(grads).norm())
     model.zero_grad()
     return norms

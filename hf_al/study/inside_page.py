@@ -16,9 +16,11 @@ EXPLAINED = (
     "accuracy of logistic regression on these vectors (fitted on at most 2,000 training rows), *exit* that of the "
     "block's own exit; *separation* the share of the variance of the vectors that lies between classes; *rank* their "
     "effective rank, *variance* the mean over their entries; *gradient* the norm of the gradient of the loss with "
-    "respect to the encoder without its word vectors, on 512 training rows. *t spread*, *t rank*, *t separation* are "
-    "those of the target codes, as in the report of a run. Of all texts, in percent: *short* and *long* are the shares "
-    "of the shorter and the longer half that the exit gets wrong, *mended* what it gets wrong and the last exit right, "
+    "respect to the encoder without its word vectors, on 512 training rows; losses of different kinds have gradients "
+    "of different sizes, so compare blocks, not arms. Of the target codes of the classes, as in the report of a run: "
+    "*t spread* is their standard deviation, *t dimensions* the rank of their matrix, *t closest* the distance of the "
+    "two closest ones over the typical distance. In percent: *short* and *long* are what the exit gets wrong of the "
+    "shorter and of the longer half of the texts; *mended*, of all texts, what it gets wrong and the last exit right, "
     "*spoilt* the other way round. Means over the seeds."
 )
 PANELS = {  # name: title, logarithmic axis
@@ -54,9 +56,11 @@ def block_rows(summary: Summary, architecture: str, name: str) -> list[dict[str,
         for k, block in enumerate(_blocks(summary, architecture, name, arm)):
             line: dict[str, Any] = {"arm": arm, "block": k}
             line |= {what: f"{block[what]:.3f}" for what in ("probe", "exit") if what in block}
-            line |= {what: f"{block[what]:.3g}" for what in ("separation", "rank", "variance", "gradient")}
-            codes = (f"t {what}" for what in ("spread", "rank", "separation"))
-            line |= {what: f"{block[what]:.3g}" for what in codes if what in block}
+            line |= {
+                what: f"{block[what]:.3g}" for what in ("separation", "rank", "variance", "gradient") if what in block
+            }
+            codes = (("t spread", "spread"), ("t dimensions", "rank"), ("t closest", "separation"))
+            line |= {title: f"{block[f't {what}']:.3g}" for title, what in codes if f"t {what}" in block}
             wrong = (what for what in ("short", "long", "mended", "spoilt") if what in block)
             line |= {what: f"{100 * block[what]:.1f}" for what in wrong}
             lines.append(line)
@@ -74,7 +78,8 @@ def _blocks(summary: Summary, architecture: str, name: str, arm: str) -> list[di
 
 
 def _flat(block: dict[str, Any]) -> dict[str, float]:
-    found = {what: block[what] for what in ("probe", "separation", "rank", "variance", "gradient")}
+    measured = ("probe", "separation", "rank", "variance", "gradient")
+    found: dict[str, float] = {what: block[what] for what in measured if what in block}
     found |= {f"t {what}": value for what, value in block.get("code", {}).items()}
     wrong = block.get("exit")
     return found | ({"exit": 1 - wrong["wrong"], **wrong} if wrong else {})

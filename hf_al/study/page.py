@@ -21,12 +21,13 @@ COLUMNS = (
     "the seeds; *train* is the accuracy on at most 2,000 training rows, *drop* how far validation fell from the chosen "
     "step to the last one, *seconds* the training time of a run. The difference to the baseline is in points of test "
     "accuracy, over the seeds that both have, with the 95 % interval of a paired bootstrap over seeds and test rows; "
-    "one seed is too few for an interval."
+    "one seed is too few for an interval, and with three it may miss the true difference somewhat more often than one "
+    "time in twenty."
 )
 
 SETTINGS = (
     "The best setting of each arm on each set, by validation with seed {}; in brackets, validation with each setting, "
-    "in the order of the heading."
+    "in the order of the heading. A star marks an end of the search: beyond it there may be better ones."
 )
 
 
@@ -47,18 +48,18 @@ def write_page(path: Path, summary: Summary) -> None:
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
     if has_inside(summary):
         lines += inside_section(summary, images)
-    if tuned(study):
+    if kinds_tuned(study):
         lines += ["", "## Settings", "", SETTINGS.format(study.first_seed)]
-        for kind in study.architectures:
-            if len(study.tune[kind]) > 1:
-                lines += ["", f"### {kind}: {'; '.join(map(named, study.tune[kind]))}"]
-                lines += ["", table(summary.tuning(kind), markdown=True)]
+        for kind in kinds_tuned(study):
+            lines += ["", f"### {kind}: {'; '.join(map(named, study.tune[kind]))}"]
+            lines += ["", table(summary.tuning(kind), markdown=True)]
     lines += ["", "## Not run", "", *_not_run(summary)]
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def tuned(study: Study) -> bool:
-    return any(len(settings) > 1 for settings in study.tune.values())
+def kinds_tuned(study: Study) -> list[str]:
+    """The architectures for which something is tuned."""
+    return [kind for kind in study.architectures if len(study.tune[kind]) > 1]
 
 
 def as_text(summary: Summary) -> str:
@@ -81,16 +82,17 @@ def _protocol(summary: Summary) -> list[str]:
     seeds = ", ".join(map(str, sorted(study.seeds)))
     searched = "What an arm does not name is as in the recipe, and was not searched again for that arm."
     chosen = "Every arm has all seeds."
-    if tuned(study):
+    if kinds_tuned(study):
         searched = (
-            f"Every arm was tuned alike: with seed {study.first_seed}, on each set and for each architecture, it tried "
-            f"the same settings, and the best by validation got the other seeds. What the settings and the arm do not "
-            "name is as in the recipe."
+            f"Every arm was tuned alike ({', '.join(kinds_tuned(study))}): with seed {study.first_seed}, on each set, "
+            "it tried the same settings, and the best by validation got the other seeds. What the settings and the arm "
+            "do not name is as in the recipe."
         )
     if study.screen is not None:
         chosen = (
             f"Seed {study.screen} screens all arms: for each architecture, the best {study.best_of} by validation, as "
-            "the mean over all sets, and their baselines get the other seeds. Arms with one seed were only screened."
+            "the mean over all sets, and their baselines get the other seeds. Arms with one seed were only screened; "
+            "for the others, it is a good one by choice."
         )
     several = any(len(candidates) > 1 for candidates in study.baselines.values())
     if several:
@@ -137,8 +139,8 @@ def _not_run(summary: Summary) -> list[str]:
         about = f", about {duration(to_go)} one after the other" if to_go else ""
         arms = ", ".join(dict.fromkeys(key.arm for key in waiting))
         lines.append(f"- Yet to be made: {len(waiting)} runs of {arms}{about}.")
-    if tuned(study) and waiting:
-        lines.append("- Where settings are not chosen yet, the runs of the other seeds come on top.")
+    if waiting and (kinds_tuned(study) or study.screen is not None):
+        lines.append("- Where settings and arms are not chosen yet, the runs of the other seeds come on top.")
     if study.screen is not None:
         lines.append("- By design, arms that are not among the best in screening have one seed.")
     return lines or ["Nothing: all runs are done."]
@@ -160,7 +162,7 @@ def listing(study: Study, results: Results, jobs: int) -> str:
     words = f"{len(done)} of {len(keys)} runs are done"
     if len(done) < len(keys):
         words += f", about {duration(to_go / jobs)} to go" if to_go else ", and none tells how long they take"
-        if tuned(study):
+        if kinds_tuned(study):
             words += "; then those of the other seeds, where the best setting is not known yet"
         if study.screen is not None and any(key.seed == study.screen and key not in done for key in keys):
             finalists = study.best_of * (len(study.seeds) - 1) * len(study.sets) * len(study.architectures)

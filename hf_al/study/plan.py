@@ -24,7 +24,10 @@ DECIDED = {
 
 
 # The same for all arms, or they would not be judged alike
-FOR_ALL = ("max_eval_samples", "max_predict_samples", "validation_fraction", "validation_seed", "metric_for_best_model")
+FOR_ALL = {
+    "max_eval_samples", "max_predict_samples", "metric_for_best_model",
+    *(f.name for f in dataclasses.fields(TrainingArguments) if f.metadata.get("section") == "data"),
+} - DECIDED  # fmt: skip
 
 
 @dataclass(frozen=True)

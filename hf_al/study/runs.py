@@ -193,13 +193,15 @@ def planned(study: Study, rows: Rows) -> list[Key]:
 
 def best_setting(study: Study, rows: Rows, name: str, architecture: str, arm: str) -> str | None:
     """Of the settings that an arm may have on a set, the best by what validation says of the first seed; None until all
-    of them are done. Nothing of test is looked at."""
+    of them are done, and if all failed. Nothing of test is looked at."""
     settings = [named(setting) for setting in study.tune[architecture]]
     if len(settings) == 1:
         return settings[0]
     found = {setting: rows.get(Key(name, architecture, arm, study.first_seed, setting)) for setting in settings}
     done = {setting: row for setting, row in found.items() if row is not None}
-    return max(done, key=lambda setting: _score(done[setting])) if len(done) == len(settings) else None
+    if len(done) < len(settings) or all("error" in row for row in done.values()):
+        return None
+    return max(done, key=lambda setting: _score(done[setting]))
 
 
 def settled(study: Study, rows: Rows) -> dict[Key, dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .intervals import points_apart, unpacked
 from .plan import Study
-from .runs import Key, Rows, best_setting, planned, reference, settled
+from .runs import Key, Rows, best_setting, named, planned, reference, settled
 
 Difference = tuple[float, float, float]  # points, and the ends of their 95 % interval
 
@@ -37,27 +37,37 @@ class Summary:
         self.difference = cache(self._difference)
 
     def tuning(self, architecture: str) -> list[dict[str, Any]]:
-        """A line for each arm: the best setting on each set, and validation with it and with the others."""
+        """A line for each arm: the best setting on each set, and validation with it and with the others. At an end of
+        the search, it is marked: there may be better ones beyond."""
         return [{"arm": arm, **self._tuned(architecture, arm)} for arm in self.study.arms]
 
     def _tuned(self, architecture: str, arm: str) -> dict[str, str]:
         cells = {}
         for name in self.study.sets:
-            best = best_setting(self.study, self.all, name, architecture, arm)
-            if best is not None:
-                keys = [key for key in self.all if key[:4] == (name, architecture, arm, self.study.first_seed)]
-                found = (
-                    "failed" if "error" in row else f"{row['validation']:.4f}" for row in map(self.all.get, keys) if row
-                )
-                cells[name] = f"{best} ({', '.join(found)})"
+            settings = self.study.tune[architecture]
+            rows = [self.all.get(Key(name, architecture, arm, self.study.first_seed, named(s))) for s in settings]
+            done = [row for row in rows if row is not None]
+            if len(done) == len(settings):
+                best = best_setting(self.study, self.all, name, architecture, arm)
+                found = ", ".join("failed" if "error" in row else f"{row['validation']:.4f}" for row in done)
+                at_end = best is not None and self._at_an_end(architecture, best)
+                cells[name] = f"{best or 'none'} ({found}){' *' if at_end else ''}"
         return cells
+
+    def _at_an_end(self, architecture: str, best: str) -> bool:
+        """Whether a number in this setting is the lowest or the highest of those that were tried."""
+        settings = self.study.tune[architecture]
+        chosen = next(setting for setting in settings if named(setting) == best)
+        tried = {name: [setting[name] for setting in settings] for name in chosen}
+        numbers = {name: values for name, values in tried.items() if all(isinstance(v, int | float) for v in values)}
+        return any(chosen[name] in (min(values), max(values)) for name, values in numbers.items())
 
     def table(self, architecture: str, sets: Sequence[str]) -> list[dict[str, Any]]:
         """A line for each arm, as the mean over the sets: of the seeds that it has on all of them."""
         lines = []
         for arm in self.study.arms:
             seeds = self.seeds(architecture, arm, sets)
-            line: dict[str, Any] = {"arm": arm, "seeds": len(seeds)}
+            line: dict[str, Any] = {"arm": arm, "seeds": self._counted(architecture, arm, sets, len(seeds))}
             if seeds:
                 line["validation"] = fmean(self._means(architecture, arm, sets, seeds, "validation"))
                 tests = self._means(architecture, arm, sets, seeds, "test")
@@ -78,31 +88,35 @@ class Summary:
             if all(Key(name, architecture, arm, seed) in self.rows for name in sets)
         ]
 
+    def _counted(self, architecture: str, arm: str, sets: Sequence[str], seeds: int) -> str:
+        """How many seeds count, and how many failed on one of the sets."""
+        of_arm = [
+            (key, row) for key, row in self.settled.items() if key[1:3] == (architecture, arm) and key.set in sets
+        ]
+        failed = {key.seed for key, row in of_arm if "error" in row}
+        return f"{seeds}, {len(failed)} failed" if failed else str(seeds)
+
     def _means(self, architecture: str, arm: str, sets: Sequence[str], seeds: list[int], what: str) -> list[float]:
         """For each seed the mean over the sets."""
         return [fmean(self.rows[Key(name, architecture, arm, seed)][what] for name in sets) for seed in seeds]
 
     def reference(self, architecture: str, arm: str) -> str | None:
         """The baseline that an arm is compared with."""
-        return reference(self.study, self.all, architecture, arm)
+        return reference(self.study, self.settled, architecture, arm)
 
     def _difference(self, architecture: str, arm: str, sets: tuple[str, ...]) -> Difference | None:
-        """Points of test accuracy by which an arm is ahead of its baseline, over the seeds that both have on a set;
-        None if there is nothing to compare. The ends are nan for one seed: an interval over its test rows alone would
-        be too narrow."""
+        """Points of test accuracy by which an arm is ahead of its baseline, over the seeds that both have on all sets;
+        None if there is nothing to compare."""
         baseline = self.reference(architecture, arm)
-        if baseline is None:
+        both = [self.seeds(architecture, a, sets) for a in (arm, baseline) if a is not None]
+        seeds = [seed for seed in both[0] if seed in both[-1]]
+        if baseline is None or not seeds:
             return None
         by_set = []
         for name in sets:
-            pairs = [[Key(name, architecture, a, seed) for a in (arm, baseline)] for seed in self.study.seeds]
-            done = [pair for pair in pairs if all(key in self.rows for key in pair)]
-            if not done:
-                return None
-            by_set.append(np.stack([self._right(ours) - self._right(theirs) for ours, theirs in done]))
-        middle, low, high = points_apart(by_set)
-        alone = any(len(differences) == 1 for differences in by_set)
-        return (middle, math.nan, math.nan) if alone else (middle, low, high)
+            pairs = [[Key(name, architecture, a, seed) for a in (arm, baseline)] for seed in seeds]
+            by_set.append(np.stack([self._right(ours) - self._right(theirs) for ours, theirs in pairs]))
+        return points_apart(by_set)
 
     def _right(self, key: Key) -> np.ndarray:
         return unpacked(self.rows[key]["right"], self.rows[key]["tests"])

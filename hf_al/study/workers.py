@@ -58,6 +58,7 @@ class Workers:
             ChildProcessError: a process died.
             Exception: one that it sent.
         """
+        failed = []  # raised when what others have done is kept
         for pipe in wait(list(busy)):
             assert isinstance(pipe, Connection)
             try:
@@ -70,8 +71,11 @@ class Workers:
                     "short."
                 ) from None
             if isinstance(answer, Exception):
-                raise answer
-            yield pipe, answer
+                failed.append(answer)
+            else:
+                yield pipe, answer
+        if failed:
+            raise failed[0]
 
     def __exit__(self, *error: object) -> None:
         for pipe in self.pipes:

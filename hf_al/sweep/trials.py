@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..arguments import FILES
+from ..config_fields import config_fields
 from ..data import sources
 from ..data.labels import problem_type_of
 from ..metrics import SMALLER_IS_BETTER, chosen_metric
@@ -135,7 +136,8 @@ def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study, fingerprints: d
     into hf_al since then do not count."""
     args = resolve({**sweep.arms[arm], "output_dir": "."})
     search = {f"search {name}": space for name, space in sweep.search.items()}
-    values = {n: v for n, v in {**args.to_dict(), **args.model}.items() if n not in {"model", *FILES}}
+    model = {name: field.default for name, field in config_fields(args.model_type).items()} | args.model
+    values = {n: v for n, v in {**args.to_dict(), **model}.items() if n not in {"model", *FILES}}
     now = json.loads(json.dumps({**values, "data": fingerprints, **search}))
     then = study.user_attrs.get("sweep", now)
     differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]

@@ -121,7 +121,7 @@ def times(model: Any, tokenizer: Any, texts: list[str], known: argparse.Namespac
 
 
 def drop(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
-    """Points of accuracy that leaving early loses, with a 95 % interval: see `points_apart`."""
+    """Points of accuracy that leaving early loses, with a 95 % interval: see `points_apart`. One seed has none."""
     last, early = (
         np.stack([unpacked(row["right"][exit], row["tests"]) for row in rows]) for exit in (str(BLOCKS - 1), "adaptive")
     )
@@ -145,7 +145,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
                 "first exit": accuracy["0"],
                 "last exit": accuracy[str(BLOCKS - 1)],
                 "adaptive": accuracy["adaptive"],
-                "drop, points": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                "drop, points": f"{middle:.2f} ({low:.2f} to {high:.2f})" if len(mine) > 1 else f"{middle:.2f}",
                 "times as fast": mean["throughput"],
                 "with tokenization": statistics.mean(row["throughput with tokenization"] for row in mine),
                 "ece": mean["ece"],
@@ -241,11 +241,12 @@ def main() -> None:
                 rows.append(run(key, known, more))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
                 write_results(known.json, rows, {})
-    lines, ratios = summary(rows)
+    mine = [row for row in rows if row["flags"] == flags]
+    lines, ratios = summary(mine)
     print(table(lines, markdown=True))
     write_results(known.json, rows, ratios)
     if known.plot:
-        plot(known.plot, rows)
+        plot(known.plot, mine)
 
 
 if __name__ == "__main__":
