@@ -206,8 +206,8 @@ def _texts(train: Dataset, rows: int = 1000) -> Iterator[list[str]]:
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> DatasetDict:
-    """`input_ids` and `label` of every split, with `numeric_values` if there are any; truncated to the tokenizer's limit,
-    and cached by `datasets` as Arrow.
+    """`input_ids` and `label` of every split, and `numeric_values` if there are any. Texts are truncated to the
+    tokenizer's limit, and the result is cached by `datasets` as Arrow.
 
     From then on a fast tokenizer has limit and strategy in its tokenizer.json.
     """
