@@ -57,7 +57,7 @@ class Encoder(nn.Module):
     Attributes:
         embeddings ([`Embeddings`], in block 0 and in the one that reads late text, else None): where token ids become
             rows.
-        numeric (`nn.Linear`, in the block that reads columns of numbers, else None): see [`numeric_layer`].
+        numeric (`nn.Linear`, in the block that reads columns of numbers, else None): made by `numeric_layer`.
         output_size (`int`): width of the hidden states that leave, `hidden_size` in all blocks but an embedding block.
         text_axes (`dict[str, int]`, of the class): for tensors that `forward` returns beside `hidden`, the axis that
             counts the texts, so that texts can leave early; 0 for those that are not named.
