@@ -10,12 +10,16 @@ import pytest
 import torch
 from conftest import assert_mistake
 from datasets import Dataset
+from transformers import pipeline
 
 import hf_al
 from hf_al.data.numeric import with_values
 from hf_al.loading import load_model
 from hf_al.modeling.objectives import OBJECTIVES
+from hf_al.saved.inspection import load_config
+from hf_al.saved.prediction import predict
 from hf_al.saved.pruning import prune
+from hf_al.saved.request_body import Refused, read_body
 
 BLOCK = 1
 COLUMNS = {"numeric_columns": ["age", "price"], "numeric_means": [40.0, 3.0], "numeric_stds": [10.0, 2.0]}
@@ -199,7 +203,7 @@ def write(folder: Path, split: str, count: int) -> None:
         for i in range(count):
             age = draw.randint(1000, 1999)
             text = " ".join(draw.choice(["plane", "bag", "crew", "gate", "seat"]) for _ in range(draw.randint(2, 6)))
-            rows.writerow([text, "" if i == 7 else age, 5, "old" if age >= 1500 else "young"])
+            rows.writerow([text, "" if i == 7 else age, 0.1, "old" if age >= 1500 else "young"])
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +237,7 @@ def test_means_and_deviations_are_those_of_train_and_a_constant_column_has_1(run
     with open(ages[0].partition("=")[2]) as file:
         known = torch.tensor([float(row["age"]) for row in csv.DictReader(file) if row["age"]], dtype=torch.float64)
     config = load_model(str(run[0]))[0].config
-    assert config.numeric_means == pytest.approx([known.mean().item(), 5.0])
+    assert config.numeric_means == pytest.approx([known.mean().item(), 0.1])
     assert config.numeric_stds == pytest.approx([known.std(correction=0).item(), 1.0])
 
 
@@ -268,10 +272,42 @@ def test_prediction_reads_the_columns_of_a_file(run, tmp_path, shell):
 
 def test_texts_without_numbers_are_answered_with_a_warning(run, tmp_path, shell, caplog):
     assert shell("predict", str(run[0]), "plane bag")[0] == 0
-    assert "also reads the columns age, price, which lines of text do not have: each counts as its mean" in caplog.text
+    assert "also reads age, price, which lines of text do not have: each counts as its mean" in caplog.text
     (tmp_path / "new.csv").write_text("text,agee\nplane,3\n")
     said = "Expected column 'age', whose numbers the model reads"
     assert_mistake(shell("predict", str(run[0]), f"--input={tmp_path / 'new.csv'}"), said, "Did you mean agee?")
+
+
+def test_a_pipeline_answers_by_the_means(run):
+    answer = pipeline("text-classification", model=str(run[0]), device="cpu")("plane bag")[0]
+    ((expected,),) = predict(*load_model(str(run[0])), [("plane bag",)])
+    assert answer["score"] == pytest.approx(expected["score"], abs=1e-6)
+
+
+def test_a_request_may_have_numbers(run):
+    model, tokenizer = load_model(str(run[0]))
+    body = {"texts": ["plane bag"] * 3, "numbers": [{"age": 1100}, {"price": 5, "age": 1900}, {"age": None}]}
+    asked = read_body(json.dumps(body).encode(), model.config, 1, most=8)
+    ((young, old, missing),) = predict(model, tokenizer, asked.texts)
+    assert (young["label"], old["label"]) == ("young", "old")
+    ((alone,),) = predict(model, tokenizer, [("plane bag",)])
+    assert missing["score"] == pytest.approx(alone["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ([{"agee": 3}], 'Expected the columns age, price in numbers[0], got "agee". Did you mean age?'),
+        ([{"age": "much"}], "got 'much'. This is in numbers[0]."),
+        ([], "Expected numbers to be a list of 1 objects"),
+        ([3], "Expected an object with age, price as numbers[0], got 3."),
+    ],
+)
+def test_a_request_with_other_numbers_is_refused(numbers, said, run):
+    body = json.dumps({"text": "plane", "numbers": numbers}).encode()
+    with pytest.raises(Refused) as error:
+        read_body(body, load_config(str(run[0])), 1, most=8)
+    assert said in str(error.value)
 
 
 def test_exits_are_calibrated_with_the_numbers(run, ages, shell, tmp_path):

@@ -44,7 +44,7 @@ def number(value: Any) -> float:
         return math.nan
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"Expected a number or nothing, got {str(value)[:40]!r}.") from None
     if math.isinf(found):
         raise ValueError(f"Expected a finite number, got {value!r}.")
@@ -63,8 +63,8 @@ def standards(train: Dataset, names: Sequence[str]) -> dict[str, list[float]]:
             raise ValueError(
                 f"Expected numbers in the column {name!r} of train, got none. Take it out of --numeric_column_names."
             )
-    stds = np.nanstd(values_NF, axis=0)
+    differs = np.nanmax(values_NF, axis=0) > np.nanmin(values_NF, axis=0)  # rounding gives constants a deviation, too
     return {
         "numeric_means": np.nanmean(values_NF, axis=0).tolist(),
-        "numeric_stds": np.where(stds > 0, stds, 1.0).tolist(),
+        "numeric_stds": np.where(differs, np.nanstd(values_NF, axis=0), 1.0).tolist(),
     }

@@ -176,15 +176,6 @@ def _numbers(model: ALForSequenceClassification, rows: list[Texts]) -> Tensor | 
     return torch.tensor(found, dtype=torch.float64, device=device_of(model)).view(len(rows), len(names))
 
 
-def warn_of_numbers(config: Any, who: str) -> None:
-    """Says which numbers a model lacks; `who`: does not have them."""
-    if config.numeric_columns:
-        logger.warning(
-            "The model also reads the columns %s, which %s not have: each counts as its mean.",
-            ", ".join(config.numeric_columns), who,
-        )  # fmt: skip
-
-
 def _padded(model: ALForSequenceClassification, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and mask (N, T), where the model is."""
     rows = [torch.tensor(row) for row in ids]
@@ -229,8 +220,9 @@ def predict_file(flags: Namespace) -> None:
     model.to(best_device())  # type: ignore[arg-type]
     if flags.input is None and not flags.texts and sys.stdin.isatty():
         logger.info("Reading %s from the terminal; Ctrl-D ends it.", "lines" if kind == "text" else kind)
-    if kind == "text":
-        warn_of_numbers(model.config, "lines of text do")
+    if kind == "text" and model.config.numeric_columns:
+        names = ", ".join(model.config.numeric_columns)
+        logger.warning("The model also reads %s, which lines of text do not have: each counts as its mean.", names)
     total, errors = 0, 0
     given: deque[Texts | Unusable] = deque()  # rows that have no answer yet
     bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())

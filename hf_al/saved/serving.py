@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from ..loading import best_device, load_model
-from .prediction import predict, warn_of_numbers
+from .prediction import predict
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ def serve(flags: Namespace) -> None:
         if exit is None:
             exit = "adaptive" if model.config.exit_thresholds is not None else model.config.exits()[-1]
         list(predict(model, tokenizer, [("warming up",)], exit_block=exit))  # refuses an exit that does not exist
-        warn_of_numbers(model.config, "requests do")
         limits = Limits(flags.max_batch_size, flags.max_wait_ms, flags.max_waiting, flags.max_body_kib)
         name = Path(flags.model).resolve().name if Path(flags.model).is_dir() else flags.model
         config = uvicorn.Config(
