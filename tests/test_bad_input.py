@@ -171,8 +171,8 @@ MISTAKES = {
     "wrong_number": (
         write("a.csv", "text,age,label\na text,1,a\nanother,two,b\n"),
         f"{TRAIN} --train_file=a.csv --numeric_column_names=age",
-        "hf-al train: error: Expected a number or nothing, got 'two'. This is column 'age' in row 1 (from 0) of the train "
-        "split. Correct it, leave the cell empty if the value is missing, or take the column out of "
+        "hf-al train: error: Expected a number or nothing, got 'two'. This is column 'age' in row 1 (from 0) of the "
+        "train split. Correct it, leave the cell empty if the value is missing, or take the column out of "
         "--numeric_column_names.",
     ),
     "column_missing_in_test": (

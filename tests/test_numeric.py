@@ -14,6 +14,7 @@ from transformers import pipeline
 
 import hf_al
 from hf_al.data.numeric import with_values
+from hf_al.data.tokenization import tokens_digest
 from hf_al.loading import load_model
 from hf_al.modeling.objectives import OBJECTIVES
 from hf_al.saved.inspection import load_config
@@ -190,6 +191,14 @@ def test_a_cell_that_is_no_number_is_named_by_column_and_row(cell, said):
     with pytest.raises(ValueError, match=said) as error:
         with_values(rows, ["age"], "validation")
     assert "column 'age' in row 2 (from 0) of the validation split" in str(error.value)
+
+
+def test_a_resumed_run_must_find_the_same_numbers():
+    found = set()
+    for ages in ([1.0, 2.0], [1.0, 3.0], [1.0, None]):
+        rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "label": [0, 1], "age": ages})
+        found.add(tokens_digest(with_values(rows, ["age"], "train")))
+    assert len(found) == 3
 
 
 # --- runs: only the age tells the label
