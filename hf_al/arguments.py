@@ -74,6 +74,9 @@ class TrainingArguments:
     test_split_name: str | None = _arg(None, "Split of the Hub data set to test on.", **DATA)
     text_column_names: str | None = _arg(None, "Column of the text, or two, comma-separated, for pairs.", **DATA)
     label_column_name: str | None = _arg(None, "Column of the label.", **DATA)
+    numeric_column_names: list[str] | None = _arg(
+        None, "Columns of numbers that the model reads beside the text, from numeric_block on; comma-separated.", **DATA
+    )
     problem_type: str | None = _arg(
         None, "single_label_classification, multi_label_classification or regression; guessed from the labels.", **DATA
     )

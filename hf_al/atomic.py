@@ -19,7 +19,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]'
 CODE = (
     "configuration_al.py", "modeling_al.py", "blocks.py", "encoders.py", "lstm.py", "objectives.py", "limits.py",
     "configuration_encoder.py", "modeling_encoder.py", "pretrained.py", "layouts.py", "early_exit.py",
-    "late.py",
+    "late.py", "numeric.py",
 )  # fmt: skip
 EXPORTS = f"export.{'[0-9a-f]' * 8}.tmp"
 

@@ -12,7 +12,7 @@ from .messages import some, table
 from .modeling.configuration_al import ALConfig
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
-from .report import differences, energy, flat_arguments, split_sizes
+from .report import differences, energy, flat_arguments, numbers, split_sizes
 
 PAIR = ("The crew was lovely!", "Everyone on board was kind.")
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -81,6 +81,7 @@ def model_card(
         example=", ".join(json.dumps(text) for text in (PAIR if pairs else PAIR[:1])),
         question=json.dumps(dict(zip(("text", "text_pair"), PAIR, strict=True)) if pairs else PAIR[0]),
         use=use,
+        numbers=numbers(report["data"]),
         max_length=model.config.max_position_embeddings,
         split_sizes=split_sizes(report["data"]),
         fingerprints=", ".join(f"{name} `{mark[:16]}`" for name, mark in report["data"]["fingerprint"].items()),

@@ -33,6 +33,7 @@ KINDS: dict[str, Any] = {
 DECIDED = {
     "vocab_size", "pad_token_id", "sep_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
     "label_mean", "label_deviation", "exit_rule", "exit_temperatures", "exit_thresholds", "exit_speedup",
+    "numeric_columns", "numeric_means", "numeric_stds",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import TrainingArguments
+from .messages import nearest
 
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
 OUTPUTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")  # of answers; a device or pipe has none
@@ -56,7 +57,7 @@ def check_training(args: TrainingArguments, is_main: bool = True, reads_data: bo
     for path in filter(None, (args.train_file, args.validation_file, args.test_file)):
         known[path] = columns_of(path, args.csv_delimiter)
     for where, columns in known.items():
-        check_labelled(columns, args.text_column_names, args.label_column_name, where)
+        check_labelled(columns, args.text_column_names, args.label_column_name, where, args.numeric_column_names)
 
 
 def check_word_vectors(name: str) -> None:
@@ -252,14 +253,21 @@ def check_columns(columns: list[str], names: list[str]) -> None:
     """Refuses names that are not among the columns, unless those are not known."""
     for name in names:
         if columns and name not in columns:
-            raise ValueError(f"Expected column {name!r}, got the columns {columns}. Check the column flags.")
+            raise ValueError(
+                f"Expected column {name!r}, got the columns {columns}.{nearest(name, columns)} Check the column flags."
+            )
 
 
-def check_named(columns: list[str], text: str | None, label: str | None) -> list[str]:
-    """Refuses columns of text and label that do not exist or are named twice. Returns those of the text."""
+def check_named(columns: list[str], text: str | None, label: str | None, numeric: list[str] | None = None) -> list[str]:
+    """Refuses columns of text, label and numbers that do not exist or are named twice. Returns those of the text."""
     texts = [name.strip() for name in (text or "").split(",") if name.strip()]
     names = [*texts, *([label] if label else [])]
-    check_columns(columns, names)
+    check_columns(columns, [*names, *(numeric or [])])
+    if numeric and len({*names, *numeric}) < len(names) + len(numeric):
+        raise ValueError(
+            f"Expected --numeric_column_names apart from those of text and label, got {','.join(numeric)} beside "
+            f"{','.join(names) or 'none'}. Name each column once."
+        )
     if len(texts) > 2 or len(set(names)) < len(names):
         raise ValueError(
             f"Expected one or two text columns and another label column, got --text_column_names {','.join(texts)} and "
@@ -268,9 +276,11 @@ def check_named(columns: list[str], text: str | None, label: str | None) -> list
     return texts
 
 
-def check_labelled(columns: list[str], text: str | None, label: str | None, where: str) -> None:
+def check_labelled(
+    columns: list[str], text: str | None, label: str | None, where: str, numeric: list[str] | None = None
+) -> None:
     """The same, and refuses a file of one column: a text needs a label."""
-    check_named(columns, text, label)
+    check_named(columns, text, label, numeric)
     if len(columns) == 1:
         raise ValueError(
             f"Expected columns of text and label in {where}, got only {columns[0]!r}. If these are several, pass what "

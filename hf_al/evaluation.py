@@ -38,7 +38,8 @@ def evaluate(
 
     Args:
         model: a folder, a Hub id, or a model (then pass its tokenizer).
-        dataset: rows with text and label; labels by name, or by id if the model's names are numbers.
+        dataset: rows with text, label and the columns of numbers that the model reads; labels by name, or by id if
+            the model's names are numbers.
         tokenizer: required if the model is passed as an object.
         text_column_names, label_column_name: as in TrainingArguments; guessed if unambiguous.
         batch_size: examples per batch.
@@ -116,10 +117,12 @@ def labelled_tokens(
     args = TrainingArguments(
         text_column_names=text_column_names,
         label_column_name=label_column_name,
+        numeric_column_names=config.numeric_columns,
         problem_type=config.resolved_problem_type,
         max_seq_length=longest_text(config, tokenizer),
     )
-    dataset = sources.named_columns(dataset, *sources.choose_columns(dataset, args), "test")
+    named = sources.choose_columns(dataset, args)
+    dataset = sources.named_columns(dataset, *named, "test", args.numeric_column_names)
     sources.check_rows(dataset, "test")
     encoded = encode_labels({"test": dataset}, args.problem_type, config.label_names)
     data = tokenization.tokenize(DatasetDict(encoded), tokenizer, args)["test"]

@@ -63,6 +63,11 @@ def run_export(flags: Namespace) -> None:
             f"Expected a model without late text with --format {flags.format}, got {flags.model} with "
             f"late_block={config.late_block}, whose blocks read different parts of a text. Leave --format out."
         )
+    if config.numeric_columns:
+        raise ValueError(
+            f"Expected a model that reads text alone with --format {flags.format}, got {flags.model}, which also reads "
+            f"the columns {', '.join(config.numeric_columns)}. Leave --format out."
+        )
     exits = _exits(flags, config.exits())
     rows = labelled(flags, "validation") if any(getattr(flags, name) for name in DATA) else None
     model, tokenizer, out = load_for_copy(flags)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from .arguments import TrainingArguments
+from .arguments import PRETRAINED, TrainingArguments
 from .config_fields import built_in, config_fields, known_fields
 from .messages import nearest
 from .modeling import limits
@@ -247,8 +247,24 @@ def check_new_model(args: TrainingArguments) -> None:
         objectives = getattr(loaded, "OBJECTIVES", limits.OBJECTIVE_NAMES)
         limits.check_shared(Namespace(**values), tuple(objectives))
         limits.OF_ARCHITECTURES[args.model_type](Namespace(**values))
+    _check_numbers(args)
     check_stages(args.stages, blocks)
     check_lists(args, blocks)
+
+
+def _check_numbers(args: TrainingArguments) -> None:
+    """Refuses columns of numbers that no block reads, and a block that would read none."""
+    names, block = args.numeric_column_names, args.model.get("numeric_block")
+    if names and args.model_type == PRETRAINED:
+        raise ValueError(
+            f"Expected no numeric_column_names with model_type={PRETRAINED}, got {','.join(names)}: a pretrained "
+            "encoder reads text alone. Leave them out, or train al_lstm or al_transformer."
+        )
+    if block and not names:
+        raise ValueError(
+            f"Expected numeric_column_names with numeric_block={block}, got none. Name the columns of numbers "
+            "that this block is to read."
+        )
 
 
 def planned_blocks(args: TrainingArguments) -> int:

@@ -211,7 +211,8 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
         "",
         f"{report['num_blocks']} blocks, {report['parameters']['inference']:,} parameters for inference and "
         f"{report['parameters']['training_only']:,} for training only. Best step {report['best_step']} of "
-        f"{report['steps']}, chosen by validation {report['metric']}; seed {report['arguments']['seed']}.",
+        f"{report['steps']}, chosen by validation {report['metric']}; seed {report['arguments']['seed']}."
+        f"{numbers(report['data'])}",
     ]
     if "pruned_from" in report:
         lines += ["", PRUNED.format(report["num_blocks"], report["pruned_from"])]
@@ -267,6 +268,17 @@ def markdown(report: dict[str, Any], drawn: list[str]) -> str:
     show("Speed and memory", "timeline", "speed", "memory")
     lines += ["", "```", report["placement"], "```", "", table([report["machine"]], markdown=True), ""]
     return "\n".join(lines)
+
+
+def numbers(data: dict[str, Any]) -> str:
+    """A sentence on the columns of numbers beside the text, from the report's `data`; empty if there are none."""
+    found = data.get("numbers")
+    if not found:
+        return ""
+    blocks = "All blocks" if found["block"] == 0 else f"The blocks from {found['block']} on"
+    return (
+        f" {blocks} also read the columns of numbers {', '.join(found['columns'])}; a missing value counts as the mean."
+    )
 
 
 def split_sizes(data: dict[str, Any]) -> str:

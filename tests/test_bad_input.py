@@ -156,15 +156,24 @@ MISTAKES = {
     # --- columns and labels
     "wrong_text_column": (
         nothing, f"{TRAIN} --train_file=train.csv --text_column_names=txt",
-        "hf-al train: error: Expected column 'txt', got the columns ['text', 'label']. Check the column flags.",
+        "hf-al train: error: Expected column 'txt', got the columns ['text', 'label']. Did you mean text? Check the "
+        "column flags.",
     ),
     "wrong_label_column": (
         nothing, f"{TRAIN} --train_file=train.csv --label_column_name=lable",
-        "hf-al train: error: Expected column 'lable', got the columns ['text', 'label']. Check the column flags.",
+        "hf-al train: error: Expected column 'lable', got the columns ['text', 'label']. Did you mean label? Check the "
+        "column flags.",
     ),
     "no_label_column": (
         write("a.csv", "a,b,c\n1,2,3\n"), f"{TRAIN} --train_file=a.csv",
         "hf-al train: error: Cannot tell the label column among ['a', 'b', 'c']. Pass --label_column_name NAME.",
+    ),
+    "wrong_number": (
+        write("a.csv", "text,age,label\na text,1,a\nanother,two,b\n"),
+        f"{TRAIN} --train_file=a.csv --numeric_column_names=age",
+        "hf-al train: error: Expected a number or nothing, got 'two'. This is column 'age' in row 1 (from 0) of the "
+        "train split. Correct it, leave the cell empty if the value is missing, or take the column out of "
+        "--numeric_column_names.",
     ),
     "column_missing_in_test": (
         write("a.csv", "text,mood\na,red\n"), f"{TRAIN} --train_file=train.csv --test_file=a.csv",

@@ -198,6 +198,11 @@ def room(few_tweets, encoder_folder, tmp_path, monkeypatch):
             writer = csv.DictWriter(file, ["text", "label"], quoting=csv.QUOTE_ALL)
             writer.writeheader()
             writer.writerows(few_tweets[split].select(range(60)))
+    with open(tmp_path / "posts.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "age", "reactions", "label"])
+        for i, row in enumerate(few_tweets["train"].select(range(60))):
+            writer.writerow([row["text"], len(row["text"]), i if i % 7 else "", row["label"]])
     (tmp_path / "texts.txt").write_text("The crew was lovely!\nTwo hours late.\n", encoding="utf-8")
     (tmp_path / "FOLDER" / "mine").mkdir(parents=True)
     for name in ("train", "test"):

@@ -13,6 +13,8 @@ import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
+from .numeric import VALUES
+
 Item = TypeVar("Item")
 BUCKET_BATCHES = 50  # batches that are sorted by length together: little padding, still well mixed
 
@@ -109,7 +111,8 @@ def token_lengths(data: Dataset) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of a tokenized split -> `input_ids`, `attention_mask` (N, T) and `labels`, padded to the longest row."""
+    """Rows of a tokenized split -> `input_ids`, `attention_mask` (N, T) and `labels`, padded to the longest row; and
+    `numeric_values` (N, F) in float64 if the split has any."""
 
     pad_token_id: int
     num_labels: int
@@ -124,7 +127,9 @@ class Collator:
             input_ids[i, : len(text)] = text
             mask[i, : len(text)] = 1
         labels = self.labels(data.features["label"], batch["label"])
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask), "labels": labels}
+        values = {VALUES: torch.tensor(batch[VALUES], dtype=torch.float64)} if VALUES in batch else {}
+        texts = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+        return {**texts, "labels": labels, **values}
 
     def labels(self, feature: Any, labels: Any) -> Tensor:
         """The label column as a tensor: ids (N,), multi-hot rows (N, C) or values (N,)."""

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
@@ -19,6 +19,7 @@ from ..early import check_data_arguments, check_named
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
 from .labels import SINGLE, encode_labels, label_names, noisy_labels, problem_type_of, written_labels
+from .numeric import with_values
 from .streaming import whole
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def load_with_fingerprints(
         )
     columns = choose_columns(raw["train"], args)
     splits = [name for name in SPLITS if name in raw and (name != "test" or args.do_predict)]
-    data = {name: named_columns(raw[name], *columns, name) for name in splits}
+    data = {name: named_columns(raw[name], *columns, name, args.numeric_column_names) for name in splits}
     for name in data:
         check_rows(data[name], name)
     read, data = data, encode_labels(data, args.problem_type)
@@ -188,26 +189,31 @@ def _tweets(path: str, wanted: str, rules: int) -> Iterator[dict[str, str]]:
 # --- columns
 
 
-def named_columns(split: Dataset, text: list[str], label: str, name: str) -> Dataset:
-    """The split with the columns text[, text_pair] and label only.
+def named_columns(
+    split: Dataset, text: list[str], label: str, name: str, numeric: Sequence[str] | None = None
+) -> Dataset:
+    """The split with the columns text[, text_pair] and label only, and `numeric_values` if `numeric` names any.
 
     Args:
         split: rows.
         text: one text column, or two for pairs.
         label: the label column.
         name: of the split, for error messages.
+        numeric: the columns of numbers.
 
     Raises:
-        ValueError: a column that this split does not have.
+        ValueError: a column that this split does not have, or one of numbers that holds something else.
     """
     new_names = dict(zip([*text, label], [*("text", "text_pair")[: len(text)], "label"], strict=True))
-    for column in new_names:
+    numbers = list(numeric or [])
+    for column in [*new_names, *numbers]:
         if column not in split.column_names:
             raise ValueError(
                 f"Expected column {column!r} in the {name} split, got {split.column_names}. Give the columns of all "
                 "splits the same names."
             )
-    return split.select_columns(list(new_names)).rename_columns({a: b for a, b in new_names.items() if a != b})
+    split = with_values(split.select_columns([*new_names, *numbers]), numbers, name)
+    return split.rename_columns({a: b for a, b in new_names.items() if a != b})
 
 
 def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], str]:
@@ -216,8 +222,9 @@ def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], 
     Raises:
         ValueError: columns that do not exist, are named twice or are ambiguous, with the flag to pass.
     """
-    columns = split.column_names
-    named = check_named(columns, args.text_column_names, args.label_column_name)
+    numeric = args.numeric_column_names or []
+    named = check_named(split.column_names, args.text_column_names, args.label_column_name, numeric)
+    columns = [name for name in split.column_names if name not in numeric]
     label = args.label_column_name or guess_label([c for c in columns if c not in named])
     if label is None:
         raise ValueError(f"Cannot tell the label column among {columns}. Pass --label_column_name NAME.")

@@ -19,6 +19,7 @@ from ..arguments import TrainingArguments
 from ..early import GLOVE, check_word_vectors
 from ..values import capped
 from .files import writing_cache
+from .numeric import VALUES
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,8 @@ def _texts(train: Dataset, rows: int = 1000) -> Iterator[list[str]]:
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> DatasetDict:
-    """`input_ids` and `label` of every split, truncated to the tokenizer's limit; cached by `datasets` as Arrow.
+    """`input_ids` and `label` of every split, and `numeric_values` if there are any. Texts are truncated to the
+    tokenizer's limit, and the result is cached by `datasets` as Arrow.
 
     From then on a fast tokenizer has limit and strategy in its tokenizer.json.
     """
@@ -218,7 +220,7 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Traini
         )
         return {"input_ids": encoded["input_ids"]}
 
-    extra = [c for c in next(iter(data.values())).column_names if c != "label"]
+    extra = [c for c in next(iter(data.values())).column_names if c not in ("label", VALUES)]
     with writing_cache():
         tokens = data.map(encode, batched=True, remove_columns=extra, num_proc=_workers(args), desc="Tokenizing")
     if tokenizer.is_fast:  # `encode` sets it as well, but is not called if the cache has the result
@@ -238,13 +240,15 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokens_digest(data: Dataset) -> str:
-    """Of the tokens and labels of a tokenized split: what a resumed run must find again."""
+    """Of the tokens, labels and numbers of a tokenized split: what a resumed run must find again."""
     digest = hashlib.sha256(repr(data.features["label"]).encode())
     for start in range(0, len(data), 10_000):
         rows = data.with_format("arrow")[start : start + 10_000]
         digest.update(pc.list_value_length(rows["input_ids"]).to_numpy().tobytes())
         digest.update(pc.list_flatten(rows["input_ids"]).to_numpy().tobytes())
         digest.update(repr(rows["label"].to_pylist()).encode())
+        if VALUES in data.column_names:
+            digest.update(pc.list_flatten(rows[VALUES]).to_numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

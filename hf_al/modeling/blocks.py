@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .encoders import Encoder, Inputs
 from .late import is_early, of_length
+from .numeric import check_reads
 from .objectives import OBJECTIVES, Boundary, Losses, activate, cut, read_out, unstandardise
 
 
@@ -208,6 +209,7 @@ class ALBlock(nn.Module):
         )
         has_embedding_only = index == 0 and config.embedding_block
         self.is_early = is_early(config, index, encoder_class)
+        check_reads(config, index, self.encode)
         self.pooling = "mean" if has_embedding_only and config.pooling in ("final", "first") else config.pooling
 
     def train(self, mode: bool = True) -> "ALBlock":

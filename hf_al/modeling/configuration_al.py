@@ -24,7 +24,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .limits import check_exits, check_lstm, check_shared, check_transformer, one_of
+from .limits import check_exits, check_lstm, check_numeric, check_shared, check_transformer, one_of
 from .objectives import OBJECTIVES
 
 
@@ -75,6 +75,12 @@ class ALConfig(PreTrainedConfig):
             `late_from` says what is late.
         late_from (`int`, *optional*): late are the tokens of a text from this one on, counted from 0; if None, the
             second text of a pair is.
+        numeric_columns (`list[str]`, *optional*): names of columns of numbers that the model reads beside the text, as
+            `numeric_values`. Set by the argument `numeric_column_names` of `hf-al train`, as are the next but one.
+        numeric_block (`int`, defaults to 0): the first block that reads the columns of numbers; the blocks before it
+            answer without.
+        numeric_means, numeric_stds (`list[float]`, *optional*): of each of these columns, by which the model
+            standardises them; a missing value counts as the mean.
         exit_rule (`str`, defaults to `"confidence"`): when a text leaves early, by `exit_thresholds`: `confidence` (the
             largest probability is at least the threshold; of several labels, that of the least sure one), `entropy` (in
             nats, is at most the threshold) or `patience` (so many exits in a row gave the same answer).
@@ -121,6 +127,10 @@ class ALConfig(PreTrainedConfig):
     sep_token_id: int | None = None
     late_block: int | None = None
     late_from: int | None = None
+    numeric_columns: list[str] | None = None
+    numeric_block: int = 0
+    numeric_means: list[float | int] | None = None
+    numeric_stds: list[float | int] | None = None
     exit_rule: str = "confidence"
     exit_temperatures: list[float | int] | None = None
     exit_thresholds: list[float | int | None] | None = None
@@ -136,6 +146,7 @@ class ALConfig(PreTrainedConfig):
 
     def validate_values(self):
         check_shared(self, tuple(OBJECTIVES))
+        check_numeric(self)
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"Expected pad_token_id in [0, {self.vocab_size}), the vocabulary, got {self.pad_token_id}. "
@@ -226,6 +237,9 @@ class ALConfig(PreTrainedConfig):
         config.num_blocks = count
         if config.late_block is not None:
             config.late_block = min(config.late_block, count)
+        if config.numeric_block >= count:  # none of them reads the numbers
+            config.numeric_block, config.numeric_columns = 0, None
+            config.numeric_means = config.numeric_stds = None
         return config
 
     def uncalibrated(self):

@@ -47,6 +47,7 @@ class ALEncoderConfig(ALConfig):
     decided: ClassVar[tuple[str, ...]] = (
         "encoder_config", "encoder_layers", "hidden_size", "embedding_size", "layers_per_block", "embedding_block",
         "hidden_dropout_prob", "embedding_dropout_prob", "embedding_std", "late_block", "late_from",
+        "numeric_block",
     )  # fmt: skip
     sub_configs_defaults = {"encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}  # noqa: RUF012
 

@@ -38,6 +38,7 @@ def predict_texts(
     token_type_ids: Tensor | None = None,
     exit: int | str | None = None,
     batch_size: int = 64,
+    numeric_values: Tensor | None = None,
 ) -> ALPredictOutput:
     """Logits of many texts, each from the exit by which it leaves, in evaluation mode.
 
@@ -53,6 +54,7 @@ def predict_texts(
         exit (`int` or `str`, *optional*): `"adaptive"`: as calibrated; a number: all leave after that block; None: all
             leave after the last one.
         batch_size (`int`, defaults to 64): texts that are computed together.
+        numeric_values (`torch.Tensor` of shape `(N, F)`, *optional*): of `config.numeric_columns`, as in `forward`.
 
     Returns:
         [`ALPredictOutput`], in the order of the texts.
@@ -69,6 +71,8 @@ def predict_texts(
     starts = [0, *(stop + 1 for stop in stops[:-1])]
     runs = [model.model.blocks[start : stop + 1] for start, stop in zip(starts, stops, strict=True)]
     inputs, lengths_N = _padded_right(config, input_ids, attention_mask, token_type_ids)
+    if numeric_values is not None:
+        inputs["numeric_values"] = numeric_values
     logits_NC = torch.empty(len(input_ids), config.classes, device=input_ids.device)
     blocks_N = torch.empty(len(input_ids), dtype=torch.long, device=input_ids.device)
     temperatures = config.exit_temperatures or [1.0] * config.num_blocks
@@ -214,14 +218,15 @@ def _batch(model: Any, inputs: Inputs, lengths_N: Tensor, rows_n: Tensor) -> Inp
     """What every block knows about some of the texts, without columns that are all padding."""
     lengths_n = lengths_N[rows_n]
     longest = int(lengths_n.max())
-    part = {name: t.index_select(0, rows_n.to(t.device))[:, :longest] for name, t in inputs.items()}
+    part = {name: t.index_select(0, rows_n.to(t.device)) for name, t in inputs.items()}
+    part = {name: t if name == "numeric_values" else t[:, :longest] for name, t in part.items()}
     return model.model.prepare_inputs(**part, lengths=lengths_n)
 
 
 def _thresholds(model: Any, exit: int | str | None) -> dict[int, float | None]:
     """The blocks after which texts may leave, in order, and their thresholds: None for the last one."""
     if exit is None or isinstance(exit, int):
-        return {model._last_block(exit, False): None}
+        return {last_block(model.config, exit, False): None}
     if exit != "adaptive":
         raise ValueError(
             f"Expected exit to be 'adaptive' or a number of a block, got {exit!r}. Leave it out for the last."
@@ -233,3 +238,23 @@ def _thresholds(model: Any, exit: int | str | None) -> dict[int, float | None]:
             "its folder first, or pass the number of a block."
         )
     return {k: value for k, value in enumerate(thresholds) if value is not None or k == len(thresholds) - 1}
+
+
+def last_block(config: Any, exit_block: int | None, training: bool) -> int:
+    """The block to stop at; ValueError for one without an exit, or for training a model that cannot be trained."""
+    last = config.num_blocks - 1
+    if training and config.inference_only:
+        raise ValueError(
+            "Expected a model with its training-only parameters, got one saved with inference_only=True. "
+            "Train from the directory that holds the whole model."
+        )
+    if exit_block is None:
+        return last
+    if training:
+        raise ValueError("Expected exit_block=None in training, got a block: every block is trained.")
+    if exit_block not in config.exits():
+        raise ValueError(
+            f"Expected exit_block to be one of {config.exits()}, got {exit_block}. An inference-only model "
+            "and one trained end to end ('backprop') have their last exit only."
+        )
+    return exit_block

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .lstm import BidirectionalLSTM, sort_by_length
+from .numeric import numeric_layer
 from .objectives import Boundary
 
 Inputs = dict[str, Any]  # tensors that every block knows about a batch: see `prepare_inputs` of an encoder
@@ -56,6 +57,7 @@ class Encoder(nn.Module):
     Attributes:
         embeddings ([`Embeddings`], in block 0 and in the one that reads late text, else None): where token ids become
             rows.
+        numeric (`nn.Linear`, in the block that reads columns of numbers, else None): made by `numeric_layer`.
         output_size (`int`): width of the hidden states that leave, `hidden_size` in all blocks but an embedding block.
         text_axes (`dict[str, int]`, of the class): for tensors that `forward` returns beside `hidden`, the axis that
             counts the texts, so that texts can leave early; 0 for those that are not named.
@@ -83,7 +85,11 @@ class Encoder(nn.Module):
 
     def read(self, boundary: Boundary, inputs: Inputs) -> Tensor:
         """What the layers start from (N, T, E): the hidden states of the block before, in block 0 the rows of the
-        tokens, and in block `late_block` both, each in their places."""
+        tokens, and in block `late_block` both, each in their places; in block `numeric_block`, plus the numbers."""
+        x_NTE, numeric = self._tokens(boundary, inputs), getattr(self, "numeric", None)
+        return x_NTE if numeric is None else x_NTE + numeric(inputs["numeric"].to(numeric.weight.dtype))[:, None]
+
+    def _tokens(self, boundary: Boundary, inputs: Inputs) -> Tensor:
         if self.embeddings is None:
             return boundary["hidden"]
         if "hidden" not in boundary:
@@ -134,6 +140,7 @@ class LstmEncoder(Encoder):
         dropouts += [config.hidden_dropout_prob] * (layers - 1)
         # not the LSTM's own dropout: cuDNN keeps a generator of its own for it, which cannot be seeded again
         self.dropouts = nn.ModuleList(nn.Dropout(p) for p in dropouts)
+        self.numeric = numeric_layer(config, index, width)
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:
@@ -272,6 +279,7 @@ class TransformerEncoder(Encoder):
         is_first = index == (1 if config.embedding_block else 0)
         self.dropout = nn.Dropout(config.embedding_dropout_prob if is_first else 0.0)
         self.output_size, self.heads = config.hidden_size, config.num_attention_heads
+        self.numeric = numeric_layer(config, index, config.hidden_size)
 
     @staticmethod
     def prepare_inputs(config, inputs: Inputs) -> Inputs:

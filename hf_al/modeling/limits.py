@@ -62,7 +62,10 @@ def check_shared(config: Any, objectives: tuple[str, ...]) -> None:
         at_least(config, name, 1)
     for name in ("late_block", "late_from", "num_blocks", "layers_per_block", "bridge_layers"):
         at_least(config, name, 1)
+    at_least(config, "numeric_block", 0)
     late, blocks = (getattr(config, name, None) for name in ("late_block", "num_blocks"))
+    if blocks is not None:
+        at_most(config, "numeric_block", blocks - 1)
     if late is not None and blocks is not None:
         at_most(config, "late_block", blocks)
     if late is None and getattr(config, "late_from", None) is not None:
@@ -83,6 +86,25 @@ def check_shared(config: Any, objectives: tuple[str, ...]) -> None:
             f"Expected class_weights that are finite and not negative, got {weights}. Pass a weight of 0 or more for "
             "each class, not all 0."
         )
+
+
+def check_numeric(config: Any) -> None:
+    """The columns of numbers beside the text."""
+    names = config.numeric_columns or []
+    if len(set(names)) < len(names):
+        raise ValueError(f"Expected numeric_columns with names of their own, got {names}. Name each column once.")
+    for field in ("numeric_means", "numeric_stds"):
+        values = getattr(config, field) or []
+        if len(values) != len(names):
+            raise ValueError(
+                f"Expected {len(names)} values in {field}, one for each of numeric_columns, got {len(values)}. Pass "
+                "those of the train split."
+            )
+        if not all(math.isfinite(value) and (value > 0 or field == "numeric_means") for value in values):
+            raise ValueError(
+                f"Expected finite values in {field}, above 0 for numeric_stds, got {values}. Pass 1 for a constant "
+                "column."
+            )
 
 
 def check_exits(config: Any, exits: int) -> None:

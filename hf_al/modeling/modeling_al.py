@@ -15,9 +15,10 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .blocks import ALBlock, layout, never_empty, refuse_gradients, refuse_not_finite, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
-from .early_exit import predict_texts
+from .early_exit import last_block, predict_texts
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
 from .late import resize_late, set_late_apart
+from .numeric import numeric_inputs
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
 
 logger = logging.get_logger(__name__)
@@ -179,6 +180,7 @@ class ALModel(ALPreTrainedModel):
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        numeric_values: Tensor | None = None,
     ) -> Inputs:
         """What every block knows about a batch: ids or embeddings, mask, labels, and what the encoder adds to them.
 
@@ -187,7 +189,7 @@ class ALModel(ALPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*): 1 for text, 0 for padding; without it,
                 padding is where the ids equal `pad_token_id`.
             inputs_embeds (`torch.FloatTensor` of shape `(N, T, E)`, *optional*): instead of `input_ids`.
-            labels, token_type_ids (*optional*): as in [`ALForSequenceClassification`].
+            labels, token_type_ids, numeric_values (*optional*): as in [`ALForSequenceClassification`].
             lengths (`torch.LongTensor` of shape `(N,)`, *optional*): tokens of each text, on the CPU; only for callers
                 that know that all padding is on the right. If None, read from the mask, which waits for its device.
 
@@ -196,7 +198,7 @@ class ALModel(ALPreTrainedModel):
             tokens are cut.
 
         Raises:
-            ValueError: both `input_ids` and `inputs_embeds`, or neither.
+            ValueError: both `input_ids` and `inputs_embeds`, or neither; `numeric_values` that do not fit the model.
         """
         inputs: Inputs = {}
         if input_ids is not None and inputs_embeds is None:
@@ -209,6 +211,7 @@ class ALModel(ALPreTrainedModel):
             raise ValueError("Expected either input_ids or inputs_embeds, got both or neither. Pass one of them.")
         inputs["attention_mask"] = never_empty(mask_NT)
         inputs |= {n: t for n, t in (("labels", labels), ("token_type_ids", token_type_ids)) if t is not None}
+        inputs |= numeric_inputs(self.config, numeric_values, mask_NT)
         longest = self.config.max_position_embeddings
         inputs = truncate(inputs, longest, self.config.sep_token_id)
         inputs |= layout(inputs["attention_mask"], None if lengths is None else lengths.clamp(1, longest))
@@ -243,13 +246,15 @@ class ALModel(ALPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        numeric_values: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutput:
         """`last_hidden_state` (N, T, D) of the last block; with `output_hidden_states` and `output_attentions`
         (default: as in the config) also those of [`ALSequenceClassifierOutput`]. The other arguments are those of
         `prepare_inputs`. Nothing is cut here: gradients cross the blocks, for a head of your own."""
         wants_attentions = self._wants_attentions(output_attentions)
-        inputs = self.prepare_inputs(input_ids, attention_mask, inputs_embeds, None, token_type_ids)
+        texts = (input_ids, attention_mask, inputs_embeds, None, token_type_ids)
+        inputs = self.prepare_inputs(*texts, numeric_values=numeric_values)
         outs = [out for _, out in walk(self.blocks, {}, inputs, output_attentions=wants_attentions)]
         hidden_states = tuple(out.boundary["hidden"] for out in outs)
         return BaseModelOutput(
@@ -283,6 +288,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
         output_exit_logits: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        numeric_values: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | ALSequenceClassifierOutput:
         """Logits, and with labels the loss: the sum of the local losses in training mode, else the loss of the exit.
@@ -296,6 +302,8 @@ class ALForSequenceClassification(ALPreTrainedModel):
             exit_block (`int`, *optional*): the block to stop at, counted from 0; later blocks are not run.
             output_exit_logits (`bool`, defaults to False): return the logits of every exit on the way.
             output_hidden_states, output_attentions (`bool`, *optional*): see [`ALSequenceClassifierOutput`].
+            numeric_values (`torch.Tensor` of shape `(N, F)`, *optional*): of the columns `config.numeric_columns`, in
+                their own units, NaN where one is missing; all are missing if None.
 
         Raises:
             ValueError: an exit that does not exist, training an inference-only model, or attentions of a model that
@@ -307,9 +315,10 @@ class ALForSequenceClassification(ALPreTrainedModel):
             kind = "multi_label_classification" if multi_label else config.resolved_problem_type
             config.problem_type = kind  # type: ignore[assignment]
         learning = self.training and labels is not None
-        last = self._last_block(exit_block, learning)
+        last = last_block(config, exit_block, learning)
         wants_attentions = self.model._wants_attentions(output_attentions)
-        inputs = self.model.prepare_inputs(input_ids, attention_mask, inputs_embeds, labels, token_type_ids)
+        texts = (input_ids, attention_mask, inputs_embeds, labels, token_type_ids)
+        inputs = self.model.prepare_inputs(*texts, numeric_values=numeric_values)
         boundary = self.model.initial_boundary(labels if learning else None)
         exits = [k for k in range(last + 1) if k == last or (output_exit_logits and k in config.exits())]
         losses, hidden_states, exit_logits = [], [], []
@@ -343,24 +352,6 @@ class ALForSequenceClassification(ALPreTrainedModel):
         if self.config.resolved_problem_type == "regression":
             return nn.functional.mse_loss(logits_NC.float(), labels.view_as(logits_NC).float())
         return label_loss(logits_NC, labels, self.config)
-
-    def _last_block(self, exit_block: int | None, training: bool) -> int:
-        last = self.config.num_blocks - 1
-        if training and self.config.inference_only:
-            raise ValueError(
-                "Expected a model with its training-only parameters, got one saved with inference_only=True. "
-                "Train from the directory that holds the whole model."
-            )
-        if exit_block is None:
-            return last
-        if training:
-            raise ValueError("Expected exit_block=None in training, got a block: every block is trained.")
-        if exit_block not in self.config.exits():
-            raise ValueError(
-                f"Expected exit_block to be one of {self.config.exits()}, got {exit_block}. An inference-only model "
-                "and one trained end to end ('backprop') have their last exit only."
-            )
-        return exit_block
 
 
 class ALLstmModel(ALModel):

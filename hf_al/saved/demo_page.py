@@ -136,11 +136,13 @@ def build(model: Any, tokenizer: Any, name: str, examples: list[list[str]], pair
         shown = f"{len(rows)} rows." + (f" The first {SHOWN}:" if len(rows) > SHOWN else "")
         return shown, gr.Dataframe(table, headers=list(rows[0]), visible=True), gr.File(answers, visible=True)
 
+    numbers = getattr(asked.config, "numeric_columns", None)
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         gr.Markdown(
             f"# {name}\nA classifier of {'text pairs' if pairs else 'texts'}: {asked.config.num_blocks} blocks, "
             f"objective `{asked.config.objective}`. "
             f"It gives an answer at {'every exit' if len(asked.exits) > 1 else 'its last exit'}."
+            + (f" It also reads the columns {', '.join(numbers)}, here each as its mean." if numbers else "")
         )
         text = gr.Textbox(label="Text", lines=3, elem_id="text")
         with nullcontext() if pairs else gr.Accordion("Second text, for models of pairs", open=False):

@@ -111,6 +111,8 @@ def encoder_in_words(model: ALForSequenceClassification, k: int) -> str:
         of_late_text = "" if k == 0 else " for the late text"
         rows, width = table.weight.shape
         words.insert(0, f"{rows:,} embedding rows of {width}{of_late_text}")
+    if (numeric := getattr(block.encode, "numeric", None)) is not None:
+        words.append(f"reads {numeric.in_features} columns of numbers")
     return ", ".join(filter(None, words))
 
 

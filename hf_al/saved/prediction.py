@@ -6,6 +6,7 @@ Legend: N batch, C classes.
 import gzip
 import io
 import logging
+import math
 import sys
 import zlib
 from argparse import Namespace
@@ -47,7 +48,8 @@ def predict(
 
     Args:
         model, tokenizer: of a finished run.
-        rows: texts (or pairs); an `Unusable` gives `{"row": its number from 0, "error": why}`.
+        rows: texts (or pairs), as `Row` with numbers if the model reads any; an `Unusable` gives
+            `{"row": its number from 0, "error": why}`.
         batch_size: texts per batch, at most.
         most_tokens: of a batch, with padding; None for any number.
         exit_block: the block to stop at, from 0; the last if None; `"adaptive"`: each text leaves as calibrated.
@@ -86,13 +88,14 @@ def _predict_chunks(
         ]
         usable = [i for i, row in enumerate(chunk) if not isinstance(row, Unusable)]
         ids = _token_ids(model, tokenizer, [chunk[i] for i in usable])  # type: ignore[misc]
+        numbers = _numbers(model, [chunk[i] for i in usable])  # type: ignore[misc]
         size = batch_size
         if most_tokens is not None:
             size = max(1, min(batch_size, most_tokens // max(map(len, ids), default=1)))
         if isinstance(exit_block, str):
-            answered = _adaptive(model, ids, size, exit_block, all_scores)
+            answered = _adaptive(model, ids, numbers, size, exit_block, all_scores)
         else:
-            answered = _every_exit(model, ids, size, exit_block, all_scores)
+            answered = _every_exit(model, ids, numbers, size, exit_block, all_scores)
         for i, answer in answered:
             answers[usable[i]] = answer
         done += len(chunk)
@@ -100,7 +103,12 @@ def _predict_chunks(
 
 
 def _every_exit(
-    model: ALForSequenceClassification, ids: list[list[int]], batch_size: int, exit_block: int | None, all_scores: bool
+    model: ALForSequenceClassification,
+    ids: list[list[int]],
+    numbers: Tensor | None,
+    batch_size: int,
+    exit_block: int | None,
+    all_scores: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number of each text, and its answer with those of the exits on the way."""
     exits = [k for k in model.config.exits() if exit_block is None or k <= exit_block]
@@ -109,7 +117,10 @@ def _every_exit(
         batch = order[start : start + batch_size]
         input_ids_NT, mask_NT = _padded(model, [ids[i] for i in batch])
         with torch.inference_mode():
-            logits = model(input_ids_NT, mask_NT, exit_block=exit_block, output_exit_logits=True).exit_logits
+            logits = model(
+                input_ids_NT, mask_NT, exit_block=exit_block, output_exit_logits=True,
+                numeric_values=None if numbers is None else numbers[batch],
+            ).exit_logits  # fmt: skip
         readings = [readings_of(logits_NC, model.config, all_scores) for logits_NC in logits]
         for n, i in enumerate(batch):
             by_exit = [{"block": k, **reading[n]} for k, reading in zip(exits, readings, strict=True)]
@@ -117,11 +128,16 @@ def _every_exit(
 
 
 def _adaptive(
-    model: ALForSequenceClassification, ids: list[list[int]], batch_size: int, exit: str, all_scores: bool
+    model: ALForSequenceClassification,
+    ids: list[list[int]],
+    numbers: Tensor | None,
+    batch_size: int,
+    exit: str,
+    all_scores: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number of each text, and its answer with the block after which it left."""
     if ids:
-        out = model.predict(*_padded(model, ids), exit=exit, batch_size=batch_size)
+        out = model.predict(*_padded(model, ids), exit=exit, batch_size=batch_size, numeric_values=numbers)
         assert out.logits is not None
         assert out.exit_blocks is not None
         readings = readings_of(out.logits, model.config, all_scores)
@@ -149,6 +165,15 @@ def _token_ids(
         return []
     limit = longest_text(model.config, tokenizer)
     return tokenizer(*map(list, zip(*rows, strict=True)), truncation=True, max_length=limit)["input_ids"]
+
+
+def _numbers(model: ALForSequenceClassification, rows: list[Texts]) -> Tensor | None:
+    """Those of the rows (N, F), where the model is; NaN in rows without any, None for a model that reads none."""
+    names = model.config.numeric_columns
+    if not names:
+        return None
+    found = [getattr(row, "numbers", None) or [math.nan] * len(names) for row in rows]
+    return torch.tensor(found, dtype=torch.float64, device=device_of(model)).view(len(rows), len(names))
 
 
 def _padded(model: ALForSequenceClassification, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -195,11 +220,15 @@ def predict_file(flags: Namespace) -> None:
     model.to(best_device())  # type: ignore[arg-type]
     if flags.input is None and not flags.texts and sys.stdin.isatty():
         logger.info("Reading %s from the terminal; Ctrl-D ends it.", "lines" if kind == "text" else kind)
+    if kind == "text" and model.config.numeric_columns:
+        names = ", ".join(model.config.numeric_columns)
+        logger.warning("The model also reads %s, which lines of text do not have: each counts as its mean.", names)
     total, errors = 0, 0
     given: deque[Texts | Unusable] = deque()  # rows that have no answer yet
     bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())
     with bar, _source(flags) as stream:
-        rows = read_rows(stream, kind, flags.text_column_names, flags.id_column, flags.csv_delimiter)
+        numeric = model.config.numeric_columns or ()
+        rows = read_rows(stream, kind, flags.text_column_names, flags.id_column, flags.csv_delimiter, numeric)
         chunks = predict(
             model, tokenizer, _remembered(rows, given), flags.batch_size, flags.exit_block, flags.all_scores
         )

@@ -1,23 +1,30 @@
 """What a request to `hf-al serve` asks for, read from its body; what cannot be answered is refused with a reason."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.numeric import number
 from ..messages import nearest
-from .rows import RowError, Texts, usable
+from .rows import Row, RowError, Texts, usable
 
 TEXT = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2}]}
+NUMBERS = {"type": "object", "additionalProperties": {"type": ["number", "null"]}}
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "texts": {"type": "array", "items": TEXT, "minItems": 1, "description": "texts, or pairs of texts"},
         "text": {"type": "string", "description": "in place of texts: a single one"},
+        "numbers": {
+            "type": "array", "items": NUMBERS,
+            "description": "for a model that reads columns of numbers: by column, for each of the texts",
+        },
         "exit": {"oneOf": [{"type": "integer"}, {"const": "adaptive"}], "description": "the block to stop at"},
         "all_scores": {"type": "boolean", "default": False, "description": "scores of all classes"},
     },
     "additionalProperties": False,
-}
+}  # fmt: skip
 KEYS = tuple(SCHEMA["properties"])
 EXAMPLE = 'Send {"texts": ["The crew was lovely!"]}, for example.'
 LONGEST_TEXT = 2**16  # characters; no model reads as many, but its tokenizer would
@@ -59,7 +66,8 @@ def read_body(body: bytes, config: Any, default_exit: int | str, most: int) -> A
     all_scores = values.get("all_scores", False)
     if not isinstance(all_scores, bool):
         raise Refused(422, f"Expected all_scores to be true or false, got {_short(all_scores)}. Leave it out.")
-    return Asked(_texts(values, most), _exit(values.get("exit"), config, default_exit), all_scores)
+    texts = _with_numbers(_texts(values, most), values.get("numbers"), config.numeric_columns or [])
+    return Asked(texts, _exit(values.get("exit"), config, default_exit), all_scores)
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -98,6 +106,35 @@ def _text(text: Any, where: str) -> Texts:
     if longest > LONGEST_TEXT:
         raise Refused(422, f"Expected at most {LONGEST_TEXT} characters in {where}, got {longest}. Send its beginning.")
     return texts
+
+
+def _with_numbers(texts: list[Texts], numbers: Any, columns: Sequence[str]) -> list[Texts]:
+    """The texts with their numbers, those that are null or left out as missing ones."""
+    if numbers is None:
+        return texts
+    if not columns:
+        raise Refused(422, "Expected no numbers for a model that reads text alone, got some. Leave them out.")
+    if not isinstance(numbers, list) or len(numbers) != len(texts):
+        wanted = f"{len(texts)} objects, one for each text"
+        raise Refused(422, f"Expected numbers to be a list of {wanted}, got {_short(numbers)}.")
+    return [
+        _numbered(text, row, columns, f"numbers[{i}]") for i, (text, row) in enumerate(zip(texts, numbers, strict=True))
+    ]
+
+
+def _numbered(text: Texts, row: Any, columns: Sequence[str], where: str) -> Row:
+    if not isinstance(row, dict):
+        raise Refused(422, f"Expected an object with {', '.join(columns)} as {where}, got {_short(row)}.")
+    unknown = next((name for name in row if name not in columns), None)
+    if unknown is not None:
+        known = f"the columns {', '.join(columns)}"
+        raise Refused(422, f"Expected {known} in {where}, got {_short(unknown)}.{nearest(unknown[:40], columns)}")
+    found = Row(text)
+    try:
+        found.numbers = [number(row.get(name)) for name in columns]
+    except ValueError as error:
+        raise Refused(422, f"{error} This is in {where}.") from None
+    return found
 
 
 def _exit(exit: Any, config: Any, default: int | str) -> int | str:

@@ -5,13 +5,18 @@ An unusable row gives an `Unusable` in its place. Memory is bounded: a row longe
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
 from ..data.columns import LABEL_NAMES, guess_text
+from ..data.numeric import number
 from ..early import check_once, guess_delimiter
+from ..messages import nearest
+
+logger = logging.getLogger(__name__)
 
 END = "\0end of file"  # behind the last line of a csv file: in a cell of its own, unless a quote is still open
 LONGEST_ROW = 2**20  # bytes per line, characters per csv cell
@@ -21,10 +26,11 @@ T = TypeVar("T")
 Texts = tuple[str, ...]  # a text, or the two of a pair
 
 
-class Identified(tuple[str, ...]):
-    """The texts of a row, with its id."""
+class Row(tuple[str, ...]):
+    """The texts of a row, with its id and its numbers, if they are asked for."""
 
     id: str | None = None
+    numbers: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def read_rows(
     named: str | None = None,
     id_column: str | None = None,
     delimiter: str | None = None,
+    numeric: Sequence[str] = (),
 ) -> Iterator[Texts | Unusable]:
     """The texts of `stream`.
 
@@ -55,7 +62,9 @@ def read_rows(
         kind: `text` (one text per line), `csv` or `tsv` (with a header; blank lines are skipped), or `jsonl` (objects).
         named: column of the text, or two, comma-separated, for pairs; guessed if None.
         delimiter: of csv; guessed from the header if None.
-        id_column: column whose value becomes the `id` of each row; then texts are `Identified`.
+        id_column: column whose value becomes the `id` of each `Row`.
+        numeric: columns that become its `numbers`, NaN where a cell is empty. Lines of text have none; json objects may
+            lack them.
 
     Raises:
         ValueError: a column that does not exist, or columns that are ambiguous.
@@ -69,9 +78,9 @@ def read_rows(
             raise ValueError("Expected no columns for text lines, got some. Pass --input_format csv or jsonl.")
         return _each(lines, lambda line: usable((line.rstrip("\r\n"),)))
     return (
-        _csv_rows(lines, delimiter or (None if kind == "csv" else "\t"), names, id_column)
+        _csv_rows(lines, delimiter or (None if kind == "csv" else "\t"), names, id_column, numeric)
         if kind in ("csv", "tsv")
-        else _json_rows(lines, names, id_column)
+        else _json_rows(lines, names, id_column, numeric)
     )
 
 
@@ -149,10 +158,11 @@ def usable(texts: Iterable[Any]) -> Texts:
     return texts
 
 
-def _identified(texts: Iterable[Any], id: Any) -> Texts:
-    """Usable texts with the id of their row; it also goes into the error if they are not usable."""
+def _row(texts: Iterable[Any], id: Any, numbers: dict[str, Any]) -> Row:
+    """Usable texts with the id of their row and its numbers; the id also goes into the error if they are not usable."""
     try:
-        found = Identified(usable(texts))
+        found = Row(usable(texts))
+        found.numbers = [_number(name, cell) for name, cell in numbers.items()]
     except RowError as error:
         error.id = None if id is None else str(id)
         raise
@@ -160,8 +170,15 @@ def _identified(texts: Iterable[Any], id: Any) -> Texts:
     return found
 
 
+def _number(name: str, cell: Any) -> float:
+    try:
+        return number(cell)
+    except ValueError as error:
+        raise RowError(f"{error} This is the column {name!r}.") from None
+
+
 def _csv_rows(
-    lines: Iterator[str], delimiter: str | None, names: list[str], id_column: str | None
+    lines: Iterator[str], delimiter: str | None, names: list[str], id_column: str | None, numeric: Sequence[str]
 ) -> Iterator[Texts | Unusable]:
     csv.field_size_limit(LONGEST_ROW)
     try:
@@ -176,7 +193,13 @@ def _csv_rows(
     check_once(header)
     if id_column is not None and id_column not in header:
         raise ValueError(f"Expected column {id_column!r}, got the columns {header}. Check --id_column.")
-    where = [header.index(name) for name in choose_text_columns([c for c in header if c != id_column], names)]
+    for name in (name for name in numeric if name not in header):
+        raise ValueError(
+            f"Expected column {name!r}, whose numbers the model reads, got the columns {header}."
+            f"{nearest(name, header)} Add it; cells of missing values may be empty."
+        )
+    others = {id_column, *numeric}
+    where = [header.index(name) for name in choose_text_columns([c for c in header if c not in others], names)]
 
     def parse(row: list[str]) -> Texts | None:
         if not row or row == [END]:
@@ -188,21 +211,26 @@ def _csv_rows(
             )
         if len(row) != len(header):
             raise RowError(f"Expected {len(header)} cells, as the header has, got {len(row)}.")
-        texts = (row[i] for i in where)
-        return usable(texts) if id_column is None else _identified(texts, row[header.index(id_column)])
+        id = None if id_column is None else row[header.index(id_column)]
+        return _row((row[i] for i in where), id, {name: row[header.index(name)] for name in numeric})
 
     return _each(cells, parse)
 
 
-def _json_rows(lines: _Lines, names: list[str], id_column: str | None) -> Iterator[Texts | Unusable]:
+def _json_rows(
+    lines: _Lines, names: list[str], id_column: str | None, numeric: Sequence[str]
+) -> Iterator[Texts | Unusable]:
     objects = _each(lines, _json_object)
-    first, columns = _first_with_text(objects, names, id_column)
+    first, columns = _first_with_text(objects, names, {id_column, *numeric})
+    for name in numeric if first and not isinstance(first[-1], Unusable) else ():
+        if name not in first[-1]:
+            logger.warning("No %s in the first row: where it is missing, its mean counts.", name)
 
     def parse(row: dict | Unusable) -> Texts:
         if isinstance(row, Unusable):
             raise RowError(row.reason)
-        texts = (row.get(name) for name in columns)
-        return usable(texts) if id_column is None else _identified(texts, row.get(id_column))
+        id = None if id_column is None else row.get(id_column)
+        return _row((row.get(name) for name in columns), id, {name: row.get(name) for name in numeric})
 
     return _each(chain(first, objects), parse)
 
@@ -220,9 +248,9 @@ def _json_object(line: str) -> dict | None:
 
 
 def _first_with_text(
-    objects: Iterator[dict | Unusable], names: list[str], id_column: str | None
+    objects: Iterator[dict | Unusable], names: list[str], others: Collection[str | None]
 ) -> tuple[list, list[str]]:
-    """The rows up to the first one that has the text column, and the column(s)."""
+    """The rows up to the first one that has the text column, and the column(s), which are none of the `others`."""
     rows: list[dict | Unusable] = []
     keys: dict[str, None] = {}
     for row in islice(objects, LOOK_AHEAD):
@@ -230,7 +258,7 @@ def _first_with_text(
         if isinstance(row, dict):
             keys |= dict.fromkeys(row)
             try:
-                return rows, choose_text_columns([name for name in row if name != id_column], names)
+                return rows, choose_text_columns([name for name in row if name not in others], names)
             except ValueError:
                 continue
     return rows, choose_text_columns(list(keys), names) if keys else names or ["text"]

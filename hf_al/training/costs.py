@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import TrainingArguments
+from ..loading import device_of
 from ..modeling.blocks import BlockOutput, walk
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
@@ -59,7 +60,14 @@ def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> 
     single = config.resolved_problem_type == "single_label_classification"
     labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
     mask = torch.ones_like(input_ids)
-    return model.model.prepare_inputs(input_ids, mask, labels=labels.to(input_ids.device))
+    numbers = no_numbers(model, rows)
+    return model.model.prepare_inputs(input_ids, mask, labels=labels.to(input_ids.device), numeric_values=numbers)
+
+
+def no_numbers(model: ALForSequenceClassification, rows: int) -> Tensor | None:
+    """`numeric_values` of so many texts, none of which has any; None for a model that reads none."""
+    names = model.config.numeric_columns
+    return torch.full((rows, len(names)), torch.nan, device=device_of(model)) if names else None
 
 
 def random_inputs(

@@ -15,6 +15,7 @@ from ..arguments import TrainingArguments
 from ..data import sources, tokenization
 from ..data.batching import BatchOrder, token_lengths
 from ..data.labels import encode_labels, label_names, problem_type_of
+from ..data.numeric import standards
 from ..data.streaming import StreamOrder, Windows, open_windows
 from ..loading import difference, load_encoder, load_model, longest_text
 from ..messages import some
@@ -37,7 +38,7 @@ Start = tuple[
 
 def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows | None = None) -> Start:
     """The model, its tokenizer, the tokenized splits (of a stream, its first window), the batch order, and what the
-    report says of the rows: the `fingerprint` of each split, and whether they are `pairs`.
+    report says of the rows: the `fingerprint` of each split, whether they are `pairs`, and the `numbers` beside them.
 
     Args:
         args: of the run.
@@ -47,26 +48,32 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
     Raises:
         ValueError: data, a tokenizer or a saved model that cannot be used.
     """
+    saved = None
+    if args.model_name_or_path:
+        saved = load_model(args.model_name_or_path, args.model_revision)
+        _take_columns(args, saved[0].config)
     if args.streaming:
         if windows is None:
             windows, datasets = open_windows(args, sources.load_raw(args) if datasets is None else datasets)
         assert datasets is not None
         columns = sources.choose_columns(datasets["train"], args)
     data, fingerprints = sources.load_with_fingerprints(args, datasets)
-    about = {"fingerprint": fingerprints, "pairs": "text_pair" in data["train"].column_names}
+    about: dict[str, Any] = {"fingerprint": fingerprints, "pairs": "text_pair" in data["train"].column_names}
     name = args.tokenizer_source
     fields = {f.name: f.default for f in dataclasses.fields(args)}
     unused = [n for n in OF_NEW_TOKENIZERS if getattr(args, n) != fields[n]] if name else []
     if unused:
         logger.warning("The tokenizer is that of %s. Without effect: %s.", name, ", ".join(unused))
-    if args.model_name_or_path:
-        model, tokenizer, data = continue_model(args, data)
+    if saved is not None:
+        model, tokenizer, data = continue_model(args, *saved, data)
     else:
         tokenizer = tokenization.build_tokenizer(args, data["train"])
         if args.word_vectors == "auto":
             args.word_vectors = tokenization.automatic_vectors(args, tokenizer)
         model = build_model(args, tokenizer, data["train"])
-    _check_late(model.config, bool(about["pairs"]))
+    _check_late(model.config, about["pairs"])
+    if args.numeric_column_names:
+        about["numbers"] = {"columns": args.numeric_column_names, "block": model.config.numeric_block}
     tokens = tokenization.tokenize(data, tokenizer, args)
     batch = args.global_batch_size
     if windows is None:
@@ -74,7 +81,7 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
     kind, names = problem_type_of(data["train"]), label_names(data["train"])
 
     def encode(rows: Dataset) -> Dataset:
-        rows = sources.named_columns(rows, *columns, "train")
+        rows = sources.named_columns(rows, *columns, "train", args.numeric_column_names)
         sources.check_rows(rows, "train")
         labelled = encode_labels({"train": rows}, kind, names)
         return tokenization.tokenize(DatasetDict(labelled), tokenizer, args)["train"]
@@ -111,6 +118,9 @@ def build_model(
         **_label_values(train),
         **args.model,
     }
+    if args.numeric_column_names:
+        names = args.numeric_column_names
+        values |= {"numeric_columns": names, **standards(train, names)}
     if args.encoder:
         return _from_encoder(args, values)
     rows = None
@@ -143,10 +153,24 @@ def _from_encoder(args: TrainingArguments, values: dict[str, Any]) -> ALForSeque
     return model
 
 
+def _take_columns(args: TrainingArguments, saved: ALConfig) -> None:
+    """Those of numbers are the saved model's. ValueError if others are named."""
+    theirs, named = saved.numeric_columns, args.numeric_column_names
+    if named and named != theirs:
+        raise ValueError(
+            f"Expected numeric_column_names={','.join(theirs or []) or None}, those of {args.model_name_or_path}, got "
+            f"{','.join(named)}. Leave them out."
+        )
+    args.numeric_column_names = theirs
+
+
 def continue_model(
-    args: TrainingArguments, data: DatasetDict
+    args: TrainingArguments,
+    saved: ALForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
 ) -> tuple[ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict]:
-    """The model of `args.model_name_or_path`, and its tokenizer, to go on with.
+    """The model of `args.model_name_or_path` (`saved`), and its tokenizer, to go on with.
 
     If the model knows all labels of the data, it keeps its own, in their order. If not, its label side starts anew: the
     layers between labels and target codes, which have one row or column per label. With more `num_blocks` than were
@@ -159,7 +183,6 @@ def continue_model(
     name = args.model_name_or_path
     assert name is not None
     args.word_vectors = None
-    saved, tokenizer = load_model(name, args.model_revision)
     if args.model_type not in ("", saved.config.model_type):
         raise ValueError(
             f"Expected model_type={saved.config.model_type}, that of {name}, got {args.model_type}. Leave it out."

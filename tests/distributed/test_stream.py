@@ -89,6 +89,21 @@ def test_labels_and_texts_of_every_kind_stream(kind, case, run_flags, few_tweets
         assert sha256(tmp_path / f"{stages}") == sha256(tmp_path / "1")
 
 
+@pytest.mark.parametrize("more", [slow([]), ["--dispatch_data", "--streaming", "--streaming_buffer_size=100"]])
+def test_numbers_beside_the_text_give_the_same_bits(more, run_flags, few_tweets, tmp_path):
+    files = []
+    for split, rows in few_tweets.items():
+        path = tmp_path / f"{split}.jsonl"
+        values = ({"length": len(row["text"]) if i % 9 else None} for i, row in enumerate(rows))
+        path.write_text("".join(json.dumps({**r, **v}) + "\n" for r, v in zip(rows, values, strict=True)))
+        files.append(f"--{split}_file={path}")
+    for stages in (1, 2):
+        flags = ["--numeric_column_names=length", "--numeric_block=2", "--text_column_names=text", "--max_steps=30"]
+        flags = run_flags("lstm_al_ce", stages, tmp_path / f"{stages}", *files, *flags, *more)
+        run_world(stages, jobs.train, flags)
+    assert sha256(tmp_path / "1", 30) == sha256(tmp_path / "2", 30)
+
+
 @pytest.mark.parametrize("more", [[], slow(["--lora_r=2"])], ids=["whole", "lora"])
 def test_a_pretrained_encoder_streams(more, encoder_folder, tweet_files, tmp_path):
     decided = ("--hidden_size", "--hidden_dropout", "--embedding_dropout")

@@ -1,0 +1,70 @@
+"""Columns of numbers beside the text, as one column `numeric_values`: for each row a list of floats, NaN if missing."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Value
+from datasets import List as ListFeature
+
+VALUES = "numeric_values"
+
+
+def with_values(rows: Dataset, names: Sequence[str], split: str) -> Dataset:
+    """The rows with their columns `names` in one, in this order; the same rows if there are no names.
+
+    Raises:
+        ValueError: a value that is no finite number, with its column and row. Empty cells and NaN are missing values.
+    """
+    if not names:
+        return rows
+    columns = [[_number(value, name, row, split) for row, value in enumerate(rows[name][:])] for name in names]
+    values = np.array(columns, np.float64).T.tolist()
+    return rows.remove_columns(list(names)).add_column(VALUES, values, feature=ListFeature(Value("float64")))
+
+
+def _number(value: Any, name: str, row: int, split: str) -> float:
+    try:
+        return number(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} This is column {name!r} in row {row} (from 0) of the {split} split. Correct it, leave the cell "
+            "empty if the value is missing, or take the column out of --numeric_column_names."
+        ) from None
+
+
+def number(value: Any) -> float:
+    """A cell as a float; NaN if it is empty.
+
+    Raises:
+        ValueError: anything but a finite number.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"Expected a number or nothing, got {str(value)[:40]!r}.") from None
+    if math.isinf(found):
+        raise ValueError(f"Expected a finite number, got {value!r}.")
+    return found
+
+
+def standards(train: Dataset, names: Sequence[str]) -> dict[str, list[float]]:
+    """The config values `numeric_means` and `numeric_stds` of the train split; a constant column has the deviation 1.
+
+    Raises:
+        ValueError: a column without any value.
+    """
+    values_NF = np.array(train[VALUES][:], np.float64)
+    for name, values_N in zip(names, values_NF.T, strict=True):
+        if np.isnan(values_N).all():
+            raise ValueError(
+                f"Expected numbers in the column {name!r} of train, got none. Take it out of --numeric_column_names."
+            )
+    differs = np.nanmax(values_NF, axis=0) > np.nanmin(values_NF, axis=0)  # rounding gives constants a deviation, too
+    return {
+        "numeric_means": np.nanmean(values_NF, axis=0).tolist(),
+        "numeric_stds": np.where(differs, np.nanstd(values_NF, axis=0), 1.0).tolist(),
+    }
