@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hf_al.atomic import alone_at
 from hf_al.study import execution
 from hf_al.study.intervals import packed, points_apart, unpacked
-from hf_al.study.page import draw, write_page
+from hf_al.study.page import draw, in_short, write_page
 from hf_al.study.plan import read_study
 from hf_al.study.results import Results
 from hf_al.study.runs import Key, all_runs, planned
@@ -462,6 +462,26 @@ def test_each_arm_is_compared_with_its_own_baseline(place):
     assert lines["al_ce 2"]["test"] == 0.75
     assert lines["al_ce 2"]["seeds"] == "2"
     assert lines["al_ce 2"]["std"] == 0
+
+
+def test_the_page_says_in_short_who_is_ahead_and_who_is_behind(place, tmp_path):
+    names = ("better", "worse", "alike", "wild", "backprop")
+    place.write(arms={name: {"bridge_layers": n} for n, name in enumerate(names, 1)})
+    study, _ = place.study()
+    right = np.arange(400) % 2
+    rights = {"better": right | (np.arange(400) % 8 == 0), "worse": right & (np.arange(400) % 8 != 1)}
+    wild = {1: 1 - right, 2: right}
+
+    def given(key):
+        return row(key, right=wild[key.seed] if key.arm == "wild" else rights.get(key.arm, right))
+
+    summary = Summary(study, {key: given(key) for key in planned(study, {})})
+    said = "ahead of the baseline: better; at most 0.5 points behind: alike; behind: worse; too close to tell: wild."
+    assert in_short(summary) == [f"- lstm, by 95 % intervals over mine: {said}"]
+    write_page(tmp_path / "page.md", summary)
+    assert said in (tmp_path / "page.md").read_text()
+    summary = Summary(study, {key: given(key) for key in planned(study, {}) if key.seed == 1})
+    assert in_short(summary) == ["- lstm, by 95 % intervals over mine: 4 without an interval over all sets."]
 
 
 def test_sets_count_equally_and_only_shared_seeds_are_compared(place, tmp_path):

@@ -1,5 +1,6 @@
 """The page of a study: question, protocol, tables, plot, and what was not run."""
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ COLUMNS = (
     "time in twenty."
 )
 
+MARGIN = 0.5  # points of test accuracy
 SETTINGS = (
     "The best setting of each arm on each set, by validation with seed {}; in brackets, validation with each setting, "
     "in the order of the heading. A star marks an end of the search: beyond it there may be better ones."
@@ -34,7 +36,8 @@ SETTINGS = (
 def write_page(path: Path, summary: Summary) -> None:
     """Writes the page and, into `images` beside it, its plot."""
     study = summary.study
-    lines = [f"# Study: {study.name}", "", study.question, "", "## Protocol", "", *_protocol(summary)]
+    lines = [f"# Study: {study.name}", "", study.question, "", *in_short(summary)]
+    lines += ["", "## Protocol", "", *_protocol(summary)]
     figure, images = draw(summary), path.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     if figure is not None:
@@ -60,6 +63,26 @@ def write_page(path: Path, summary: Summary) -> None:
 def kinds_tuned(study: Study) -> list[str]:
     """The architectures for which something is tuned."""
     return [kind for kind in study.architectures if len(study.tune[kind]) > 1]
+
+
+def in_short(summary: Summary) -> list[str]:
+    """For each architecture, what the intervals over all sets say of the arms."""
+    study, lines = summary.study, []
+    for kind in study.architectures:
+        found = {arm: summary.difference(kind, arm, tuple(study.sets)) for arm in study.baselines}
+        known = {arm: ends for arm, ends in found.items() if ends is not None and not math.isnan(ends[1])}
+        groups = {
+            "ahead of the baseline": [arm for arm, (_, low, _) in known.items() if low > 0],
+            f"at most {MARGIN} points behind": [arm for arm, (_, low, _) in known.items() if -MARGIN < low <= 0],
+            "behind": [arm for arm, (_, _, high) in known.items() if high < 0],
+        }
+        decided = [arm for arms in groups.values() for arm in arms]
+        groups["too close to tell"] = [arm for arm in known if arm not in decided]
+        said = [f"{what}: {', '.join(arms)}" for what, arms in groups.items() if arms]
+        runs = len(found) - len(known)
+        said += [f"{runs} without an interval over all sets"] * (runs > 0)
+        lines.append(f"- {kind}, by 95 % intervals over {', '.join(study.sets)}: {'; '.join(said)}.")
+    return lines
 
 
 def as_text(summary: Summary) -> str:
