@@ -117,7 +117,7 @@ def draw_inside(summary: Summary, architecture: str) -> "Figure | None":
             ax.grid(color="#dddddd", linewidth=0.6)
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.tick_params(labelsize=8)
+            ax.tick_params(which="both", labelsize=7.5)
     for ax in axes[-1]:
         ax.set_xlabel("block", fontsize=8)
         ax.xaxis.get_major_locator().set_params(integer=True)
