@@ -121,6 +121,7 @@ def labelled_tokens(
         problem_type=config.resolved_problem_type,
         max_seq_length=longest_text(config, tokenizer),
     )
+    sources.check_numbers(dataset, config.numeric_columns or [])
     named = sources.choose_columns(dataset, args)
     dataset = sources.named_columns(dataset, *named, "test", args.numeric_column_names)
     sources.check_rows(dataset, "test")

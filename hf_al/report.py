@@ -23,7 +23,7 @@ REPORTED = (
     "arguments",
 )  # fmt: skip
 PRUNED = (
-    "These are the first {} of {} blocks that were trained together: steps, time, memory and arguments are those of "
+    "Of {1} blocks that were trained together, the first {0} are left: steps, time, memory and arguments are those of "
     "all of them, and so is the choice of the step."
 )
 MOST_ROWS = 20  # classes; with more, the confusion matrix is not also a table

@@ -64,6 +64,19 @@ def test_lines_end_as_they_do(end, tmp_path):
     assert rows_of(read_file(str(path))) == ROWS
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves a refused file open
+def test_a_column_may_look_different_after_many_rows(tmp_path):
+    """datasets takes the type of a column from the first rows of a csv file."""
+    path = tmp_path / "long.csv"
+    fractions, words = [*["1"] * 40_000, "3.5", "2"], [*["1"] * 40_000, "none", ""]
+    rows = zip(fractions, words, strict=True)
+    path.write_text("text,label,price,stock\n" + "".join(f"a text,0,{a},{b}\n" for a, b in rows))
+    data = read_file(str(path))
+    assert data["price"][-3:] == [1.0, 3.5, 2.0]
+    assert data["stock"][-3:] == ["1", "none", ""]
+    assert data["label"][-1] == 0
+
+
 @pytest.mark.parametrize("header", ['"text', "text," + "x" * 200_000, '"te"xt",label'])
 def test_a_header_that_is_no_csv_is_no_crash(header, tmp_path):
     path = tmp_path / "rows.csv"

@@ -183,9 +183,9 @@ def test_hf_al_prune_leaves_a_model_folder(shell, small, texts, few_tweets, tmp_
     assert (report["num_blocks"], report["pruned_from"]) == (1, 2)
     assert report["parameters"]["inference"] < whole["parameters"]["inference"]
     assert {name.split("/")[1] for row in report["history"] for name in row if "/" in name} == {"0"}
-    assert "These are the first 1 of 2 blocks" in (out / "report.md").read_text()
+    assert "Of 2 blocks that were trained together, the first 1 are left" in (out / "report.md").read_text()
     hub.prepare(report, str(out), "me/small", tmp_path / "pushed", False, None, None)
-    assert "first 1 of 2 blocks that were trained" in (tmp_path / "pushed" / "README.md").read_text()
+    assert "Of 2 blocks that were trained together" in (tmp_path / "pushed" / "README.md").read_text()
     assert_mistake(shell("prune", str(small), str(out), "--keep=1"), "Expected a new or an empty folder")
     assert_mistake(shell("prune", str(small), str(tmp_path / "x"), "--keep=2"), "fewer than 2, which there are, got 2")
     assert_mistake(shell("prune", str(small), str(tmp_path / "x")), "required: --keep")

@@ -119,11 +119,23 @@ def test_texts_that_leave_early_keep_their_numbers(model, make_batch):
         torch.testing.assert_close(out.logits[row], expected[block][row], atol=1e-5, rtol=0)
 
 
-def test_numbers_may_come_before_late_text(make_model, make_batch):
-    model = make_model("al_transformer", late_block=2, late_from=3, numeric_block=BLOCK, **COLUMNS).eval()
+@pytest.mark.parametrize(("late", "block"), [(2, 1), (1, 1), (1, 2), (1, 0)])
+def test_numbers_may_come_before_late_text_with_it_and_after_it(late, block, make_model, make_batch):
+    model = make_model("al_transformer", late_block=late, late_from=3, numeric_block=block, **COLUMNS).eval()
     batch, values = make_batch(), some_values(4)
     before, after = exits(model, batch, values), exits(model, batch, values + 1)
-    assert [torch.equal(one, two) for one, two in zip(before, after, strict=True)] == [True, False, False]
+    same = [torch.equal(one, two) for one, two in zip(before, after, strict=True)]
+    assert same == [k < block for k in range(3)]
+
+
+def test_numbers_of_any_type_are_read_alike_and_far_ones_leave_the_answers_finite(model, make_batch):
+    batch, whole = make_batch(), torch.tensor([[10, 90], [31, 2], [7, 0], [1, 1]])
+    for one, two in zip(exits(model, batch, whole), exits(model, batch, whole.double()), strict=True):
+        assert torch.equal(one, two)
+    for far in (3e38, 1e300, math.inf, -math.inf):
+        assert all(
+            logits.isfinite().all() for logits in exits(model, batch, torch.full((4, 2), far, dtype=torch.float64))
+        )
 
 
 def test_a_saved_model_gives_the_same_logits(model, make_batch, tmp_path):
@@ -184,13 +196,19 @@ def test_cells_of_every_kind_are_numbers_or_missing():
 
 
 @pytest.mark.parametrize(
-    ("cell", "said"), [("old", "a number or nothing, got 'old'"), ("inf", "a finite number, got 'inf'")]
+    ("cell", "said"), [("old", "a number or nothing, got 'old'"), ("-inf", "a finite number up to 3e\\+38, got '-inf'")]
 )
 def test_a_cell_that_is_no_number_is_named_by_column_and_row(cell, said):
     rows = Dataset.from_dict({"text": ["x"] * 3, "age": ["1", "2", cell]})
     with pytest.raises(ValueError, match=said) as error:
         with_values(rows, ["age"], "validation")
     assert "column 'age' in row 2 (from 0) of the validation split" in str(error.value)
+
+
+def test_true_and_false_are_one_and_zero_however_a_file_is_read():
+    for cells in ([True, False], ["True", "false"], ["TRUE ", "0"]):
+        rows = with_values(Dataset.from_dict({"text": ["x"] * 2, "a": cells}), ["a"], "train")
+        assert rows["numeric_values"][:] == [[1.0], [0.0]]
 
 
 def test_a_resumed_run_must_find_the_same_numbers():

@@ -311,7 +311,8 @@ def test_an_error_in_the_model_is_one_line_and_the_server_lives_on(calibrated, m
 
 
 def test_health_and_links(client):
-    assert client.get("/health").json() == {"status": "ok", "model": "run", "exits": [0, 1], "exit": "adaptive"}
+    said = {"status": "ok", "model": "run", "exits": [0, 1], "exit": "adaptive", "numbers": []}
+    assert client.get("/health").json() == said
     for link in client.get("/").json().values():
         assert client.get(link).status_code == (405 if link == "/predict" else 200)
     assert client.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]

@@ -2,10 +2,12 @@
 
 import glob
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DownloadManager, IterableDataset, load_dataset
+import pyarrow as pa
+from datasets import Dataset, DownloadManager, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..atomic import disk_error
@@ -21,12 +23,12 @@ def read_file(path: str, delimiter: str | None = None) -> Dataset:
     Raises:
         ValueError: a file that is missing, empty, of another kind, not UTF-8, or not in the format of its ending.
     """
-    file, kind, options, _ = checked_file(path, delimiter)
+    file, kind, options, names = checked_file(path, delimiter)
     try:
         if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
             file = Path(DownloadManager().extract(str(file)))
         with writing_cache():
-            data = load_dataset(READERS[kind], data_files=glob.escape(str(file)), split="train", **options)
+            data = _loaded(file, kind, options, names)
         for column in data.data.columns:
             column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
@@ -38,6 +40,26 @@ def read_file(path: str, delimiter: str | None = None) -> Dataset:
         raise ValueError(
             f"Expected {path} to be a {kind} file, got {type(cause).__name__}: {reason}. {advice}"
         ) from error
+    return data
+
+
+def _loaded(file: Path, kind: str, options: dict[str, Any], names: list[str]) -> Dataset:
+    """datasets takes the type of a column from the first 10,000 rows of a csv file, and refuses the file if a later
+    cell does not fit: a fraction after whole numbers, an empty cell. Then all cells are read as text, and a column
+    becomes one of numbers if all of it can."""
+    where = {"data_files": glob.escape(str(file)), "split": "train"}
+    try:
+        return load_dataset(READERS[kind], **where, **options)
+    except DatasetGenerationError as error:
+        if not isinstance(error.__cause__, pa.ArrowInvalid) or READERS[kind] != "csv" or not all(names):
+            raise
+    texts = Features(dict.fromkeys(names, Value("string")))
+    data = load_dataset("csv", **where, **options, features=texts)
+    for name in names:
+        for number in ("int64", "float64"):
+            with suppress(pa.ArrowInvalid):
+                data = data.cast_column(name, Value(number))
+                break
     return data
 
 

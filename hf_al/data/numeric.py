@@ -9,6 +9,7 @@ from datasets import Dataset, Value
 from datasets import List as ListFeature
 
 VALUES = "numeric_values"
+LARGEST = 3e38  # of float32
 
 
 def with_values(rows: Dataset, names: Sequence[str], split: str) -> Dataset:
@@ -35,19 +36,20 @@ def _number(value: Any, name: str, row: int, split: str) -> float:
 
 
 def number(value: Any) -> float:
-    """A cell as a float; NaN if it is empty.
+    """A cell as a float; NaN if it is empty, 1 and 0 for true and false.
 
     Raises:
-        ValueError: anything but a finite number.
+        ValueError: anything but a finite number that float32 can hold.
     """
-    if value is None or (isinstance(value, str) and not value.strip()):
+    written = value.strip().lower() if isinstance(value, str) else value
+    if written is None or written == "":
         return math.nan
     try:
-        found = float(value)
+        found = float({"true": 1, "false": 0}.get(written, written) if isinstance(written, str) else written)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"Expected a number or nothing, got {str(value)[:40]!r}.") from None
-    if math.isinf(found):
-        raise ValueError(f"Expected a finite number, got {value!r}.")
+    if abs(found) > LARGEST:
+        raise ValueError(f"Expected a finite number up to {LARGEST:.1g}, got {value!r}.")
     return found
 
 

@@ -14,6 +14,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+FARTHEST = 1e4  # deviations from the mean; what is farther off counts as that, so that answers stay finite
+
 
 def numeric_layer(config: Any, index: int, width: int) -> nn.Linear | None:
     """The layer F -> E = `width` of block `index`, if that is the one that reads the columns."""
@@ -35,7 +37,8 @@ def numeric_inputs(config: Any, values_NF: Tensor | None, mask_NT: Tensor) -> di
 
     Args:
         config: of the model.
-        values_NF: in their own units; NaN is a missing value, which counts as the mean. All are missing if None.
+        values_NF: numbers of any type, in their own units; NaN is a missing value, which counts as the mean. All are
+            missing if None.
         mask_NT: of the texts.
 
     Raises:
@@ -53,10 +56,12 @@ def numeric_inputs(config: Any, values_NF: Tensor | None, mask_NT: Tensor) -> di
             "numeric_values, in that order."
         )
         return {"numeric": torch.zeros(shape, device=mask_NT.device)}
+    values_NF = torch.as_tensor(values_NF, dtype=torch.float64)  # whole numbers and large ones keep what they differ by
     if values_NF.shape != shape:
         raise ValueError(
             f"Expected numeric_values of shape {shape}, a row for each text with {', '.join(names)}, got "
             f"{tuple(values_NF.shape)}."
         )
     means_F, stds_F = (values_NF.new_tensor(row) for row in (config.numeric_means, config.numeric_stds))
-    return {"numeric": ((values_NF - means_F) / stds_F).nan_to_num(nan=0.0).float()}
+    standard_NF = ((values_NF - means_F) / stds_F).nan_to_num(nan=0.0)
+    return {"numeric": standard_NF.clamp(-FARTHEST, FARTHEST).float().to(mask_NT.device)}

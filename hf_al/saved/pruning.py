@@ -61,12 +61,15 @@ def pruned_report(report: dict[str, Any], model: ALForSequenceClassification) ->
         return {name: _of_blocks(value, keep) for name, value in left.items()}
 
     trained = report.get("pruned_from", report["num_blocks"])
+    prefix = "" if "pruned_from" in report else f"Of the model of {trained} blocks: "
+    reads_numbers = model.config.numeric_columns is not None
     return {
         **{name: _of_blocks(value, keep) for name, value in report.items() if name != "confusion_matrix"},
         "num_blocks": keep,
         "pruned_from": trained,
         "parameters": parameter_counts(model),
-        "warnings": [f"Of the model of {trained} blocks: {message}" for message in report["warnings"]],
+        "warnings": [prefix + message for message in report["warnings"]],
+        "data": {name: value for name, value in report["data"].items() if name != "numbers" or reads_numbers},
         "history": [first(row) for row in report["history"]],
     }
 

@@ -119,7 +119,13 @@ def build(
 
     @app.get(LINKS["health"])
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": name, "exits": model.config.exits(), "exit": exit}
+        return {
+            "status": "ok",
+            "model": name,
+            "exits": model.config.exits(),
+            "exit": exit,
+            "numbers": model.config.numeric_columns or [],
+        }
 
     @app.get(LINKS["metrics"])
     async def prometheus() -> Response:

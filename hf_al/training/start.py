@@ -161,6 +161,11 @@ def _take_columns(args: TrainingArguments, saved: ALConfig) -> None:
             f"Expected numeric_column_names={','.join(theirs or []) or None}, those of {args.model_name_or_path}, got "
             f"{','.join(named)}. Leave them out."
         )
+    if not theirs and args.model.get("numeric_block"):
+        raise ValueError(
+            f"Expected no numeric_block for {args.model_name_or_path}, which reads text alone, got "
+            f"{args.model['numeric_block']}. Leave it out."
+        )
     args.numeric_column_names = theirs
 
 
