@@ -112,8 +112,8 @@ QUICK_START = "The weights are not on a Hub: `make reference-models` trains them
 
 PAGE = """# Reference models
 
-Every recipe trained by Associated Learning (objective `al_ce`), and the same network with the same settings by
-backpropagation. Two blocks of width 128 on GloVe rows of 50 values, seed {seed}, on {hardware}.
+The recipes from scratch of eight data sets, trained by Associated Learning (objective `al_ce`), and the same networks
+with the same settings by backpropagation. Two blocks of width 128 on GloVe rows of 50 values, seed {seed}, on {hardware}.
 
     make reference-models DATA=folder
 
@@ -126,7 +126,8 @@ that the cards name. The steps were chosen on validation, and test was read once
 One seed cannot show a winner, nor a difference of a point or two. The settings were chosen for AL on tweets and
 TREC-6, on validation, and used for all sets and for backpropagation. Training took {minutes} minutes in all, on a
 machine that did other work as well, so the times in the cards say little about AL against backpropagation:
-[Measured](../docs/measured.md) has that. The speed of answers was measured on an idle machine.
+[Measured](../docs/measured.md) has that. The speed of answers was measured on an idle machine. [Studies](study.md)
+compare the two with several seeds, and with settings chosen for each.
 
 {notes}
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hf_al.atomic import alone_at
 from hf_al.study import execution
 from hf_al.study.intervals import packed, points_apart, unpacked
-from hf_al.study.page import draw, in_short, write_page
+from hf_al.study.page import draw, in_short, tables, write_page
 from hf_al.study.plan import read_study
 from hf_al.study.results import Results
 from hf_al.study.runs import Key, all_runs, planned
@@ -481,7 +481,20 @@ def test_the_page_says_in_short_who_is_ahead_and_who_is_behind(place, tmp_path):
     write_page(tmp_path / "page.md", summary)
     assert said in (tmp_path / "page.md").read_text()
     summary = Summary(study, {key: given(key) for key in planned(study, {}) if key.seed == 1})
-    assert in_short(summary) == ["- lstm, by 95 % intervals over mine: 4 without an interval over all sets."]
+    assert in_short(summary) == ["- lstm, by 95 % intervals over mine: 4 without an interval."]
+
+
+def test_a_mean_is_over_the_sets_that_are_done(place):
+    place.write(sets=["mine", "other"])
+    study, _ = place.study()
+    rows = {key: row(key, right=(1, 1, key.arm == "al_ce", 0)) for key in planned(study, {})}
+    assert next(title for title, _, _ in tables(Summary(study, rows))) == "lstm, mean over mine, other"
+    del rows[Key("other", "lstm", "backprop", 2)]
+    summary = Summary(study, rows)
+    assert summary.pooled("lstm") == ("mine",)
+    assert [title for title, _, _ in tables(summary)] == ["lstm, mine", "lstm, other"]
+    assert in_short(summary) == ["- lstm, by 95 % intervals over mine: at most 0.5 points behind: al_ce."]
+    assert Summary(study, {}).pooled("lstm") == ("mine", "other")
 
 
 def test_sets_count_equally_and_only_shared_seeds_are_compared(place, tmp_path):

@@ -45,9 +45,9 @@ def write_page(path: Path, summary: Summary) -> None:
         figure.savefig(image)
         lines += ["", "## Differences to the baseline", "", f"![Points of test accuracy by arm](images/{image.name})"]
         names = ", ".join(study.sets)
-        lines += ["", f"Bars are 95 % intervals; dark: the mean over all sets, light: of {names}, in this order."]
+        lines += ["", f"Bars are 95 % intervals; dark: the mean over the sets, light: {names}, in this order."]
     lines += ["", "## Results", "", COLUMNS]
-    for title, architecture, sets in tables(study):
+    for title, architecture, sets in tables(summary):
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
     if has_inside(summary):
         lines += inside_section(summary, images)
@@ -66,10 +66,11 @@ def kinds_tuned(study: Study) -> list[str]:
 
 
 def in_short(summary: Summary) -> list[str]:
-    """For each architecture, what the intervals over all sets say of the arms."""
+    """For each architecture, what the intervals over the sets together say of the arms."""
     study, lines = summary.study, []
     for kind in study.architectures:
-        found = {arm: summary.difference(kind, arm, tuple(study.sets)) for arm in study.baselines}
+        sets = summary.pooled(kind)
+        found = {arm: summary.difference(kind, arm, sets) for arm in study.baselines}
         known = {arm: ends for arm, ends in found.items() if ends is not None and not math.isnan(ends[1])}
         groups = {
             "ahead of the baseline": [arm for arm, (_, low, _) in known.items() if low > 0],
@@ -80,22 +81,23 @@ def in_short(summary: Summary) -> list[str]:
         groups["too close to tell"] = [arm for arm in known if arm not in decided]
         said = [f"{what}: {', '.join(arms)}" for what, arms in groups.items() if arms]
         runs = len(found) - len(known)
-        said += [f"{runs} without an interval over all sets"] * (runs > 0)
-        lines.append(f"- {kind}, by 95 % intervals over {', '.join(study.sets)}: {'; '.join(said)}.")
+        said += [f"{runs} without an interval"] * (runs > 0)
+        lines.append(f"- {kind}, by 95 % intervals over {', '.join(sets)}: {'; '.join(said)}.")
     return lines
 
 
 def as_text(summary: Summary) -> str:
     """The tables for a terminal."""
-    found = tables(summary.study)
+    found = tables(summary)
     return "\n\n".join(f"{title}\n{table(summary.table(kind, sets))}" for title, kind, sets in found)
 
 
-def tables(study: Study) -> list[tuple[str, str, list[str]]]:
-    """Title, architecture and sets of each table: all sets together first."""
-    pooled = len(study.sets) > 1
+def tables(summary: Summary) -> list[tuple[str, str, list[str]]]:
+    """Title, architecture and sets of each table: the sets together first."""
+    study = summary.study
+    pooled = {kind: list(summary.pooled(kind)) for kind in study.architectures}
     return [
-        *((f"{kind}, mean over {', '.join(study.sets)}", kind, study.sets) for kind in study.architectures if pooled),
+        *((f"{kind}, mean over {', '.join(sets)}", kind, sets) for kind, sets in pooled.items() if len(sets) > 1),
         *((f"{kind}, {name}", kind, [name]) for kind in study.architectures for name in study.sets),
     ]
 
@@ -207,7 +209,7 @@ def draw(summary: Summary) -> "Figure | None":
         (kind, arm, sets): summary.difference(kind, arm, sets)
         for kind in study.architectures
         for arm in arms
-        for sets in [tuple(study.sets), *((name,) for name in study.sets)]
+        for sets in [summary.pooled(kind), *((name,) for name in study.sets)]
     }
     if not any(found.values()):
         return None
@@ -222,12 +224,12 @@ def draw(summary: Summary) -> "Figure | None":
         ax.axvline(0, color="#777777", linewidth=1.2, linestyle=":", zorder=1)
         for place, arm in enumerate(arms):
             light = [(name,) for name in study.sets] if len(study.sets) > 1 else []
-            for i, sets in enumerate([*light, tuple(study.sets)]):
+            for i, sets in enumerate([*light, summary.pooled(kind)]):
                 difference = found[kind, arm, sets]
                 if difference is None:
                     continue
                 middle, low, high = difference
-                pooled = sets == tuple(study.sets)
+                pooled = i == len(light)
                 height = place if pooled else place + 0.12 + 0.3 * (i + 1) / (len(light) + 1)
                 colour = PALETTE[0] if pooled else PALETTE[4]
                 ax.plot([low, high], [height] * 2, color=colour, linewidth=2.4 if pooled else 1.0, zorder=2)

@@ -36,6 +36,11 @@ class Summary:
         self.rows = {key: row for key, row in self.settled.items() if "error" not in row}
         self.difference = cache(self._difference)
 
+    def pooled(self, architecture: str) -> tuple[str, ...]:
+        """The sets that a mean is taken over: those of which all runs are done; all of them while none is."""
+        waiting = {key.set for key in self.planned if key.architecture == architecture and key not in self.all}
+        return tuple(name for name in self.study.sets if name not in waiting) or tuple(self.study.sets)
+
     def tuning(self, architecture: str) -> list[dict[str, Any]]:
         """A line for each arm: the best setting on each set, and validation with it and with the others. At an end of
         the search, it is marked: there may be better ones beyond."""
