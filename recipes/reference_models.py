@@ -113,7 +113,8 @@ QUICK_START = "The weights are not on a Hub: `make reference-models` trains them
 PAGE = """# Reference models
 
 The recipes from scratch of eight data sets, trained by Associated Learning (objective `al_ce`), and the same networks
-with the same settings by backpropagation. Two blocks of width 128 on GloVe rows of 50 values, seed {seed}, on {hardware}.
+with the same settings by backpropagation. Two blocks of width 128 on GloVe rows of 50 values, seed {seed}, on
+{hardware}.
 
     make reference-models DATA=folder
 
