@@ -120,7 +120,7 @@ def assert_answers(folder: Path, model, given: list[dict], atol: float = 1e-5) -
 ONE = {"num_blocks": 1, "embedding_block": False}  # an export of more takes long
 CASES = [
     ("onnx", "al_transformer", ONE),
-    ("onnx", "al_encoder", ONE),
+    slow("onnx", "al_encoder", ONE),
     ("torch_export", "al_transformer", ONE),
     *(
         slow(format, model_type, config)

@@ -669,12 +669,12 @@ def test_two_folders_for_a_set_are_a_mistake_and_similar_names_are_not(place):
 
 
 def test_seeds_that_differ_make_the_interval_wide_enough():
-    """Of 200 studies of three seeds whose arms differ by seed alone, most intervals cover the true difference, 0. A
+    """Of 80 studies of three seeds whose arms differ by seed alone, most intervals cover the true difference, 0. A
     bootstrap of three seeds cannot reach 95 %."""
     rng, covered = np.random.default_rng(0), 0
-    for _ in range(200):
+    for _ in range(80):
         shift = rng.normal(0, 0.2, 3)
         differences = (rng.random((3, 100)) < 0.5 + shift[:, None]).astype(int) - (rng.random((3, 100)) < 0.5)
         _, low, high = points_apart([differences])
         covered += low <= 0 <= high
-    assert covered > 165
+    assert covered > 66

@@ -285,6 +285,7 @@ def test_trackers_get_flat_plain_values():
     assert flat == {"a": 1, "d": "[1, 2]", "e": True, "model.num_blocks": 3, "model.class_weights": "[1.0, 2.0]"}
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_keep_the_next_from_starting(few_tweets, tmp_path, monkeypatch):
     """mlflow allows one run at a time, and each run of a process has its own store."""
     import mlflow
