@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from inspect import cleandoc
@@ -72,6 +73,11 @@ def config_fields(model_type: str) -> dict[str, ConfigField]:
     from .registration import MODEL_CLASSES
 
     return describe(MODEL_CLASSES[model_type][0])
+
+
+def config_values(model_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every config value of an architecture that can be set: as given, else its default."""
+    return {name: field.default for name, field in config_fields(model_type).items()} | dict(given)
 
 
 def describe(config_class: Any) -> dict[str, ConfigField]:

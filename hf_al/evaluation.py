@@ -11,6 +11,7 @@ from .arguments import TrainingArguments
 from .data import sources, tokenization
 from .data.batching import Collator, token_lengths
 from .data.labels import encode_labels
+from .data.numeric import check_numbers
 from .early import check_ending
 from .loading import best_device, device_of, load_model, longest_text
 from .metrics import exit_metrics
@@ -121,7 +122,7 @@ def labelled_tokens(
         problem_type=config.resolved_problem_type,
         max_seq_length=longest_text(config, tokenizer),
     )
-    sources.check_numbers(dataset, config.numeric_columns or [])
+    check_numbers(dataset.column_names, config.numeric_columns or [])
     named = sources.choose_columns(dataset, args)
     dataset = sources.named_columns(dataset, *named, "test", args.numeric_column_names)
     sources.check_rows(dataset, "test")

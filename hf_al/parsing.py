@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .arguments import PRETRAINED, TrainingArguments
-from .config_fields import built_in, config_fields, known_fields
+from .config_fields import built_in, config_fields, config_values, known_fields
 from .messages import nearest
 from .modeling import limits
 from .values import convert, type_name, union_members
@@ -227,8 +227,7 @@ def check_model_keys(args: TrainingArguments) -> None:
 def check_new_model(args: TrainingArguments) -> None:
     """Refuses what a new model cannot be, as far as that is known before its data and its classes: config values out of
     range, more stages than blocks, lists that do not have one number for each block."""
-    fields = config_fields(args.model_type)
-    values = {**{name: field.default for name, field in fields.items()}, **args.model}
+    values = config_values(args.model_type, args.model)
     cuts, blocks = values.get("cuts"), planned_blocks(args)
     if isinstance(cuts, list) and args.model.get("num_blocks", blocks) != blocks:
         raise ValueError(

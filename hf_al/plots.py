@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -50,11 +50,16 @@ def _figure(title: str, panels: int = 1, height: float = 3.6) -> tuple["Figure",
     figure.suptitle(title, fontsize=12, fontweight="bold")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for ax in axes:
-        ax.grid(color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        plain(ax)
         ax.set_xlabel("optimizer step")
     return figure, axes
+
+
+def plain(ax: "Axes", grid: Literal["both", "x", "y"] = "both") -> None:
+    """A light grid behind the lines, and no frame above and to the right."""
+    ax.grid(axis=grid, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

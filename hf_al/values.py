@@ -72,10 +72,10 @@ def convert(value: Any, kind: Any) -> Any:
                 return str(value)
             if origin is list:
                 read = value
-                if isinstance(value, str):  # 1,2 or [1, 2]
-                    read = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
                 if isinstance(value, str) and member == list[str] and not value.startswith("["):  # 2019 is a name, too
                     read = [name.strip() for name in value.split(",") if name.strip()]
+                elif isinstance(value, str):  # 1,2 or [1, 2]
+                    read = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
                 items = read if isinstance(read, list) else [read]
                 return [convert(item, typing.get_args(member)[0]) for item in items]
             if origin is dict:

@@ -8,6 +8,8 @@ import numpy as np
 from datasets import Dataset, Value
 from datasets import List as ListFeature
 
+from ..messages import nearest
+
 VALUES = "numeric_values"
 LARGEST = 3e38  # of float32
 
@@ -23,6 +25,15 @@ def with_values(rows: Dataset, names: Sequence[str], split: str) -> Dataset:
     columns = [[_number(value, name, row, split) for row, value in enumerate(rows[name][:])] for name in names]
     values = np.array(columns, np.float64).T.tolist()
     return rows.remove_columns(list(names)).add_column(VALUES, values, feature=ListFeature(Value("float64")))
+
+
+def check_numbers(columns: Sequence[str], names: Sequence[str]) -> None:
+    """ValueError for rows without the columns of numbers that a model reads."""
+    for name in (name for name in names if name not in columns):
+        raise ValueError(
+            f"Expected column {name!r}, whose numbers the model reads, got the columns {columns}."
+            f"{nearest(name, columns)} Add it; cells of missing values may be empty."
+        )
 
 
 def _number(value: Any, name: str, row: int, split: str) -> float:

@@ -216,16 +216,6 @@ def named_columns(
     return split.rename_columns({a: b for a, b in new_names.items() if a != b})
 
 
-def check_numbers(split: Dataset, names: Sequence[str]) -> None:
-    """ValueError for rows without the columns of numbers that a model reads."""
-    missing = next((name for name in names if name not in split.column_names), None)
-    if missing is not None:
-        raise ValueError(
-            f"Expected column {missing!r}, whose numbers the model reads, got the columns {split.column_names}. Add "
-            "it; cells of missing values may be empty."
-        )
-
-
 def choose_columns(split: Dataset, args: TrainingArguments) -> tuple[list[str], str]:
     """Text column(s) and label column: from the flags, else guessed if there is only one reading.
 

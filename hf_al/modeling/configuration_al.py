@@ -18,13 +18,12 @@ Sources: Kao & Chen, Neural Computation 33(1), 2021, arXiv 1906.05560; Wu, Lin, 
 """
 
 import copy
-import math
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .limits import check_exits, check_lstm, check_numeric, check_shared, check_transformer, one_of
+from .limits import check_exits, check_lstm, check_numeric, check_shared, check_transformer, one_of, standard
 from .objectives import OBJECTIVES
 
 
@@ -184,11 +183,8 @@ class ALConfig(PreTrainedConfig):
                     f"Expected {self.num_labels} values in {name} (num_labels), got {len(values)}. "
                     "Pass one value for each output."
                 )
-            if not all(math.isfinite(value) and (value > 0 or name == "label_mean") for value in values):
-                raise ValueError(
-                    f"Expected finite values in {name}, above 0 for label_deviation, got {values}. Pass the "
-                    "labels' mean and standard deviation; a constant target cannot be learned."
-                )
+            advice = "Pass the labels' mean and standard deviation; a constant target cannot be learned."
+            standard(name, values, "label_deviation", advice)
 
     @property
     def resolved_problem_type(self) -> str:

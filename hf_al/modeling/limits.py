@@ -100,11 +100,13 @@ def check_numeric(config: Any) -> None:
                 f"Expected {len(names)} values in {field}, one for each of numeric_columns, got {len(values)}. Pass "
                 "those of the train split."
             )
-        if not all(math.isfinite(value) and (value > 0 or field == "numeric_means") for value in values):
-            raise ValueError(
-                f"Expected finite values in {field}, above 0 for numeric_stds, got {values}. Pass 1 for a constant "
-                "column."
-            )
+        standard(field, values, "numeric_stds", "Pass 1 for a constant column.")
+
+
+def standard(name: str, values: list[float], deviations: str, advice: str) -> None:
+    """Means or deviations by which numbers are standardised; they are the latter if `name` is `deviations`."""
+    if not all(math.isfinite(value) and (value > 0 or name != deviations) for value in values):
+        raise ValueError(f"Expected finite values in {name}, above 0 for {deviations}, got {values}. {advice}")
 
 
 def check_exits(config: Any, exits: int) -> None:

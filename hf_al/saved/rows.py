@@ -12,9 +12,8 @@ from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
 from ..data.columns import LABEL_NAMES, guess_text
-from ..data.numeric import number
+from ..data.numeric import check_numbers, number
 from ..early import check_once, guess_delimiter
-from ..messages import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -193,11 +192,7 @@ def _csv_rows(
     check_once(header)
     if id_column is not None and id_column not in header:
         raise ValueError(f"Expected column {id_column!r}, got the columns {header}. Check --id_column.")
-    for name in (name for name in numeric if name not in header):
-        raise ValueError(
-            f"Expected column {name!r}, whose numbers the model reads, got the columns {header}."
-            f"{nearest(name, header)} Add it; cells of missing values may be empty."
-        )
+    check_numbers(header, numeric)
     others = {id_column, *numeric}
     where = [header.index(name) for name in choose_text_columns([c for c in header if c not in others], names)]
 

@@ -63,9 +63,10 @@ def check_data(runs: Iterable[Run], results: Results) -> None:
             raise ValueError(
                 f"Expected a test split with labels in {run.key.set}, got none. Pass --data_dir with a test file."
             )
-        if problem_type_of(data["train"]) == REGRESSION:
+        kind = problem_type_of(data["train"])
+        if kind == REGRESSION:
             raise ValueError(f"Expected classes as labels in {run.key.set}, got numbers: no answer is right or wrong.")
-        if run.inside and problem_type_of(data["train"]) != SINGLE:
+        if run.inside and kind != SINGLE:
             raise ValueError(
                 f"Expected one class for each text in {run.key.set} to look inside blocks, got several. Leave inside "
                 "out."

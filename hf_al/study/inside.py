@@ -95,12 +95,12 @@ def probe(train_ND: np.ndarray, train_labels: np.ndarray, test_ND: np.ndarray, t
 
 def wrong_at(answers: ExitAnswers) -> dict[int, dict[str, float]]:
     """For each exit the share of texts that it gets wrong: `wrong` of all, `short` and `long` of the shorter and of the
-    longer half; `mended` of all texts that the last exit gets right, and `spoilt` of those that it gets
-    right and the last exit wrong."""
+    longer half; `mended` of all texts what it gets wrong and the last exit right, `spoilt` the other way round."""
     wrong = {k: logits_NC.argmax(1) != answers.labels for k, logits_NC in answers.logits.items()}
     last = wrong[max(wrong)]
     order = np.argsort(answers.lengths, kind="stable")  # half of the texts may have the same, the longest length
-    is_long = np.isin(np.arange(len(order)), order[len(order) // 2 :])
+    is_long = np.zeros(len(order), dtype=bool)
+    is_long[order[len(order) // 2 :]] = True
 
     def share(rows: np.ndarray) -> float:
         return float(rows.mean()) if len(rows) else 0.0

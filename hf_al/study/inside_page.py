@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..messages import table
-from ..plots import PALETTE
+from ..plots import PALETTE, plain
 from .summary import Summary
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ def draw_inside(summary: Summary, architecture: str) -> "Figure | None":
             ax.set_title(f"{name}: {title}", fontsize=9)
             if is_log:
                 ax.set_yscale("log")
-            ax.grid(color="#dddddd", linewidth=0.6)
-            ax.set_axisbelow(True)
-            ax.spines[["top", "right"]].set_visible(False)
+            plain(ax)
             ax.tick_params(which="both", labelsize=7.5)
     for ax in axes[-1]:
         ax.set_xlabel("block", fontsize=8)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_atomically
 from ..messages import duration, table
-from ..plots import PALETTE
+from ..plots import PALETTE, plain
 from .inside_page import has_inside, inside_section
 from .plan import Study
 from .results import Results
-from .runs import named, planned
+from .runs import planned
 from .summary import Summary, seconds_to_go
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def write_page(path: Path, summary: Summary) -> None:
     if kinds_tuned(study):
         lines += ["", "## Settings", "", SETTINGS.format(study.first_seed)]
         for kind in kinds_tuned(study):
-            lines += ["", f"### {kind}: {'; '.join(map(named, study.tune[kind]))}"]
+            lines += ["", f"### {kind}: {'; '.join(study.tune[kind])}"]
             lines += ["", table(summary.tuning(kind), markdown=True)]
     lines += ["", "## Not run", "", *_not_run(summary)]
     write_atomically(path, "\n".join(lines) + "\n")
@@ -80,8 +80,8 @@ def in_short(summary: Summary) -> list[str]:
         decided = [arm for arms in groups.values() for arm in arms]
         groups["too close to tell"] = [arm for arm in known if arm not in decided]
         said = [f"{what}: {', '.join(arms)}" for what, arms in groups.items() if arms]
-        runs = len(found) - len(known)
-        said += [f"{runs} without an interval"] * (runs > 0)
+        if len(known) < len(found):
+            said.append(f"{len(found) - len(known)} without an interval")
         lines.append(f"- {kind}, by 95 % intervals over {', '.join(sets)}: {'; '.join(said)}.")
     return lines
 
@@ -235,9 +235,7 @@ def draw(summary: Summary) -> "Figure | None":
                 ax.plot([low, high], [height] * 2, color=colour, linewidth=2.4 if pooled else 1.0, zorder=2)
                 ax.plot(middle, height, "o", color=colour, markersize=6 if pooled else 3, zorder=3)
         ax.set_title(kind, fontsize=10)
-        ax.grid(axis="x", color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        plain(ax, grid="x")
         ax.set_xlabel("points of test accuracy over the baseline")
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].set_ylim(len(arms) - 0.4, -0.4)

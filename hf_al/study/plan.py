@@ -41,8 +41,8 @@ class Study:
         recipes: folder of the recipes, `SET_ARCHITECTURE.yaml`.
         sets, architectures: which of them.
         seeds: of each arm; with `screen` of the best arms only.
-        tune: architecture -> the settings that every arm tries with the first seed, on each set; of those, the other
-            seeds get the best by validation. One without arguments if nothing is to be tuned.
+        tune: architecture -> the settings that every arm tries with the first seed, on each set, by name: of those, the
+            other seeds get the best by validation. One without arguments, named "", if nothing is to be tuned.
         screen: the seed that all arms are run with first; None if all arms get all seeds.
         best_of: how many arms then get the other seeds, by validation, for each architecture.
         arms: name -> its arguments.
@@ -59,7 +59,7 @@ class Study:
     sets: list[str]
     architectures: list[str]
     seeds: list[int]
-    tune: dict[str, list[dict[str, Any]]]
+    tune: dict[str, dict[str, dict[str, Any]]]
     screen: int | None
     best_of: int
     arms: dict[str, dict[str, Any]]
@@ -185,12 +185,12 @@ def checked_arguments(path: str, where: str, values: Any) -> dict[str, Any]:
 
 def _settings(
     path: str, given: Any, architectures: list[str], others: list[dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    """For each architecture all combinations of the values that `tune` lists; `others` are the arguments that must not
-    name them too."""
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each architecture all combinations of the values that `tune` lists, by name; `others` are the arguments that
+    must not name them too."""
     if not isinstance(given, dict):
         raise ValueError(f"Expected a mapping of architectures to arguments as tune in {path}, got {given!r}.")
-    settings: dict[str, list[dict[str, Any]]] = {name: [{}] for name in architectures}
+    settings: dict[str, dict[str, dict[str, Any]]] = {name: {"": {}} for name in architectures}
     for architecture, values in given.items():
         if architecture not in architectures:
             close = nearest(str(architecture), architectures)
@@ -205,9 +205,8 @@ def _settings(
                 raise ValueError(
                     f"Expected {name} in tune of {path} or in arms and common, got it in both. Leave one of them out."
                 )
-        settings[architecture] = [
-            dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
-        ]
+        combined = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+        settings[architecture] = {", ".join(f"{n}={v}" for n, v in setting.items()): setting for setting in combined}
     return settings
 
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ..arguments import TrainingArguments
-from ..config_fields import config_fields
+from ..config_fields import config_values
 from ..early import check_training
 from ..parsing import resolve
 from .plan import DECIDED, Study
@@ -27,7 +27,7 @@ OF_THE_OUTPUT = ("save_steps", "logging_steps", "per_device_eval_batch_size")
 
 
 class Key(NamedTuple):
-    """Which run of a study. `setting` says which values of tuned arguments, as `named` writes them."""
+    """Which run of a study. `setting` names the values of tuned arguments, as in `Study.tune`."""
 
     set: str
     architecture: str
@@ -82,19 +82,14 @@ def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dic
             recipe = study.recipes / f"{name}_{architecture}.yaml"
             if not recipe.is_file():
                 raise ValueError(f"Expected the recipe {recipe}, found none. Fix the sets in {study.path}.")
-            for (arm, given), setting in itertools.product(study.arms.items(), study.tune[architecture]):
-                flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given, **setting}
+            tried = study.tune[architecture].items()
+            for (arm, given), (setting, values) in itertools.product(study.arms.items(), tried):
+                flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given, **values}
                 args = checked_run(flags, f"arm {arm!r} of {study.path} with {recipe}")
                 for seed in study.seeds:
-                    key = Key(name, architecture, arm, seed, named(setting))
-                    run = _run(key, flags, args, output_dir, study.inside)
-                    runs[run.key] = run
+                    key = Key(name, architecture, arm, seed, setting)
+                    runs[key] = _run(key, flags, args, output_dir, study.inside)
     return runs
-
-
-def named(setting: Mapping[str, Any]) -> str:
-    """A setting in words."""
-    return ", ".join(f"{name}={value}" for name, value in setting.items())
 
 
 def checked_run(flags: dict[str, Any], what: str) -> TrainingArguments:
@@ -126,8 +121,8 @@ def data_files(data_dir: str | None, name: str) -> dict[str, str]:
     """
     if data_dir is None or name == "tweets":
         return {}
-    named = re.compile(rf"{re.escape(name)}([\d_-].*)?")
-    folders = sorted(path for path in Path(data_dir).glob("*") if path.is_dir() and named.fullmatch(path.name))
+    of_set = re.compile(rf"{re.escape(name)}([\d_-].*)?")
+    folders = sorted(path for path in Path(data_dir).glob("*") if path.is_dir() and of_set.fullmatch(path.name))
     if len(folders) != 1:
         found = f"{len(folders)}: {', '.join(path.name for path in folders)}" if folders else "none"
         raise ValueError(f"Expected one folder for {name} in {data_dir}, found {found}. Check --data_dir.")
@@ -140,8 +135,7 @@ def data_files(data_dir: str | None, name: str) -> dict[str, str]:
 
 
 def _run(key: Key, flags: dict[str, Any], args: TrainingArguments, output_dir: Path, inside: bool) -> Run:
-    values = {**{n: f.default for n, f in config_fields(args.model_type).items()}, **args.model}
-    arguments = _flat(args.to_dict(), values)
+    arguments = _flat(args.to_dict(), config_values(args.model_type, args.model))
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
     folder = output_dir / "runs" / re.sub(r"[^\w.-]+", "-", "_".join(map(str, (*key, digest))))
     flags = {**flags, "seed": key.seed, "output_dir": str(folder)}
@@ -154,7 +148,7 @@ def defaults(model_type: str) -> dict[str, Any]:
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(TrainingArguments)
     }
-    return _flat(values, {name: field.default for name, field in config_fields(model_type).items()})
+    return _flat(values, config_values(model_type, {}))
 
 
 def _flat(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +177,7 @@ def planned(study: Study, rows: Rows) -> list[Key]:
         for seed in sorted(study.seeds, key=lambda seed: seed != first):
             for architecture, arm in itertools.product(study.architectures, study.arms):
                 if seed == first:
-                    settings = [named(setting) for setting in study.tune[architecture]]
+                    settings = list(study.tune[architecture])
                 else:
                     best = best_setting(study, rows, name, architecture, arm)
                     settings = [best] if best is not None and arm in chosen[architecture] else []
@@ -194,7 +188,7 @@ def planned(study: Study, rows: Rows) -> list[Key]:
 def best_setting(study: Study, rows: Rows, name: str, architecture: str, arm: str) -> str | None:
     """Of the settings that an arm may have on a set, the best by what validation says of the first seed; None until all
     of them are done, and if all failed. Nothing of test is looked at."""
-    settings = [named(setting) for setting in study.tune[architecture]]
+    settings = list(study.tune[architecture])
     if len(settings) == 1:
         return settings[0]
     found = {setting: rows.get(Key(name, architecture, arm, study.first_seed, setting)) for setting in settings}

@@ -10,7 +10,7 @@ import numpy as np
 
 from .intervals import points_apart, unpacked
 from .plan import Study
-from .runs import Key, Rows, best_setting, named, planned, reference, settled
+from .runs import Key, Rows, best_setting, planned, reference, settled
 
 Difference = tuple[float, float, float]  # points, and the ends of their 95 % interval
 
@@ -50,7 +50,7 @@ class Summary:
         cells = {}
         for name in self.study.sets:
             settings = self.study.tune[architecture]
-            rows = [self.all.get(Key(name, architecture, arm, self.study.first_seed, named(s))) for s in settings]
+            rows = [self.all.get(Key(name, architecture, arm, self.study.first_seed, setting)) for setting in settings]
             done = [row for row in rows if row is not None]
             if len(done) == len(settings):
                 best = best_setting(self.study, self.all, name, architecture, arm)
@@ -62,8 +62,8 @@ class Summary:
     def _at_an_end(self, architecture: str, best: str) -> bool:
         """Whether a number in this setting is the lowest or the highest of those that were tried."""
         settings = self.study.tune[architecture]
-        chosen = next(setting for setting in settings if named(setting) == best)
-        tried = {name: [setting[name] for setting in settings] for name in chosen}
+        chosen = settings[best]
+        tried = {name: [setting[name] for setting in settings.values()] for name in chosen}
         numbers = {name: values for name, values in tried.items() if all(isinstance(v, int | float) for v in values)}
         return any(chosen[name] in (min(values), max(values)) for name, values in numbers.items())
 
@@ -95,10 +95,8 @@ class Summary:
 
     def _counted(self, architecture: str, arm: str, sets: Sequence[str], seeds: int) -> str:
         """How many seeds count, and how many failed on one of the sets."""
-        of_arm = [
-            (key, row) for key, row in self.settled.items() if key[1:3] == (architecture, arm) and key.set in sets
-        ]
-        failed = {key.seed for key, row in of_arm if "error" in row}
+        keys = (key for key in self.settled.keys() - self.rows.keys() if key.set in sets)
+        failed = {key.seed for key in keys if key[1:3] == (architecture, arm)}
         return f"{seeds}, {len(failed)} failed" if failed else str(seeds)
 
     def _means(self, architecture: str, arm: str, sets: Sequence[str], seeds: list[int], what: str) -> list[float]:
@@ -113,14 +111,16 @@ class Summary:
         """Points of test accuracy by which an arm is ahead of its baseline, over the seeds that both have on all sets;
         None if there is nothing to compare."""
         baseline = self.reference(architecture, arm)
-        both = [self.seeds(architecture, a, sets) for a in (arm, baseline) if a is not None]
-        seeds = [seed for seed in both[0] if seed in both[-1]]
-        if baseline is None or not seeds:
+        if baseline is None:
+            return None
+        theirs = self.seeds(architecture, baseline, sets)
+        seeds = [seed for seed in self.seeds(architecture, arm, sets) if seed in theirs]
+        if not seeds:
             return None
         by_set = []
         for name in sets:
-            pairs = [[Key(name, architecture, a, seed) for a in (arm, baseline)] for seed in seeds]
-            by_set.append(np.stack([self._right(ours) - self._right(theirs) for ours, theirs in pairs]))
+            right = [[self._right(Key(name, architecture, a, seed)) for seed in seeds] for a in (arm, baseline)]
+            by_set.append(np.stack(right[0]) - np.stack(right[1]))
         return points_apart(by_set)
 
     def _right(self, key: Key) -> np.ndarray:

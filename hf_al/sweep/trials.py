@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..arguments import FILES
-from ..config_fields import config_fields
+from ..config_fields import config_values
 from ..data import sources
 from ..data.labels import problem_type_of
 from ..metrics import SMALLER_IS_BETTER, chosen_metric
@@ -136,7 +136,7 @@ def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study, fingerprints: d
     into hf_al since then do not count."""
     args = resolve({**sweep.arms[arm], "output_dir": "."})
     search = {f"search {name}": space for name, space in sweep.search.items()}
-    model = {name: field.default for name, field in config_fields(args.model_type).items()} | args.model
+    model = config_values(args.model_type, args.model)
     values = {n: v for n, v in {**args.to_dict(), **model}.items() if n not in {"model", *FILES}}
     now = json.loads(json.dumps({**values, "data": fingerprints, **search}))
     then = study.user_attrs.get("sweep", now)
