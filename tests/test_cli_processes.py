@@ -133,14 +133,13 @@ def terminal():
     """Standard error is a terminal; yields a function that returns what it has shown."""
     reader, writer = os.openpty()
     termios.tcsetwinsize(reader, (24, 100))
-    os.set_blocking(reader, False)
 
     def shown() -> str:
-        file.flush()
-        try:
-            return os.read(reader, 100_000).decode()
-        except BlockingIOError:
-            return ""
+        print("<end>", end="", file=file, flush=True)
+        seen = ""
+        while not seen.endswith("<end>"):  # the kernel hands on what was written a little later, in parts
+            seen += os.read(reader, 100_000).decode()
+        return seen
 
     with open(writer, "w") as file, redirect_stderr(file):
         yield shown
