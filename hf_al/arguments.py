@@ -14,7 +14,7 @@ import yaml
 
 from .own import import_own
 from .ranges import check_ranges
-from .values import convert, type_name
+from .values import convert, names_in, type_name
 
 DATA = {"section": "data"}  # one data flag on the command line replaces all of a recipe's values in this section
 # Arguments that may name a file or folder on this machine
@@ -296,7 +296,7 @@ class TrainingArguments:
     @property
     def trackers(self) -> list[str]:
         """The names in `report_to`, each once."""
-        return list(dict.fromkeys(name.strip() for name in self.report_to.split(",") if name.strip()))
+        return list(dict.fromkeys(names_in(self.report_to)))
 
     @property
     def tokenizer_source(self) -> str | None:

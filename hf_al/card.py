@@ -230,9 +230,14 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     shown = {**arguments, "output_dir": "", "resume_from_checkpoint": None}
     for name in FILES:
         value = shown.get(name)  # a run of an earlier version may lack some
-        if value and (name.endswith("_file") or Path(value).is_absolute() or Path(value).exists()):
-            shown[name] = Path(value).name
+        if value:
+            shown[name] = Path(value).name if name.endswith("_file") else shared_name(value)
     return shown
+
+
+def shared_name(name: str) -> str:
+    """A Hub id as it is, and of a folder or a file of this machine its name only."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:

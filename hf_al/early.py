@@ -15,6 +15,7 @@ from typing import Any
 
 from .arguments import TrainingArguments
 from .messages import nearest
+from .values import names_in
 
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
 OUTPUTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")  # of answers; a device or pipe has none
@@ -260,7 +261,7 @@ def check_columns(columns: list[str], names: list[str]) -> None:
 
 def check_named(columns: list[str], text: str | None, label: str | None, numeric: list[str] | None = None) -> list[str]:
     """Refuses columns of text, label and numbers that do not exist or are named twice. Returns those of the text."""
-    texts = [name.strip() for name in (text or "").split(",") if name.strip()]
+    texts = names_in(text)
     names = [*texts, *([label] if label else [])]
     check_columns(columns, [*names, *(numeric or [])])
     if numeric and len({*names, *numeric}) < len(names) + len(numeric):
@@ -339,8 +340,9 @@ def input_format(path: str | None, said: str | None) -> str:
     return ENDINGS[ending]
 
 
-def check_input_and_output(flags: Namespace) -> None:
-    """Reports wrong texts and paths of `hf-al predict` before the model is loaded."""
+def check_input_and_output(flags: Namespace) -> list[str]:
+    """Reports wrong texts and paths of `hf-al predict` before the model is loaded. Returns the columns of the input, as
+    far as they are known."""
     source, destination, texts = flags.input, flags.output, flags.texts
     of_files = [name for name in ("input_format", "text_column_names", "id_column") if getattr(flags, name)]
     if texts and of_files:
@@ -362,8 +364,11 @@ def check_input_and_output(flags: Namespace) -> None:
     if destination is not None:
         check_destination("--output", destination, source, flags.model)
     if source is not None and Path(source).is_file() and not flags.input_format and not source.endswith(".txt"):
-        named = [*(flags.text_column_names or "").split(","), flags.id_column]
-        check_columns(columns_of(source, flags.csv_delimiter), [name.strip() for name in named if name])
+        named = [*names_in(flags.text_column_names), *([flags.id_column] if flags.id_column else [])]
+        columns = columns_of(source, flags.csv_delimiter)
+        check_columns(columns, named)
+        return columns
+    return []
 
 
 def check_ending(flag: str, path: str) -> None:

@@ -11,7 +11,7 @@ from .arguments import TrainingArguments
 from .data import sources, tokenization
 from .data.batching import Collator, token_lengths
 from .data.labels import encode_labels
-from .data.numeric import check_numbers
+from .data.numeric import VALUES, check_numbers
 from .early import check_ending
 from .loading import best_device, device_of, load_model, longest_text
 from .metrics import exit_metrics
@@ -118,19 +118,17 @@ def labelled_tokens(
     args = TrainingArguments(
         text_column_names=text_column_names,
         label_column_name=label_column_name,
-        numeric_column_names=config.numeric_columns,
+        numeric_column_names=None if VALUES in dataset.column_names else config.numeric_columns,  # read already
         problem_type=config.resolved_problem_type,
         max_seq_length=longest_text(config, tokenizer),
     )
-    check_numbers(dataset.column_names, config.numeric_columns or [])
+    check_numbers(dataset.column_names, args.numeric_column_names or [])
     named = sources.choose_columns(dataset, args)
     dataset = sources.named_columns(dataset, *named, "test", args.numeric_column_names)
     sources.check_rows(dataset, "test")
     encoded = encode_labels({"test": dataset}, args.problem_type, config.label_names)
     data = tokenization.tokenize(DatasetDict(encoded), tokenizer, args)["test"]
-    collator = Collator(tokenizer.pad_token_id, config.classes)
-    labels = collator.labels(data.features["label"], data["label"]).numpy()
-    return encoded["test"], data, labels
+    return encoded["test"], data, Collator(tokenizer.pad_token_id, config.classes).all_labels(data)
 
 
 def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, config: ALConfig) -> None:

@@ -10,7 +10,8 @@ import shtab
 
 from .early import check_is_new, check_labelled, check_model_name, columns_of
 from .parsing import FlagParser, reader
-from .values import capped
+from .report import find_report
+from .values import capped, names_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +113,21 @@ def check_labelled_file(flags: Namespace, split: str) -> None:
     path = getattr(flags, f"{split}_file")
     if path:
         columns = columns_of(path, flags.csv_delimiter)
+        use_columns_of_run(flags, columns)
         check_labelled(columns, flags.text_column_names, flags.label_column_name, path)
+
+
+def use_columns_of_run(flags: Namespace, columns: list[str]) -> None:
+    """Columns that no flag names are those that the model was trained on, where its report names them and the file has
+    them."""
+    try:
+        trained = find_report(flags.model, getattr(flags, "revision", None))["arguments"]
+    except ValueError:
+        return  # a copy without its report
+    for flag in ("text_column_names", "label_column_name"):
+        names = trained.get(flag)
+        if names and getattr(flags, flag, names) is None and set(names_in(names)) <= set(columns):
+            setattr(flags, flag, names)
 
 
 def labelled(flags: Namespace, split: str) -> "Dataset":

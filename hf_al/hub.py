@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from .atomic import CODE, WEIGHTS
-from .card import eval_results, model_card, shared_arguments
+from .card import eval_results, model_card, shared_arguments, shared_name
 from .early import NO_TOKEN, no_repo_id
 from .loading import load_model, weights_sha256
 from .metadata import check_metadata
@@ -223,7 +223,8 @@ def prepare(
     if plots:
         shutil.copytree(Path(folder) / "plots", into / "plots", ignore=shutil.ignore_patterns("*.tmp.png"))
     arguments = shared_arguments(report["arguments"])
-    report = {**report, "arguments": arguments, "weights": weights_sha256(into)}
+    data = {**report["data"], "name": shared_name(report["data"]["name"])}
+    report = {**report, "arguments": arguments, "data": data, "weights": weights_sha256(into)}
     (into / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
     (into / "training_config.yaml").write_text(text, encoding="utf-8")

@@ -1,10 +1,8 @@
-"""Metrics of an exit: plain functions of logits and labels, also as `evaluate.Metric`s that need no download.
+"""Metrics of an exit: plain functions of logits and labels.
 
 Legend: N examples, C classes.
 """
 
-import datasets
-import evaluate as hf_evaluate
 import numpy as np
 
 from .ranges import METRIC_NAMES
@@ -132,42 +130,3 @@ def is_better(metric: str, new: float, old: float | None) -> bool:
     if old is None:
         return not np.isnan(new)
     return new < old if metric in SMALLER_IS_BETTER else new > old
-
-
-# --- the same for users of the evaluate library, for example to add batches and combine metrics
-
-
-class _LogitMetric(hf_evaluate.Metric):
-    problem_type: str
-
-    def _info(self) -> hf_evaluate.MetricInfo:
-        row = datasets.List(datasets.Value("float32"))
-        ids = datasets.Value("int64")
-        references = ids if self.problem_type == "single_label_classification" else row
-        return hf_evaluate.MetricInfo(
-            description=COMPUTE[self.problem_type].__doc__ or "",
-            citation="",
-            inputs_description="predictions: logits, not squashed; references: labels.",
-            features=datasets.Features({"predictions": row, "references": references}),
-        )
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return COMPUTE[self.problem_type](np.asarray(predictions, np.float32), np.asarray(references))
-
-
-class SingleLabelMetrics(_LogitMetric):
-    """accuracy, macro_f1, log_loss and ece: see `single_label_metrics`."""
-
-    problem_type = "single_label_classification"
-
-
-class MultiLabelMetrics(_LogitMetric):
-    """f1_micro, f1_macro, accuracy and log_loss: see `multi_label_metrics`."""
-
-    problem_type = "multi_label_classification"
-
-
-class RegressionMetrics(_LogitMetric):
-    """mse and pearson: see `regression_metrics`."""
-
-    problem_type = "regression"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from .values import names_in
+
 
 def import_own(names: str | None) -> None:
     """Imports modules by name, from the working folder, too, or by file: `my_blocks`, or `here/my_blocks.py`.
@@ -17,7 +19,7 @@ def import_own(names: str | None) -> None:
     Raises:
         ValueError: a module that is not there, or that fails when it is imported.
     """
-    for name in filter(None, (part.strip() for part in (names or "").split(","))):
+    for name in names_in(names):
         if Path(name).stem in sys.modules or name in sys.modules:
             continue
         try:

@@ -1,9 +1,10 @@
 """The plots of a run, drawn from the content of report.json alone, and the timeline from that of trace.json.
 
 Each function takes the content and returns a figure, or None if the run has nothing to show there. matplotlib is
-imported only here, and only to draw; its global state (pyplot) is never touched.
+imported only to draw; its global state (pyplot) is never touched.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; for more than six blocks, a scale from dark to light
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -192,7 +195,7 @@ def gradients(report: dict[str, Any]) -> "Figure | None":
         _line(ax, steps, values, colour, "network" if whole else f"block {block}")
     ax.set_ylabel("L2 norm before clipping")
     limit = report["arguments"].get("max_grad_norm")
-    if limit and limit <= 2 * ax.get_ylim()[1]:
+    if isinstance(limit, int | float) and 0 < limit <= 2 * ax.get_ylim()[1]:
         ax.axhline(limit, color="#777777", linestyle=":", linewidth=1.2, label=f"clipped above {limit:g}", zorder=1)
     _finish(ax, log=True)
     return figure
@@ -351,7 +354,11 @@ def write_plots(folder: Path, report: dict[str, Any], events: Sequence[dict[str,
     plots["timeline"] = partial(timeline, events)
     drawn = []
     for name, plot in plots.items():
-        figure = plot()
+        try:
+            figure = plot()
+        except Exception:  # a picture is not worth the run that it shows
+            logger.warning("Could not draw the plot %r; please report this.", name, exc_info=True)
+            figure = None
         path = folder / f"{name}.png"
         if figure is None:
             path.unlink(missing_ok=True)

@@ -73,7 +73,7 @@ def convert(value: Any, kind: Any) -> Any:
             if origin is list:
                 read = value
                 if isinstance(value, str) and member == list[str] and not value.startswith("["):  # 2019 is a name, too
-                    read = [name.strip() for name in value.split(",") if name.strip()]
+                    read = names_in(value)
                 elif isinstance(value, str):  # 1,2 or [1, 2]
                     read = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
                 items = read if isinstance(read, list) else [read]
@@ -93,6 +93,11 @@ def _number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def names_in(text: str | None) -> list[str]:
+    """The names in a text that separates them by commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def numbers(value: Any) -> list[float]:

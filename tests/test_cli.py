@@ -212,3 +212,22 @@ def test_evaluate_takes_columns_of_other_names(trained, files, tmp_path, shell):
     status, out, _ = shell("evaluate", str(folder), *flags, "--threads", "1")
     assert status == 0
     assert json.loads(out)["examples"] == 80
+
+
+@pytest.mark.medium
+def test_columns_of_the_run_are_found_again_without_flags(trained, files, tmp_path, shell):
+    folder = shutil.copytree(trained[0], tmp_path / "model")
+    report = json.loads((folder / "report.json").read_text())
+    report["arguments"] |= {"text_column_names": "what", "label_column_name": "mood"}
+    (folder / "report.json").write_text(json.dumps(report))
+    header, *rows = (files / "test.csv").read_text().splitlines()
+    assert header == "text,label"
+    path = tmp_path / "test.csv"
+    path.write_text("\n".join(["text,label,what,mood", *(f"nothing,none,{row}" for row in rows)]) + "\n")
+    status, out, err = shell("evaluate", str(folder), "--test_file", str(path), "--threads", "1")
+    assert status == 0, err
+    assert json.loads(out)["exits"] == report["test"]
+    answers = [
+        shell("predict", str(folder), "--input", str(file), "--threads", "1")[1] for file in (path, files / "test.csv")
+    ]
+    assert answers[0] == answers[1] != ""

@@ -91,6 +91,12 @@ def test_the_length_that_texts_are_cut_to_is_not_their_data(run):
     assert compare([run("a", max_seq_length=20), run("b", max_seq_length=40)])["same_data"]
 
 
+def test_a_pruned_model_is_no_other_seed(run):
+    runs = [run("a"), run("b", seed=2), run("pruned", report={"num_blocks": 1, "pruned_from": 2})]
+    (group,) = compare(runs)["groups"]
+    assert group["runs"] == runs[:2]
+
+
 def test_the_same_seed_twice_is_no_group(run):
     assert compare([run("a"), run("b")])["groups"] == []
 

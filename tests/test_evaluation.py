@@ -10,6 +10,7 @@ from sklearn import metrics as sk
 
 import hf_al
 from hf_al import metrics
+from hf_al.evaluate_metrics import MultiLabelMetrics, RegressionMetrics, SingleLabelMetrics
 from hf_al.metrics import compute_metrics, expected_calibration_error, is_better
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -191,6 +192,22 @@ def test_every_metric_has_a_known_direction(problem_type):
     larger = {"accuracy", "macro_f1", "f1_micro", "f1_macro", "pearson"}
     assert result.keys() <= larger | metrics.SMALLER_IS_BETTER
     assert metrics.METRIC_NAMES[problem_type] == tuple(result)
+
+
+METRICS = {
+    SingleLabelMetrics: np.array([0, 2, 1, 1]),
+    MultiLabelMetrics: np.array([[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]], np.float32),
+    RegressionMetrics: np.array([[0.5, 1, 2], [0, 1, 1], [3, 2, 1], [1, 0, 1]], np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", METRICS, ids=lambda kind: kind.__name__)
+def test_the_evaluate_library_finds_the_same_batch_by_batch(kind, tmp_path):
+    metric, labels = kind(cache_dir=str(tmp_path)), METRICS[kind]
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    for rows in (slice(0, 2), slice(2, 4)):
+        metric.add_batch(predictions=logits[rows].tolist(), references=labels[rows].tolist())
+    assert metric.compute() == pytest.approx(compute_metrics(logits, labels, kind.problem_type))
 
 
 def test_an_unknown_ending_for_predictions_is_refused_before_anything_is_loaded():

@@ -352,6 +352,13 @@ def test_flags_that_cannot_be_are_refused(flags, said, shell, trained, tweet_fil
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_not_grown_over_itself(shell, small, tweet_files):
+    before = sorted(small.rglob("*"))
+    flags = [*tweet_files, f"--output_dir={small}", "--overwrite_output_dir", "--grow_until=3"]
+    assert_mistake(shell("grow", str(small), *flags), "Expected an output_dir without the model that is to grow")
+    assert sorted(small.rglob("*")) == before
+
+
 def test_models_that_cannot_grow_are_refused(make_model, tmp_path):
     cases = {
         "encoder": (make_model("al_encoder"), False, "whose layers are those of a pretrained encoder. Cut that"),

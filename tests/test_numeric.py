@@ -14,9 +14,12 @@ from transformers import pipeline
 
 import hf_al
 from hf_al.data.numeric import with_values
+from hf_al.data.sources import load_text_datasets
 from hf_al.data.tokenization import tokens_digest
+from hf_al.evaluation import answer_exits
 from hf_al.loading import load_model
 from hf_al.modeling.objectives import OBJECTIVES
+from hf_al.parsing import parse_arguments
 from hf_al.saved.inspection import load_config
 from hf_al.saved.prediction import predict
 from hf_al.saved.pruning import prune
@@ -280,6 +283,12 @@ def test_evaluation_gives_the_numbers_of_the_run(run, ages, shell):
     status, out, err = shell("evaluate", str(run[0]), f"--test_file={validation_file(ages)}")
     assert status == 0, err
     assert json.loads(out)["accuracy"] == run[1]["validation"][-1]["accuracy"]
+
+
+def test_rows_whose_numbers_were_read_are_answered_alike(run, ages):
+    args = parse_arguments([*ages, "--numeric_column_names=age,price", "--output_dir=unused"])
+    found = answer_exits(*load_model(str(run[0])), load_text_datasets(args)["validation"])
+    assert (found.logits[1].argmax(1) == found.labels).mean() == run[1]["validation"][-1]["accuracy"]
 
 
 def test_prediction_reads_the_columns_of_a_file(run, tmp_path, shell):

@@ -263,6 +263,17 @@ def test_state_by_name_continues_the_run(objective, make_model):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("more", [{"embedding_learning_rate_factor": 0}, {"frozen_blocks": 1}], ids=str)
+def test_what_is_frozen_from_now_on_needs_no_state(more, make_model):
+    model = make_model()
+    optimizers = optimizers_of(model, arguments())
+    set_gradients(model, seed=0)
+    update_all(model, optimizers, 0)
+    others = optimizers_of(make_model(), arguments(**more))
+    others.load_state(0, optimizers.state(0))
+    assert others.state(0).keys() < optimizers.state(0).keys()
+
+
 def test_loaded_state_is_a_copy(make_model):
     model, other = make_model(), make_model()
     optimizers, others = optimizers_of(model, arguments()), optimizers_of(other, arguments())

@@ -120,6 +120,14 @@ def test_plots_and_page_follow_from_report_json_alone(run, content, tmp_path):
         assert (again == first).all(), name
 
 
+def test_a_plot_that_fails_is_named_and_the_others_are_drawn(content, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(plots.PLOTS, "gradients", lambda report: 1 / 0)
+    drawn = plots.write_plots(tmp_path / "plots", content)
+    assert "losses" in drawn
+    assert "gradients" not in drawn
+    assert "Could not draw the plot 'gradients'" in caplog.text
+
+
 def test_a_plot_that_no_longer_applies_is_removed(content, tmp_path):
     report.write_report(tmp_path, content)
     del content["confusion_matrix"]
@@ -162,6 +170,13 @@ def test_validation_shows_the_metric_of_every_exit(content):
     assert figure.axes[0].get_ylabel() == "accuracy"
     evaluations = [row for row in content["history"] if "validation" in row]
     assert list(figure.axes[0].get_lines()[2].get_ydata()) == [row["validation"][2]["accuracy"] for row in evaluations]
+
+
+@pytest.mark.parametrize(("limit", "lines"), [(1e-3, 1), (0.0, 0), ([1.0, 0.5, 0.5], 0), (None, 0)])
+def test_one_limit_of_gradients_is_drawn(limit, lines, content):
+    content["arguments"]["max_grad_norm"] = limit
+    (axes,) = plots.gradients(content).axes
+    assert sum(line.get_label().startswith("clipped above") for line in axes.get_lines()) == lines
 
 
 def test_a_single_point_is_seen(content):

@@ -449,6 +449,20 @@ def test_a_hidden_label_is_missing():
         load_text_datasets(arguments(), DatasetDict({"train": train}))
 
 
+def test_lists_of_labels_are_not_hidden_ones(monkeypatch):
+    feature = [ClassLabel(names=["a", "b"])]
+    rows = Dataset.from_dict({"text": ["s", "t", "u"], "labels": [[0], [], [0, 1]]}).cast_column("labels", feature)
+    monkeypatch.setattr(sources, "load_dataset", lambda *args, **more: DatasetDict({"train": rows, "test": rows}))
+    assert load_text_datasets(arguments(dataset_name="user/data"))["test"]["label"][:] == [[0], [], [0, 1]]
+
+
+def test_classes_have_one_order_also_beside_a_nan():
+    rows = [
+        {"text": f"t {i}", "label": name} for i, name in enumerate(["nan", "10", "2", "nan", "word", "10", "2", "word"])
+    ]
+    assert label_names(load(rows)["train"]) == ["2", "10", "nan", "word"]
+
+
 @pytest.mark.parametrize("problem_type", [None, "regression", "single_label_classification"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_a_number_that_is_none_is_not_a_label(value, problem_type):

@@ -110,6 +110,13 @@ def test_new_labels_of_another_kind_are_learned(saved, tmp_path):
     assert report["test"][-1]["mse"] < 0.3 * 2.375**2  # that of guessing the mean
 
 
+def test_a_regression_goes_on_as_a_classification(tmp_path):
+    numbers = topics("bread", "ball").map(lambda row: {"label": 3.5 if row["label"] == "ball" else -1.25})
+    hf_al.train(arguments(tmp_path / "numbers", max_steps=1), numbers)
+    args = arguments(tmp_path / "classes", model_name_or_path=str(tmp_path / "numbers"), max_steps=1)
+    assert hf_al.train(args, topics("bread", "ball")).report["label_names"] == ["ball", "bread"]
+
+
 @pytest.mark.medium
 def test_the_arguments_of_the_caller_stay_as_they_are(saved, tmp_path):
     args = arguments(tmp_path / "run", model_name_or_path=str(saved), max_steps=1, model={})

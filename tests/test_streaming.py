@@ -10,7 +10,8 @@ from datasets import Dataset, IterableDataset
 
 import hf_al
 from hf_al.card import model_card
-from hf_al.data.streaming import StreamOrder, Windows
+from hf_al.data.files import stream_file
+from hf_al.data.streaming import StreamOrder, Windows, window_of
 from hf_al.loading import load_model
 from hf_al.parsing import parse_arguments
 from hf_al.training import checkpoint
@@ -182,6 +183,16 @@ def test_a_stream_can_be_given_in_python(few_tweets, tmp_path):
 
 def args_with(tmp_path, *flags: str) -> hf_al.TrainingArguments:
     return parse_arguments([*SMALL, "--streaming", f"--output_dir={tmp_path}", *flags])
+
+
+def test_a_column_that_changes_its_type_within_a_window_is_text_there(tmp_path):
+    cells = [str(i) for i in range(12_000)]
+    cells[11_000] = "many"
+    (tmp_path / "a.csv").write_text("text,age,label\n" + "".join(f"t,{cell},a\n" for cell in cells))
+    (columns,) = stream_file(str(tmp_path / "a.csv")).iter(12_000)
+    window = window_of(columns, None)
+    assert window["age"][:] == cells
+    assert window["text"][:] == ["t"] * 12_000
 
 
 def test_a_label_that_comes_late_is_named_with_its_place(few_tweets, tmp_path):

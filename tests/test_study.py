@@ -592,6 +592,8 @@ MISTAKES = {
     "an_arm_without_a_baseline": (
         {"arms": {**STUDY["arms"], "x": {}}, "baseline": {"al_ce": "backprop"}}, ["got neither for 'x'"],
     ),
+    "streaming": (
+        {"common": {"streaming": True, "max_steps": 5, "eval_strategy": "no"}}, ["Expected no streaming, got it"]),
     "several_processes": ({"common": {"stages": 2}, "arms": {"a": {"objective": "al_ce"}, "backprop": {}}},
                           ["Expected runs of one process, got 2"]),
 }  # fmt: skip

@@ -141,3 +141,7 @@ class Collator:
         for i, ids in enumerate(labels):
             hot_NC[i, ids] = 1.0
         return hot_NC
+
+    def all_labels(self, data: Dataset) -> np.ndarray:
+        """The labels of a split, as the metrics need them."""
+        return self.labels(data.features["label"], data["label"][:]).numpy()

@@ -66,12 +66,12 @@ def encode_labels(
 def guess_problem_type(rows: Dataset) -> str:
     """Lists are multi-label, numbers with a fraction are regression, everything else is single label."""
     feature = rows.features["label"]
-    if _is_list(feature):
+    if is_list(feature):
         return MULTI
     if feature in (Value("string"), Value("large_string")):
-        _refuse_almost_numbers(rows["label"])
+        _refuse_almost_numbers(rows["label"][:])
     is_float = getattr(feature, "dtype", "").startswith("float")
-    has_fraction = is_float and any(not _missing(v) and v != int(v) for v in rows["label"])
+    has_fraction = is_float and any(not _missing(v) and v != int(v) for v in rows["label"][:])
     return REGRESSION if has_fraction else SINGLE
 
 
@@ -112,7 +112,7 @@ def problem_type_of(rows: Dataset) -> str:
     feature = rows.features["label"]
     if isinstance(feature, ClassLabel):
         return SINGLE
-    return MULTI if _is_list(feature) else REGRESSION
+    return MULTI if is_list(feature) else REGRESSION
 
 
 def label_names(rows: Dataset) -> list[str]:
@@ -122,11 +122,11 @@ def label_names(rows: Dataset) -> list[str]:
 
 def _class_names(rows: Dataset) -> list[str] | None:
     feature = rows.features["label"]
-    feature = feature.feature if _is_list(feature) else feature
+    feature = feature.feature if is_list(feature) else feature
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def _is_list(feature: Any) -> bool:
+def is_list(feature: Any) -> bool:
     return isinstance(feature, list) or hasattr(feature, "feature")
 
 
@@ -190,10 +190,7 @@ def _missing(value: Any) -> bool:
 
 def _sort_key(name: str) -> tuple[int, float, str]:
     """Sorts numbers by value, then words."""
-    try:
-        return (0, float(name), name)
-    except ValueError:
-        return (1, 0.0, name)
+    return (0, float(name), name) if _is_number(name) else (1, 0.0, name)
 
 
 def _with_labels(rows: Dataset, values: list, feature: Any) -> Dataset:
@@ -214,7 +211,7 @@ def noisy_labels(rows: Dataset, share: float, seed: int) -> Dataset:
     kind, classes = problem_type_of(rows), len(label_names(rows))
     if kind != SINGLE:
         raise ValueError(f"Expected one class for each row with label_noise, got labels of {kind}. Leave it out.")
-    rng, labels = np.random.default_rng(seed), np.array(rows["label"])
+    rng, labels = np.random.default_rng(seed), np.array(rows["label"][:])
     others = (labels + rng.integers(1, classes, len(labels))) % classes
     chosen = rng.permutation(len(labels))[: round(share * len(labels))]
     labels[chosen] = others[chosen]

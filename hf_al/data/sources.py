@@ -18,8 +18,8 @@ from ..arguments import TrainingArguments
 from ..early import check_data_arguments, check_named
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
-from .labels import SINGLE, encode_labels, label_names, noisy_labels, problem_type_of, written_labels
-from .numeric import with_values
+from .labels import SINGLE, encode_labels, is_list, label_names, noisy_labels, problem_type_of, written_labels
+from .numeric import VALUES, with_values
 from .streaming import whole
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,14 @@ TEXT_FEATURES = (Value("string"), Value("large_string"))
 
 
 def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None) -> DatasetDict:
-    """The data of a run: splits train, validation and, if there is one, test. See `load_with_fingerprints`."""
+    """The data of a run: splits train, validation and, if there is one, test. See `load_with_fingerprints`.
+
+    Raises:
+        ValueError: as there, and for `streaming`.
+    """
     check_given_once(args, given)
+    if args.streaming:
+        raise ValueError("Expected no streaming where all rows are read, got it. Leave it out, or call train.")
     return load_with_fingerprints(args, given)[0]
 
 
@@ -145,7 +151,9 @@ def _split(data: DatasetDict, split: str, name: str) -> Dataset:
 def _all_hidden(split: Dataset, args: TrainingArguments) -> bool:
     """Benchmarks publish test labels as -1."""
     column = args.label_column_name or next((n for n in LABEL_NAMES if n in split.column_names), None)
-    return column in split.column_names and len(split) > 0 and set(split.unique(column)) == {-1}
+    if column not in split.column_names or is_list(split.features[column]) or len(split) == 0:
+        return False
+    return set(split.unique(column)) == {-1}
 
 
 def load_tweets() -> DatasetDict:
@@ -199,7 +207,7 @@ def named_columns(
         text: one text column, or two for pairs.
         label: the label column.
         name: of the split, for error messages.
-        numeric: the columns of numbers.
+        numeric: the columns of numbers, unless they were read already.
 
     Raises:
         ValueError: a column that this split does not have, or one of numbers that holds something else.
@@ -212,7 +220,8 @@ def named_columns(
                 f"Expected column {column!r} in the {name} split, got {split.column_names}. Give the columns of all "
                 "splits the same names."
             )
-    split = with_values(split.select_columns([*new_names, *numbers]), numbers, name)
+    read = [VALUES] if VALUES in split.column_names else []
+    split = with_values(split.select_columns([*new_names, *numbers, *read]), numbers, name)
     return split.rename_columns({a: b for a, b in new_names.items() if a != b})
 
 
@@ -257,7 +266,8 @@ def check_rows(split: Dataset, name: str) -> None:
                 f"Expected text in the text column of the {name} split, got values of type "
                 f"{getattr(kind, 'dtype', kind)}. Pass --text_column_names."
             )
-        for row, text in enumerate(split[column]):
+        parts = split.select_columns([column]).iter(10_000)  # a row at a time takes ten times as long
+        for row, text in enumerate(text for part in parts for text in part[column]):
             if text is None or not text.strip():
                 raise ValueError(
                     f"Expected a text in every row, got an empty one: {column}, {name} split, row {row} (from 0). "
@@ -285,7 +295,7 @@ def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     """
     rng = np.random.default_rng(seed)
     single = isinstance(train.features["label"], ClassLabel)
-    labels = np.asarray(train["label"]) if single else np.zeros(len(train), int)
+    labels = np.asarray(train["label"][:]) if single else np.zeros(len(train), int)
     taken = []
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from ..arguments import TrainingArguments
@@ -45,12 +46,29 @@ class Windows:
         while True:
             window, total = None, 0
             for columns in self.rows.iter(self.size):
-                window = Dataset.from_dict(dict(columns), features=self.rows.features)
+                window = window_of(columns, self.rows.features)
                 total += len(window)
                 yield window
             if window is None:
                 raise ValueError("Expected rows in the train split, got an empty stream.")
             self.total = total
+
+
+def window_of(columns: dict[str, list[Any]], features: Any) -> Dataset:
+    """Rows as a data set. The reader of csv files types a part at a time, so that one column may hold numbers and then
+    texts: these become texts."""
+    try:
+        return Dataset.from_dict(dict(columns), features=features)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        mixed = {n: [None if v is None else str(v) for v in column] for n, column in columns.items() if _mixed(column)}
+        if not mixed:
+            raise
+        return Dataset.from_dict({**columns, **mixed}, features=features)
+
+
+def _mixed(column: list[Any]) -> bool:
+    kinds = {type(value) for value in column}
+    return str in kinds and len(kinds - {type(None)}) > 1
 
 
 def open_windows(args: TrainingArguments, splits: IterableDatasetDict | DatasetDict) -> tuple[Windows, DatasetDict]:

@@ -33,7 +33,7 @@ def compare(names: list[str]) -> dict[str, Any]:
     for run in runs:
         report = reports[run["run"]]
         same = {key: value for key, value in arguments[run["run"]].items() if key not in {"seed", *SHOWING}}
-        groups.setdefault(json.dumps([same, rows_used(report)], sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps([same, report["num_blocks"], rows_used(report)], sort_keys=True), []).append(run)
     return {
         "runs": runs,
         "same_data": len({rows_used(report) for report in reports.values()}) == 1,

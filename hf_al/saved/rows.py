@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 from ..data.columns import LABEL_NAMES, guess_text
 from ..data.numeric import check_numbers, number
 from ..early import check_once, guess_delimiter
+from ..values import names_in
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def read_rows(
         ValueError: a column that does not exist, or columns that are ambiguous.
     """
     lines = _Lines(stream)
-    names = [name.strip() for name in (named or "").split(",") if name.strip()]
+    names = names_in(named)
     if len(names) > 2:
         raise ValueError(f"Expected one or two text columns, got {names}. Name at most two.")
     if kind == "text":

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ..arguments import TrainingArguments
 from ..config_fields import config_values
 from ..early import check_training
+from ..metrics import SMALLER_IS_BETTER
 from ..parsing import resolve
 from .plan import DECIDED, Study
 
@@ -103,6 +104,8 @@ def checked_run(flags: dict[str, Any], what: str) -> TrainingArguments:
         check_training(args, is_main=False)
         if args.processes > 1:
             raise ValueError(f"Expected runs of one process, got {args.processes}. Leave stages out.")
+        if args.streaming:
+            raise ValueError("Expected no streaming, got it: a run is also judged on rows of train. Leave it out.")
     except ValueError as error:
         raise ValueError(f"{error} ({what})") from None
     return args
@@ -209,8 +212,6 @@ def settled(study: Study, rows: Rows) -> dict[Key, dict[str, Any]]:
 
 def _score(row: dict[str, Any]) -> float:
     """What validation says of a run, more is better."""
-    from ..metrics import SMALLER_IS_BETTER
-
     if "error" in row:
         return -math.inf
     return float(-row["validation"] if row["metric"] in SMALLER_IS_BETTER else row["validation"])

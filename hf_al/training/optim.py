@@ -236,7 +236,9 @@ class BlockOptimizers:
             if name == "schedule":
                 self._load_plateau(k, entry, value.item())
                 continue
-            parameter = self.names[k][name]
+            parameter = self.names[k].get(name)
+            if parameter is None:
+                continue  # the resumed run has more that is frozen
             state = self._states_of(k)[-1 if id(parameter) in sparse else 0]
             if entry == "step" and id(parameter) in sparse:
                 state[parameter][entry] = int(value)

@@ -44,7 +44,7 @@ class Plan:
         placement: which stage owns which blocks.
         problem_type: single label, multi-label or regression.
         metric: the validation metric that chooses the checkpoint.
-        labels: split -> labels, in the form that the metrics need.
+        labels: of validation and test, in the form that the metrics need.
         identity: what must be the same in a resumed run, and in every process.
         warnings: what is odd about the data.
         conditions: what a resumed run may change; its result then differs from that of an uninterrupted run.
@@ -128,7 +128,7 @@ def make_plan(
         placement=placement,
         problem_type=problem_type,
         metric=metric,
-        labels={name: split_labels(data[name], collator) for name in data},
+        labels={name: collator.all_labels(data[name]) for name in data if name != "train"},
         identity={
             "data": {name: tokens_digest(data[name]) + (how if name == "train" else "") for name in data},
             "run": {
@@ -148,8 +148,3 @@ def make_plan(
         },
         warnings=data_warnings(data, config.label_names, tokenizer, is_trained=args.tokenizer_source is None),
     )
-
-
-def split_labels(data: Dataset, collator: Collator) -> np.ndarray:
-    """The labels of a split as the metrics and the health check need them: ids (N,), rows (N, C) or values (N,)."""
-    return collator.labels(data.features["label"], data["label"]).numpy()

@@ -213,7 +213,8 @@ def continue_model(
         )  # fmt: skip
     if args.freeze == "blocks":
         _check_frozen(args, saved.config, names if not keeps_labels else [])
-    labels = {} if keeps_labels else {"class_weights": None, **_label_values(data["train"])}
+    anew = {"class_weights": None, "label_mean": None, "label_deviation": None}
+    labels = {} if keeps_labels else {**anew, **_label_values(data["train"])}
     config = _config(args, {**saved.config.uncalibrated().to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
     model = new_model(config, args.seed, args.offload)

@@ -16,6 +16,7 @@ bodies that are no requests are sent.
 
 import argparse
 import asyncio
+import io
 import itertools
 import json
 import signal
@@ -134,7 +135,7 @@ async def ask(session: aiohttp.ClientSession, address: str, body: bytes) -> Answ
     start = time.perf_counter()
     headers = {"Content-Type": "application/json"}
     try:
-        async with session.post(address, data=body, headers=headers) as response:
+        async with session.post(address, data=io.BytesIO(body), headers=headers) as response:
             await response.read()
             return Answer(response.status, time.perf_counter() - start)
     except aiohttp.ClientError:
