@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from .arguments import FILES, SHOWING, TrainingArguments
 from .messages import some, table
 from .modeling.configuration_al import ALConfig
+from .modeling.limits import MULTI, REGRESSION, SINGLE
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
 from .report import differences, energy, flat_arguments, numbers, split_sizes
@@ -23,9 +24,9 @@ NO_RESULT = {
 }  # fmt: skip
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 USES = {
-    "single_label_classification": "It assigns each {unit} one of the classes {names}.",
-    "multi_label_classification": "It assigns each {unit} any number of the labels {names}.",
-    "regression": "It predicts a value for each {unit}: {names}.",
+    SINGLE: "It assigns each {unit} one of the classes {names}.",
+    MULTI: "It assigns each {unit} any number of the labels {names}.",
+    REGRESSION: "It predicts a value for each {unit}: {names}.",
 }
 
 
@@ -90,7 +91,7 @@ def model_card(
         energy=energy(report),
         vectors=report["arguments"]["word_vectors"],
         stages=report["arguments"].get("stages", 1),
-        top=", top_k=None" if report["problem_type"] == "multi_label_classification" else "",
+        top=", top_k=None" if report["problem_type"] == MULTI else "",
         start=started_from(report["arguments"]),
         plots=plots,
         versions=", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers")),

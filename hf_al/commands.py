@@ -150,14 +150,14 @@ def _predict_flags(parser: FlagParser) -> None:
     parser.add_argument("--id_column", metavar="NAME", help="column whose value is put into each answer as its id")
     parser.add_argument("--with_text", action="store_true", help="put the text into each answer")
     parser.add_argument("--all_scores", action="store_true", help="give scores of all classes, not just the answer's")
-    exit = parser.add_mutually_exclusive_group()
-    exit.add_argument("--exit_block", type=reader(int), metavar="K", help="stop after block K, counted from 0")
-    exit.add_argument(
+    parser.add_argument(
         "--exit",
+        "--exit_block",
         type=exit_name,
         dest="exit_block",
         metavar="K",
-        help="the same, or adaptive: each text stops where hf-al calibrate found the model to be sure enough",
+        help="stop after block K, counted from 0; adaptive: each text stops where hf-al calibrate found the model to "
+        "be sure enough",
     )
     parser.add_argument("--batch_size", type=positive, default=64, metavar="N", help="texts per batch (default: 64)")
     add_machine_flags(parser)

@@ -8,6 +8,7 @@ import evaluate
 import numpy as np
 
 from .metrics import COMPUTE
+from .modeling.limits import MULTI, REGRESSION, SINGLE
 
 
 class _LogitMetric(evaluate.Metric):
@@ -16,7 +17,7 @@ class _LogitMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         row = datasets.List(datasets.Value("float32"))
         ids = datasets.Value("int64")
-        references = ids if self.problem_type == "single_label_classification" else row
+        references = ids if self.problem_type == SINGLE else row
         return evaluate.MetricInfo(
             description=COMPUTE[self.problem_type].__doc__ or "",
             citation="",
@@ -31,16 +32,16 @@ class _LogitMetric(evaluate.Metric):
 class SingleLabelMetrics(_LogitMetric):
     """accuracy, macro_f1, log_loss and ece: see `single_label_metrics`."""
 
-    problem_type = "single_label_classification"
+    problem_type = SINGLE
 
 
 class MultiLabelMetrics(_LogitMetric):
     """f1_micro, f1_macro, accuracy and log_loss: see `multi_label_metrics`."""
 
-    problem_type = "multi_label_classification"
+    problem_type = MULTI
 
 
 class RegressionMetrics(_LogitMetric):
     """mse and pearson: see `regression_metrics`."""
 
-    problem_type = "regression"
+    problem_type = REGRESSION

@@ -16,6 +16,7 @@ from .early import check_ending
 from .loading import best_device, device_of, load_model, longest_text
 from .metrics import exit_metrics
 from .modeling.configuration_al import ALConfig
+from .modeling.limits import SINGLE
 from .modeling.modeling_al import ALForSequenceClassification
 from .parallel.placement import place
 from .saved.answers import columns
@@ -138,7 +139,7 @@ def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, 
     def true(label: Any) -> str:
         return ",".join(names[i] for i in label) if isinstance(label, list) else str(label)
 
-    single = config.resolved_problem_type == "single_label_classification"
+    single = config.resolved_problem_type == SINGLE
     labels = [names[label] if single else true(label) for label in rows["label"]]
     by_exit = {k: readings_of(torch.from_numpy(values), config, all_scores=False) for k, values in logits.items()}
     last = by_exit[max(by_exit)]

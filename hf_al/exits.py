@@ -23,7 +23,7 @@ from .loading import best_device, device_of, load_model
 from .metrics import expected_calibration_error
 from .modeling.configuration_al import ALConfig
 from .modeling.early_exit import ExitRule
-from .modeling.limits import EXIT_RULES
+from .modeling.limits import EXIT_RULES, MULTI, REGRESSION
 from .modeling.modeling_al import ALForSequenceClassification
 from .training.measure import block_seconds
 
@@ -78,7 +78,7 @@ def calibrate_exits(
     _check(config, max_accuracy_drop, target_speedup, rule)
     found = answer_exits(model, tokenizer, validation, text_column_names, label_column_name, batch_size, show_progress)
     logits_KNC = torch.from_numpy(np.stack([found.logits[k] for k in config.exits()]))
-    multi_label = config.resolved_problem_type == "multi_label_classification"
+    multi_label = config.resolved_problem_type == MULTI
     labels = torch.from_numpy(found.labels)
     targets_NC = labels.float() if multi_label else torch.nn.functional.one_hot(labels, config.classes).float()
     temperatures = [temperature(logits_NC, targets_NC, multi_label) for logits_NC in logits_KNC]
@@ -116,7 +116,7 @@ def calibrate_exits(
 
 
 def _check(config: ALConfig, max_accuracy_drop: float, target_speedup: float | None, rule: str) -> None:
-    if config.resolved_problem_type == "regression":
+    if config.resolved_problem_type == REGRESSION:
         raise ValueError(
             "Expected a classifier, got a model for regression: no probability says how sure a block is of a value. "
             "Use one exit for all texts, exit_block=0 for example."

@@ -1,8 +1,10 @@
 """Flags that several commands of hf-al share, and what is done with them."""
 
 import logging
+import math
 import sys
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,28 +25,20 @@ MODEL = "folder of a trained model, or a Hub id"
 COLUMNS = "column of the text, or two, comma-separated, for pairs (default: guessed)"
 
 
-def positive(text: str) -> int:
-    """For argparse's `type`: a whole number of at least 1."""
-    number: int = reader(int)(text)
-    if number < 1:
-        raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return number
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """For argparse's `type`: a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        number: int = reader(int)(text)
+        if not least <= number <= most:
+            wanted = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ArgumentTypeError(f"expected a number {wanted}, got {text!r}")
+        return number
+
+    return read
 
 
-def not_negative(text: str) -> int:
-    """For argparse's `type`: a whole number of at least 0."""
-    number: int = reader(int)(text)
-    if number < 0:
-        raise ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return number
-
-
-def port(text: str) -> int:
-    """For argparse's `type`: a port of this machine."""
-    number: int = reader(int)(text)
-    if not 0 < number < 2**16:
-        raise ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
-    return number
+positive, not_negative, port = whole(1), whole(0), whole(1, 65535)
 
 
 def character(text: str) -> str:

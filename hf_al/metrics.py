@@ -5,6 +5,7 @@ Legend: N examples, C classes.
 
 import numpy as np
 
+from .modeling.limits import MULTI, REGRESSION, SINGLE
 from .ranges import METRIC_NAMES
 
 ECE_BINS = 15
@@ -42,6 +43,18 @@ def _f1(hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> np.ndarr
     return 2 * hits / np.maximum(predicted + actual, 1)
 
 
+def right(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str) -> np.ndarray:
+    """Which rows (N,) are answered right; of several labels, all of them.
+
+    Args:
+        logits_NC: logits (N, C).
+        labels, problem_type: as in `compute_metrics`, of classes.
+    """
+    if problem_type == SINGLE:
+        return logits_NC.argmax(1) == labels
+    return ((logits_NC > 0) == (labels > 0.5)).all(1)
+
+
 def single_label_metrics(logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
     """accuracy, macro_f1 (over classes that occur or are predicted), log_loss (nats), ece (15 equal-mass bins)."""
     log_probabilities_NC = log_softmax(logits_NC)
@@ -49,7 +62,7 @@ def single_label_metrics(logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[st
     counts_CC = confusion_matrix(predicted_N, labels_N, logits_NC.shape[1])
     present = (counts_CC.sum(0) + counts_CC.sum(1)) > 0
     f1_C = _f1(counts_CC.diagonal(), counts_CC.sum(0), counts_CC.sum(1))
-    correct_N = predicted_N == labels_N
+    correct_N = right(logits_NC, labels_N, SINGLE)
     return {
         "accuracy": float(correct_N.mean()),
         "macro_f1": float(f1_C[present].mean()),
@@ -68,7 +81,7 @@ def multi_label_metrics(logits_NC: np.ndarray, labels_NC: np.ndarray) -> dict[st
     return {
         "f1_micro": float(_f1(*map(np.asarray, totals))),
         "f1_macro": float(_f1(hits_C, predicted_NC.sum(0), actual_NC.sum(0)).mean()),
-        "accuracy": float((predicted_NC == actual_NC).all(1).mean()),
+        "accuracy": float(right(logits_NC, labels_NC, MULTI).mean()),
         "log_loss": float(log_loss),
     }
 
@@ -83,9 +96,9 @@ def regression_metrics(values_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str
 
 
 COMPUTE = {
-    "single_label_classification": single_label_metrics,
-    "multi_label_classification": multi_label_metrics,
-    "regression": regression_metrics,
+    SINGLE: single_label_metrics,
+    MULTI: multi_label_metrics,
+    REGRESSION: regression_metrics,
 }
 
 
@@ -111,7 +124,7 @@ def compute_metrics(logits_NC: np.ndarray, labels: np.ndarray, problem_type: str
         labels: (N,) class ids, (N, C) multi-hot rows, or (N,) or (N, C) values.
         problem_type: which metrics.
     """
-    references = labels if problem_type == "single_label_classification" else labels.reshape(logits_NC.shape)
+    references = labels if problem_type == SINGLE else labels.reshape(logits_NC.shape)
     return COMPUTE[problem_type](logits_NC, references)
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .modeling.limits import SINGLE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -213,7 +215,7 @@ def codes(report: dict[str, Any]) -> "Figure | None":
     steps = [row["step"] for row in rows]
     blocks = [code["block"] for code in rows[0]["codes"]]
     figure, axes = _figure("Target code of each block", 3)
-    which = "class" if report["problem_type"] == "single_label_classification" else "label"
+    which = "class" if report["problem_type"] == SINGLE else "label"
     panels = (
         ("spread", "spread over the labels", limits["spread"], "collapsed below"),
         ("rank", "rank", 0, ""),

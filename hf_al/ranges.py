@@ -6,6 +6,7 @@ from typing import Any
 
 from .config_fields import known_fields
 from .messages import nearest
+from .modeling.limits import MULTI, REGRESSION, SINGLE
 from .values import numbers
 
 SCHEDULES = (
@@ -13,9 +14,9 @@ SCHEDULES = (
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 METRIC_NAMES = {  # the first one chooses the checkpoint unless another is named
-    "single_label_classification": ("accuracy", "macro_f1", "log_loss", "ece"),
-    "multi_label_classification": ("f1_micro", "f1_macro", "accuracy", "log_loss"),
-    "regression": ("mse", "pearson"),
+    SINGLE: ("accuracy", "macro_f1", "log_loss", "ece"),
+    MULTI: ("f1_micro", "f1_macro", "accuracy", "log_loss"),
+    REGRESSION: ("mse", "pearson"),
 }
 TRACKERS = (  # those of accelerate, and codecarbon
     "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "codecarbon",

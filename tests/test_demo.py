@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 import hf_al
+from hf_al.data import columns
 from hf_al.loading import load_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -245,3 +246,10 @@ def test_a_port_that_is_taken_is_one_message(start, trained):
         program = start("demo", str(trained[0]), f"--server_port={taken.getsockname()[1]}")
         out, err = program.communicate()
         assert_mistake((program.wait(60), out, err), "Could not serve the page", "--server_port")
+
+
+def test_the_page_knows_the_columns_that_the_command_line_knows():
+    from hf_al.saved import demo_page
+
+    assert demo_page.TEXT_NAMES == columns.TEXT_NAMES
+    assert demo_page.PAIR_NAMES == columns.PAIR_NAMES

@@ -576,7 +576,6 @@ def test_a_model_is_calibrated_from_the_command_line(trained, files, shell, tmp_
             ["calibrate", ".", "--validation_file=v.csv", "--max_accuracy_drop=0.1", "--target_speedup=2"],
             ["--target_speedup", "not allowed with"],
         ),
-        (["predict", "user/name", "--exit=adaptive", "--exit_block=1"], ["--exit_block", "not allowed with"]),
         (["predict", "user/name", "--exit=early"], ["--exit", "'early'"]),
     ],
     ids=lambda value: " ".join(value)[:50],

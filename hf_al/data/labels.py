@@ -12,10 +12,11 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from datasets import List as ListFeature
 
+from ..modeling.limits import MULTI, REGRESSION, SINGLE
+
 NO_LABEL = (
     "Expected a label in every row, got none in row {} (from 0) of the {} split. Remove the row, or fill the label in."
 )
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
 def encode_labels(

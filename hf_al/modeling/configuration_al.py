@@ -23,7 +23,17 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .limits import check_exits, check_lstm, check_numeric, check_shared, check_transformer, one_of, standard
+from .limits import (
+    REGRESSION,
+    SINGLE,
+    check_exits,
+    check_lstm,
+    check_numeric,
+    check_shared,
+    check_transformer,
+    one_of,
+    standard,
+)
 from .objectives import OBJECTIVES
 
 
@@ -138,7 +148,6 @@ class ALConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.label_deviation = kwargs.pop("label_std", self.label_deviation)  # the name before 0.1
         super().__post_init__(**kwargs)
         if self.problem_type is None and self.num_labels == 1:
             self.problem_type = "regression"  # set here, because `pipeline` applies a sigmoid if it is None
@@ -160,14 +169,14 @@ class ALConfig(PreTrainedConfig):
                 f"Expected num_labels to be at least 1, got {self.num_labels}. Pass num_labels=2 or more, or id2label."
             )
         if self.class_weights is not None:
-            if kind == "regression":
+            if kind == REGRESSION:
                 raise ValueError("Expected no class_weights for regression, got a list. Pass class_weights=None.")
             if len(self.class_weights) != self.num_labels:
                 raise ValueError(
                     f"Expected {self.num_labels} class_weights (num_labels), got {len(self.class_weights)}. "
                     "Pass one weight per class."
                 )
-        if self.label_smoothing and kind != "single_label_classification":
+        if self.label_smoothing and kind != SINGLE:
             raise ValueError(
                 f"Expected label_smoothing=0.0 with problem_type={kind!r}, got {self.label_smoothing}. "
                 "Smoothing spreads one label over the classes: pass label_smoothing=0.0."
@@ -176,7 +185,7 @@ class ALConfig(PreTrainedConfig):
             values = getattr(self, name)
             if values is None:
                 continue
-            if kind != "regression":
+            if kind != REGRESSION:
                 raise ValueError(f"Expected no {name} with problem_type={kind!r}, got {values}. Pass {name}=None.")
             if len(values) != self.num_labels:
                 raise ValueError(
@@ -191,7 +200,7 @@ class ALConfig(PreTrainedConfig):
         """`problem_type`, or the one that transformers would infer: regression for one output, else single label."""
         if self.problem_type is not None:
             return self.problem_type
-        return "regression" if self.num_labels == 1 else "single_label_classification"
+        return REGRESSION if self.num_labels == 1 else SINGLE
 
     @property
     def classes(self) -> int:

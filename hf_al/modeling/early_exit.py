@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from .blocks import never_empty, truncate, walk
 from .encoders import Inputs
 from .late import of_length
+from .limits import MULTI
 from .objectives import Boundary
 
 
@@ -64,7 +65,7 @@ def predict_texts(
             than one text.
     """
     config, was_training = model.config, model.training
-    thresholds = _thresholds(model, exit)
+    thresholds = ways_out(model.config, exit)
     if batch_size < 1:
         raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}. Pass batch_size=64, for example.")
     stops = list(thresholds)
@@ -76,7 +77,7 @@ def predict_texts(
     logits_NC = torch.empty(len(input_ids), config.classes, device=input_ids.device)
     blocks_N = torch.empty(len(input_ids), dtype=torch.long, device=input_ids.device)
     temperatures = config.exit_temperatures or [1.0] * config.num_blocks
-    multi_label = config.resolved_problem_type == "multi_label_classification"
+    multi_label = config.resolved_problem_type == MULTI
     rule = ExitRule(config.exit_rule, multi_label, len(input_ids))
     pools = [Pool(model.model.encoder_class.text_axes) for _ in stops]
 
@@ -223,15 +224,19 @@ def _batch(model: Any, inputs: Inputs, lengths_N: Tensor, rows_n: Tensor) -> Inp
     return model.model.prepare_inputs(**part, lengths=lengths_n)
 
 
-def _thresholds(model: Any, exit: int | str | None) -> dict[int, float | None]:
-    """The blocks after which texts may leave, in order, and their thresholds: None for the last one."""
+def ways_out(config: Any, exit: int | str | None) -> dict[int, float | None]:
+    """The blocks after which texts may leave, in order, and their thresholds: None for the last one.
+
+    Raises:
+        ValueError: no such exit, or `"adaptive"` without calibration.
+    """
     if exit is None or isinstance(exit, int):
-        return {last_block(model.config, exit, False): None}
+        return {last_block(config, exit, False): None}
     if exit != "adaptive":
         raise ValueError(
             f"Expected exit to be 'adaptive' or a number of a block, got {exit!r}. Leave it out for the last."
         )
-    thresholds = model.config.exit_thresholds
+    thresholds = config.exit_thresholds
     if thresholds is None:
         raise ValueError(
             "Expected a calibrated model with exit='adaptive', got one without exit_thresholds. Run hf-al calibrate on "

@@ -9,7 +9,8 @@ from typing import Any
 
 ACTIVATIONS = ("tanh", "sigmoid", "elu", "gelu", "layer_norm", "identity")
 INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 EXIT_RULES = ("confidence", "entropy", "patience")
 OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "supcon", "deinfo", "predsim", "backprop")
 MOST_LAYERS = 1000  # each is a module: very many would fill the memory before anybody looks at a weight
@@ -116,7 +117,7 @@ def check_exits(config: Any, exits: int) -> None:
         values = getattr(config, name)
         if values is None:
             continue
-        if exits < config.num_blocks or config.resolved_problem_type == "regression":
+        if exits < config.num_blocks or config.resolved_problem_type == REGRESSION:
             raise ValueError(
                 f"Expected no {name} for a model with one exit, or of regression, got {values}. Pass {name}=None."
             )

@@ -18,6 +18,7 @@ from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .early_exit import last_block, predict_texts
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
 from .late import resize_late, set_late_apart
+from .limits import MULTI, REGRESSION
 from .numeric import numeric_inputs
 from .objectives import OBJECTIVES, Boundary, first_target, label_loss
 
@@ -312,7 +313,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
         config = self.config
         if labels is not None and config.problem_type is None:  # from the labels, as transformers' own classifiers do
             multi_label = config.classes > 1 and labels.is_floating_point()
-            kind = "multi_label_classification" if multi_label else config.resolved_problem_type
+            kind = MULTI if multi_label else config.resolved_problem_type
             config.problem_type = kind  # type: ignore[assignment]
         learning = self.training and labels is not None
         last = last_block(config, exit_block, learning)
@@ -349,7 +350,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
         )
 
     def _plain_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
-        if self.config.resolved_problem_type == "regression":
+        if self.config.resolved_problem_type == REGRESSION:
             return nn.functional.mse_loss(logits_NC.float(), labels.view_as(logits_NC).float())
         return label_loss(logits_NC, labels, self.config)
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .limits import REGRESSION, SINGLE
+
 Boundary = dict[str, Tensor]
 Losses = dict[str, Tensor]
 
@@ -60,10 +62,10 @@ def first_target(labels: Tensor, config) -> Tensor:
         config: `resolved_problem_type`, `num_labels`, and for regression `label_mean` and `label_deviation`.
     """
     kind = config.resolved_problem_type
-    if kind == "single_label_classification":
+    if kind == SINGLE:
         return F.one_hot(labels.view(-1).long(), config.num_labels).float()
     target_NC = labels.view(-1, config.num_labels).float()
-    return standardise(target_NC, config) if kind == "regression" else target_NC
+    return standardise(target_NC, config) if kind == REGRESSION else target_NC
 
 
 def standardise(values: Tensor, config) -> Tensor:
@@ -109,13 +111,13 @@ def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:
     logits_NC = logits_NC.float()
     kind = config.resolved_problem_type
     weight = None if config.class_weights is None else _constant(config.class_weights, logits_NC)
-    if kind == "single_label_classification":
+    if kind == SINGLE:
         losses = F.cross_entropy(
             logits_NC, labels.view(-1).long(), weight, reduction="none", label_smoothing=config.label_smoothing
         )
         return losses.mean()
     target_NC = first_target(labels, config)
-    if kind == "regression":
+    if kind == REGRESSION:
         return F.mse_loss(logits_NC, target_NC)
     return F.binary_cross_entropy_with_logits(logits_NC, target_NC, pos_weight=weight)
 
@@ -203,7 +205,7 @@ def _alike(labels: Tensor, config) -> Tensor:
     """How alike the labels of two examples are (N, N): the cosine of their t_0, for one label 1 or 0; of numbers, which
     the papers leave out, exp(-d^2 / 2) of their distance d in standard deviations."""
     target_NC = first_target(labels, config)
-    if config.resolved_problem_type == "regression":
+    if config.resolved_problem_type == REGRESSION:
         return torch.exp(-torch.cdist(target_NC, target_NC).square() / 2)
     rows_NC = F.normalize(target_NC, dim=1)
     return rows_NC @ rows_NC.T

@@ -9,6 +9,8 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..modeling.limits import MULTI, REGRESSION
+
 Write = Callable[[list[dict[str, Any]]], None]
 KINDS = {".csv": ",", ".tsv": "\t", ".parquet": ""}  # the delimiter
 
@@ -23,13 +25,13 @@ def columns(config: Any, exit_block: int | str | None, all_scores: bool, extra: 
         extra: names of further columns of text: `id`, `text`, `text_pair`.
     """
     kind, names = config.resolved_problem_type, config.label_names
-    if kind == "regression":
+    if kind == REGRESSION:
         answer = {"value" if len(names) == 1 else f"value_{name}": pa.float64() for name in names}
-    elif kind == "multi_label_classification":
+    elif kind == MULTI:
         answer = {"labels": pa.string()}
     else:
         answer = {"label": pa.string(), "score": pa.float64()}
-    scores = {f"score_{name}": pa.float64() for name in names} if all_scores and kind != "regression" else {}
+    scores = {f"score_{name}": pa.float64() for name in names} if all_scores and kind != REGRESSION else {}
     if exit_block == "adaptive":
         return {**dict.fromkeys(extra, pa.string()), **answer, **scores, "exit": pa.int64(), "error": pa.string()}
     exits = [k for k in config.exits() if exit_block is None or k <= int(exit_block)]

@@ -16,7 +16,10 @@ import gradio as gr
 import torch
 
 TEXT_NAMES = ("text", "sentence", "content", "review", "tweet", "document", "question", "body", "comment", "utterance")
-PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+PAIR_NAMES = (
+    ("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"), ("text_a", "text_b"),
+)  # fmt: skip
 READS = [".txt", ".csv", ".tsv", ".jsonl"]
 MOST_ROWS = 10_000
 BATCH = 64
@@ -256,7 +259,7 @@ def _text(value: Any, number: int, name: str) -> str:
 
 
 def _text_columns(columns: list[str]) -> list[str]:
-    for pair in PAIRS:
+    for pair in PAIR_NAMES:
         if set(pair) <= set(columns):
             return list(pair)
     known = [name for name in columns if name.lower() in TEXT_NAMES] or (columns if len(columns) == 1 else [])

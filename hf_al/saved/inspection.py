@@ -13,6 +13,7 @@ from ..early import check_model_name
 from ..messages import last_line, some, table
 from ..modeling.blocks import PARTS
 from ..modeling.configuration_al import ALConfig
+from ..modeling.limits import REGRESSION
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..own import hint
 from ..ranges import METRIC_NAMES
@@ -139,7 +140,7 @@ def as_text(found: dict[str, Any]) -> str:
     shown = some(labels, 10)
     lines = [
         f"{found['model']}: {found['model_type']}, objective {found['objective']}, {found['problem_type']}",
-        f"{len(labels)} classes: {shown}" if found["problem_type"] != "regression" else f"values: {shown}",
+        f"{len(labels)} classes: {shown}" if found["problem_type"] != REGRESSION else f"values: {shown}",
         f"vocabulary of {found['vocab_size']:,}; texts are cut to {found['max_length']} tokens",
         f"{counts['inference']:,} parameters for inference, {counts['training_only']:,} for training only",
         "",

@@ -25,6 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from ..atomic import replacing
 from ..early import input_format
 from ..loading import best_device, device_of, load_model, longest_text
+from ..modeling.early_exit import ways_out
+from ..modeling.limits import MULTI, REGRESSION
 from ..modeling.modeling_al import ALForSequenceClassification
 from .answers import Write, columns, writer
 from .rows import Texts, Unusable, read_rows
@@ -64,10 +66,7 @@ def predict(
     Raises:
         ValueError: an exit that does not exist, or `"adaptive"` for a model that is not calibrated.
     """
-    if isinstance(exit_block, str):
-        model.predict(torch.ones(0, 1, dtype=torch.long), exit=exit_block)  # refuses what cannot be done, at once
-    elif exit_block is not None and exit_block not in model.config.exits():
-        raise ValueError(f"Expected exit_block to be one of {model.config.exits()}, got {exit_block}.")
+    ways_out(model.config, exit_block)  # refuses what cannot be done, at once
     return _predict_chunks(model, tokenizer, rows, batch_size, exit_block, all_scores, most_tokens)
 
 
@@ -188,12 +187,12 @@ def readings_of(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[s
     """The answer of one exit for each text, with the scores of transformers' text-classification pipeline."""
     kind, names = config.resolved_problem_type, config.label_names
     logits_NC = logits_NC.float().cpu()
-    if kind == "regression":
+    if kind == REGRESSION:
         values = logits_NC.tolist()
         return [
             {"value": row[0]} if len(names) == 1 else {"values": dict(zip(names, row, strict=True))} for row in values
         ]
-    multi_label = kind == "multi_label_classification"
+    multi_label = kind == MULTI
     readings = []
     for row in (logits_NC.sigmoid() if multi_label else logits_NC.softmax(1)).tolist():
         ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])

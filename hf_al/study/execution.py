@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data import sources
-from ..data.labels import REGRESSION, SINGLE, problem_type_of
+from ..data.labels import problem_type_of
 from ..evaluation import ExitAnswers, answer_exits
 from ..flags import set_up_output
 from ..messages import duration
-from ..metrics import SMALLER_IS_BETTER
+from ..metrics import SMALLER_IS_BETTER, right
+from ..modeling.limits import REGRESSION, SINGLE
 from ..parsing import resolve
 from ..report import code_version, machine
 from ..training.health import Diverged
@@ -169,7 +170,8 @@ def _found(run: Run) -> dict[str, Any]:
     step = math.ceil(len(data["train"]) / TRAIN_ROWS)
     some, rows = data["train"].select(range(0, len(data["train"]), step)), data["test"]
     seen, test = answers(some), answers(rows)
-    found = measured(result.report, right(seen, result.model.config), right(test, result.model.config))
+    kind = result.model.config.resolved_problem_type
+    found = measured(result.report, *(right(part.logits[max(part.logits)], part.labels, kind) for part in (seen, test)))
     if run.inside:
         found["inside"] = look_inside(result.model, result.tokenizer, some, rows, test)
     return found
@@ -191,14 +193,6 @@ def train_on(flags: dict[str, Any], on_evaluation: OnEvaluation | None = None) -
         except ValueError as error:  # checkpoints that are damaged, or of other data
             logger.warning("%s starts anew: %s", folder, error)
     return train(resolve({**flags, "overwrite_output_dir": True}), on_evaluation=on_evaluation)
-
-
-def right(answers: ExitAnswers, config: Any) -> Any:
-    """Which rows (N,) the last exit answers right; of several labels, all of them."""
-    logits_NC = answers.logits[max(answers.logits)]
-    if config.resolved_problem_type == "single_label_classification":
-        return logits_NC.argmax(1) == answers.labels
-    return ((logits_NC > 0) == (answers.labels > 0.5)).all(1)
 
 
 def measured(report: dict[str, Any], train: Any, test: Any) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.batching import Collator, evaluation_batches, token_lengths
 from ..evaluation import ExitAnswers, labelled_tokens
+from ..metrics import right
 from ..modeling.blocks import ALBlock, BlockOutput, walk
 from ..modeling.encoders import Inputs
 from ..modeling.late import of_length
+from ..modeling.limits import SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..training.health import code_health
 
@@ -96,7 +98,7 @@ def probe(train_ND: np.ndarray, train_labels: np.ndarray, test_ND: np.ndarray, t
 def wrong_at(answers: ExitAnswers) -> dict[int, dict[str, float]]:
     """For each exit the share of texts that it gets wrong: `wrong` of all, `short` and `long` of the shorter and of the
     longer half; `mended` of all texts what it gets wrong and the last exit right, `spoilt` the other way round."""
-    wrong = {k: logits_NC.argmax(1) != answers.labels for k, logits_NC in answers.logits.items()}
+    wrong = {k: ~right(logits_NC, answers.labels, SINGLE) for k, logits_NC in answers.logits.items()}
     last = wrong[max(wrong)]
     order = np.argsort(answers.lengths, kind="stable")  # half of the texts may have the same, the longest length
     is_long = np.zeros(len(order), dtype=bool)

@@ -311,11 +311,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
-    """One sentence for each key whose values differ, the architecture first."""
+def differences(expected: dict[str, Any], got: dict[str, Any], words: str = "{} was {!r} and is now {!r}") -> list[str]:
+    """One sentence for each key whose values differ, the architecture first; `words` are for key and values."""
     keys = sorted(dict.fromkeys([*expected, *got]), key=lambda key: key != "model_type")
-    return [
-        f"{key} was {expected.get(key)!r} and is now {got.get(key)!r}"
-        for key in keys
-        if expected.get(key) != got.get(key)
-    ]
+    return [words.format(key, expected.get(key), got.get(key)) for key in keys if expected.get(key) != got.get(key)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..arguments import TrainingArguments
 from ..loading import device_of
 from ..modeling.blocks import BlockOutput, walk
+from ..modeling.limits import SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
 from .local_step import block_randomness, local_steps
@@ -57,7 +58,7 @@ class Cost:
 def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Any]:
     """The inputs of a throw-away batch of this shape, with labels of the model's kind."""
     config, rows = model.config, len(input_ids)
-    single = config.resolved_problem_type == "single_label_classification"
+    single = config.resolved_problem_type == SINGLE
     labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
     mask = torch.ones_like(input_ids)
     numbers = no_numbers(model, rows)

@@ -14,6 +14,7 @@ from ..data.batching import token_lengths
 from ..data.streaming import StreamOrder
 from ..loading import parameter_counts, weights_sha256
 from ..metrics import confusion_matrix, exit_metrics
+from ..modeling.limits import SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from . import checkpoint, health, run_folder
 from .measure import exit_speeds
@@ -105,7 +106,7 @@ def _results(plan: Plan, stage: Stage) -> dict[str, Any]:
         logits = stage.evaluate(plan.data[split], plan.args.per_device_eval_batch_size)
         exits = exit_metrics(logits, plan.labels[split], plan.problem_type)
         results[split] = stage.transport.pass_on(exits)
-        if plan.problem_type == "single_label_classification" and stage.transport.is_last:
+        if plan.problem_type == SINGLE and stage.transport.is_last:
             predicted = logits[max(logits)].argmax(1)
             counts = confusion_matrix(predicted, plan.labels[split], stage.model.config.classes)
             results["confusion_matrix"] = counts.tolist()

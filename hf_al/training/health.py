@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..arguments import TrainingArguments
 from ..modeling.blocks import PARTS
+from ..modeling.limits import SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES, first_target
 from ..parallel.alone import ALONE, Alone
@@ -62,7 +63,7 @@ def code_health(model: ALForSequenceClassification, labels: Tensor, transport: A
     objective = OBJECTIVES[model.config.objective]
     if objective.end_to_end or not objective.target_codes:
         return []
-    single = model.config.resolved_problem_type == "single_label_classification"
+    single = model.config.resolved_problem_type == SINGLE
     labels = torch.arange(model.config.classes) if single else torch.unique(labels, dim=0)
     if len(labels) < 2:
         return []

@@ -131,7 +131,7 @@ def check_same(what: str, facts: dict[str, Any], transport: Alone) -> None:
 
     def compare() -> None:
         for process, other in enumerate(everywhere):
-            found = differences(everywhere[transport.main], other)
+            found = differences(everywhere[transport.main], other, "{} is {!r} in the main process and {!r} there")
             if found:
                 raise ValueError(
                     f"Expected the same {what} in all processes, got another at {transport.who(process)}: "

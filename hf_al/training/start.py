@@ -21,6 +21,7 @@ from ..loading import difference, load_encoder, load_model, longest_text
 from ..messages import some
 from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
+from ..modeling.limits import REGRESSION, SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parsing import check_lists, check_model_keys
 from ..registration import MODEL_CLASSES
@@ -252,7 +253,7 @@ def _label_values(train: Dataset) -> dict[str, Any]:
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
     }
-    if kind == "regression":
+    if kind == REGRESSION:
         labels = np.asarray(train["label"], np.float64)
         if labels.std() == 0:
             raise ValueError(
@@ -264,7 +265,7 @@ def _label_values(train: Dataset) -> dict[str, Any]:
 
 
 def _config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
-    if values.get("label_smoothing") and values["problem_type"] != "single_label_classification":
+    if values.get("label_smoothing") and values["problem_type"] != SINGLE:
         kind = values["problem_type"]
         logger.warning("label_smoothing spreads one label over the classes: it is not used for %s.", kind)
         values = {**values, "label_smoothing": 0.0}

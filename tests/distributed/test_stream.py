@@ -351,13 +351,13 @@ def test_the_wrong_batch_is_noticed(run_flags, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--seed=43", "seed was 42 and is now 43"),
-        ("--wire_dtype=bf16", "wire_dtype was 'float32' and is now 'bf16'"),
-        ("--target_size=13", "target_size was 12 and is now 13"),
-        ("--learning_rate=0.5", "learning_rate was 0.005 and is now 0.5"),
-        ("--logging_steps=7", "logging_steps was 5 and is now 7"),
-        ("--placement=0,1-3", "placement was 'equal' and is now '0,1-3'"),
-        ("--resume_from_checkpoint=last", "resume_from_checkpoint was None and is now 'last'"),
+        ("--seed=43", "seed is 42 in the main process and 43 there"),
+        ("--wire_dtype=bf16", "wire_dtype is 'float32' in the main process and 'bf16' there"),
+        ("--target_size=13", "target_size is 12 in the main process and 13 there"),
+        ("--learning_rate=0.5", "learning_rate is 0.005 in the main process and 0.5 there"),
+        ("--logging_steps=7", "logging_steps is 5 in the main process and 7 there"),
+        ("--placement=0,1-3", "placement is 'equal' in the main process and '0,1-3' there"),
+        ("--resume_from_checkpoint=last", "resume_from_checkpoint is None in the main process and 'last' there"),
         ("--output_dir=elsewhere", "and is now 'elsewhere'"),
     ],
 )
