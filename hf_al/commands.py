@@ -43,7 +43,7 @@ from .flags import (
 from .messages import table
 from .metadata import check_metadata
 from .modeling.limits import EXIT_RULES
-from .parallel.launch import is_for_others_to_start, is_launched, is_main, launch, said_once
+from .parallel.launch import failing_once, is_for_others_to_start, is_launched, is_main, launch
 from .parallel.placement import check_placement
 from .parsing import FlagParser, add_training_flags, planned_blocks, reader, resolve
 from .report import read_report
@@ -65,13 +65,13 @@ def _train(flags: Namespace) -> None:
 
 def train(flags: dict[str, Any]) -> None:
     """One run, with these flags."""
-    args = said_once(lambda: resolve(flags))
+    args = failing_once(lambda: resolve(flags))
     if flags["print_config"]:
         print(args.to_yaml(), end="")
         return
-    said_once(lambda: check_training(args, is_main(), reads_data=not (args.dispatch_data and is_launched())))
+    failing_once(lambda: check_training(args, is_main(), reads_data=not (args.dispatch_data and is_launched())))
     if not args.model_name_or_path:
-        said_once(lambda: check_placement(args.placement, planned_blocks(args), args.stages))
+        failing_once(lambda: check_placement(args.placement, planned_blocks(args), args.stages))
     if args.processes > 1 and not is_for_others_to_start():
         launch(args.to_yaml(), args.processes, args.use_cpu)
         return

@@ -11,7 +11,7 @@ from .arguments import PRETRAINED, TrainingArguments
 from .atomic import export
 from .early import check_model_name, check_output_dir
 from .flags import MODEL, add_copy, add_model, load_for_copy, positive, set_up_output
-from .parallel.launch import is_launched, said_once
+from .parallel.launch import failing_once, is_launched
 from .parsing import FlagParser, add_training_flags, reader, resolve
 from .report import read_report, write_report
 
@@ -48,9 +48,9 @@ def run_grow(flags: Namespace, run: Callable[[dict[str, Any]], None]) -> None:
             f"Expected no --{given[0]} with hf-al grow, got one: it follows from {name}. Leave it out, or use hf-al "
             "train."
         )
-    said_once(lambda: check_model_name(name, values.get("model_revision")))
+    failing_once(lambda: check_model_name(name, values.get("model_revision")))
     if until is None:
-        run({**values, **said_once(lambda: growth(name, values.get("model_revision"), add))})
+        run({**values, **failing_once(lambda: growth(name, values.get("model_revision"), add))})
     else:
         grow_until(values, name, until, run)
 

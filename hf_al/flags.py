@@ -12,7 +12,7 @@ import shtab
 
 from .early import check_is_new, check_labelled, check_model_name, columns_of
 from .parsing import FlagParser, reader
-from .report import find_report
+from .report import read_report
 from .values import capped, names_in
 
 if TYPE_CHECKING:
@@ -115,9 +115,9 @@ def use_columns_of_run(flags: Namespace, columns: list[str]) -> None:
     """Columns that no flag names are those that the model was trained on, where its report names them and the file has
     them."""
     try:
-        trained = find_report(flags.model, getattr(flags, "revision", None))["arguments"]
+        trained = read_report(flags.model)["arguments"] or {}
     except ValueError:
-        return  # a copy without its report
+        return  # a copy without its report, or a Hub id, which is not looked up for this
     for flag in ("text_column_names", "label_column_name"):
         names = trained.get(flag)
         if names and getattr(flags, flag, names) is None and set(names_in(names)) <= set(columns):

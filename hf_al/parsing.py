@@ -74,7 +74,7 @@ def reader(kind: Any) -> Callable[[str], Any]:
 
 
 def add_training_flags(parser: ArgumentParser) -> None:
-    """Flags for every field of TrainingArguments and every config value of either architecture."""
+    """Flags for every field of TrainingArguments and every config value of all architectures."""
     import shtab
 
     parser.add_argument("--config", metavar="FILE", help="YAML file with values of these arguments.")

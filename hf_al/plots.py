@@ -37,7 +37,8 @@ MOST_IN_LEGEND = 8
 SHOWN_STEPS = 8  # of a timeline
 
 
-def _colours(count: int) -> list[Any]:
+def colours_for(count: int) -> list[Any]:
+    """Colours of so many lines."""
     if count <= len(PALETTE):
         return list(PALETTE[:count])
     from matplotlib import colormaps
@@ -47,11 +48,9 @@ def _colours(count: int) -> list[Any]:
 
 def _figure(title: str, panels: int = 1, height: float = 3.6) -> tuple["Figure", list["Axes"]]:
     """A figure with `panels` panels side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2 if panels == 1 else 4.4 * panels, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for ax in axes:
@@ -155,7 +154,7 @@ def losses(report: dict[str, Any]) -> "Figure | None":
     if not names:
         return None
     blocks = sorted({block for block, _ in series})
-    colours = dict(zip(blocks, _colours(len(blocks)), strict=True))
+    colours = dict(zip(blocks, colours_for(len(blocks)), strict=True))
     whole = report["objective"] == "backprop"
     figure, axes = _figure("Loss of the network" if whole else "Loss of each block", len(names))
     for ax, name in zip(axes, names, strict=True):
@@ -176,7 +175,7 @@ def validation(report: dict[str, Any]) -> "Figure | None":
     metric = report["metric"]
     exits = [row["block"] for row in rows[0]["validation"]]
     figure, (ax,) = _figure("Validation, every exit")
-    for i, (block, colour) in enumerate(zip(exits, _colours(len(exits)), strict=True)):
+    for i, (block, colour) in enumerate(zip(exits, colours_for(len(exits)), strict=True)):
         values = [row["validation"][i][metric] for row in rows]
         _line(ax, [row["step"] for row in rows], values, colour, f"exit {block}", smooth=False)
     if report["best_step"] is not None:
@@ -193,7 +192,7 @@ def gradients(report: dict[str, Any]) -> "Figure | None":
         return None
     whole = report["objective"] == "backprop"
     figure, (ax,) = _figure("Gradient norm of the network" if whole else "Gradient norm of each block")
-    for ((block, _), (steps, values)), colour in zip(series.items(), _colours(len(series)), strict=True):
+    for ((block, _), (steps, values)), colour in zip(series.items(), colours_for(len(series)), strict=True):
         _line(ax, steps, values, colour, "network" if whole else f"block {block}")
     ax.set_ylabel("L2 norm before clipping")
     limit = report["arguments"].get("max_grad_norm")
@@ -222,7 +221,7 @@ def codes(report: dict[str, Any]) -> "Figure | None":
         ("separation", f"{which} separation (1 = all equally far apart)", limits["separation"], "codes shared below"),
     )
     for ax, (name, label, limit, meaning) in zip(axes, panels, strict=True):
-        for i, (block, colour) in enumerate(zip(blocks, _colours(len(blocks)), strict=True)):
+        for i, (block, colour) in enumerate(zip(blocks, colours_for(len(blocks)), strict=True)):
             _line(ax, steps, [row["codes"][i][name] for row in rows], colour, f"block {block}", smooth=False)
         ax.set_title(label, fontsize=10)
         if name == "rank":

@@ -159,7 +159,7 @@ def test_every_axis_says_what_it_shows(content):
 def test_legends_cover_no_line(content):
     for plot in (plots.losses, plots.validation, plots.gradients, plots.codes):
         figure = plot(content)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         ax = figure.axes[-1]
         assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
 
@@ -220,7 +220,7 @@ def test_a_confusion_matrix_stays_readable(classes, content, tmp_path):
     figure = plots.confusion(content)
     ax = figure.axes[0]
     assert bool(ax.texts) == (classes <= plots.MOST_NUMBERED)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     names = [text for text in ax.get_yticklabels() if text.get_text()]
     assert 2 <= len(names) <= plots.MOST_TICKS
     boxes = sorted((text.get_window_extent() for text in names), key=lambda box: box.y0)

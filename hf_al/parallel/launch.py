@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's elastic launcher
 LOCAL_RANK = "LOCAL_RANK"  # set by every launcher of several processes; 0 is the first process of a machine
-WORD = 3.0  # seconds for the process that reports to say what went wrong
+REPORT_GRACE = 3.0  # seconds for the process that reports to say what went wrong
 ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`, even if it starts only one process
 
 
@@ -35,18 +35,18 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def speaks() -> bool:
+def reports_here() -> bool:
     """Whether this process reports what all processes of its machine know."""
     return os.environ.get(LOCAL_RANK, "0") == "0"
 
 
-def leave_the_word(status: int = 2) -> NoReturn:
+def end_unreported(status: int = 2) -> NoReturn:
     """Ends a process whose error another one reports; waits first, because a launcher ends all once one ends."""
-    time.sleep(WORD)
+    time.sleep(REPORT_GRACE)
     raise SystemExit(status)
 
 
-def said_once(work: Callable[[], Any]) -> Any:
+def failing_once(work: Callable[[], Any]) -> Any:
     """`work()`, which fails in every process or in none: before they are connected, one per machine reports the error.
 
     Raises:
@@ -56,9 +56,9 @@ def said_once(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ValueError:
-        if speaks():
+        if reports_here():
             raise
-        leave_the_word()
+        end_unreported()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..modeling.objectives import Boundary
 from .alone import ALONE, FILES, ROWS, Alone
-from .launch import leave_the_word
+from .launch import end_unreported
 from .placement import rank_of
 from .schema import ALIGNMENT, Message, Ring, Schema
 
@@ -241,7 +241,7 @@ class Neighbours(Alone):
         self._ask("set", f"{name}/{self.process}", json.dumps(error is not None))
         failures = [p for p in self._processes() if json.loads(self._get(f"{name}/{p}", p))]
         if failures and self.process != (self.main if self.main in failures else failures[-1]):
-            leave_the_word()  # to the main process, or the last one that failed
+            end_unreported()  # to the main process, or the last one that failed
         if error is not None:
             raise error
         return result
@@ -288,7 +288,7 @@ class Neighbours(Alone):
         with suppress(RuntimeError):  # the store may be gone, too
             first = self.store.add("failures", 1) == 1
             if not first:  # a consequence of the other's
-                leave_the_word(status)
+                end_unreported(status)
             self.store.set("failure", str(status))
 
     def statistics(self) -> dict[str, float]:
@@ -350,7 +350,7 @@ class Neighbours(Alone):
             return
         try:
             if self.store.check(["failure"]):
-                leave_the_word(int(self.store.get("failure")))
+                end_unreported(int(self.store.get("failure")))
         except RuntimeError:  # each further query would print a stack trace
             self.store_is_gone = True
 
@@ -363,7 +363,7 @@ class Neighbours(Alone):
             time.sleep(0.1)
         with suppress(RuntimeError):
             if not self.store_is_gone and self.store.add("lost", 1) > 1:
-                leave_the_word()  # another process lost a peer first; this is a consequence
+                end_unreported()  # another process lost a peer first; this is a consequence
         reason = f"no word for {self.timeout:g} seconds"
         if error is not None:
             reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". This is ")[0].rstrip(".?")

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..messages import table
-from ..plots import PALETTE, plain
+from ..plots import colours_for, plain
 from .summary import Summary
 
 if TYPE_CHECKING:
@@ -96,14 +96,11 @@ def draw_inside(summary: Summary, architecture: str) -> "Figure | None":
     }
     if not found:
         return None
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     arms = [arm for arm in study.arms if any(arm == there for _, there in found)]
-    colours = [PALETTE[i] if len(arms) <= len(PALETTE) else colormaps["tab20"](i % 20) for i in range(len(arms))]
+    colours = colours_for(len(arms))
     figure = Figure(figsize=(2.6 * len(PANELS), 2.5 * len(study.sets) + 0.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(study.sets), len(PANELS), squeeze=False, sharex=True)
     for row, name in zip(axes, study.sets, strict=True):
         for ax, (what, (title, is_log)) in zip(row, PANELS.items(), strict=True):

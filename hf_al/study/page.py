@@ -213,12 +213,10 @@ def draw(summary: Summary) -> "Figure | None":
     }
     if not any(found.values()):
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = len(study.architectures)
     figure = Figure(figsize=(4.4 * panels + 1.2, 0.5 * len(arms) + 1.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     for ax, kind in zip(axes, study.architectures, strict=True):
         ax.axvline(0, color="#777777", linewidth=1.2, linestyle=":", zorder=1)

@@ -1,1 +1,1 @@
-"""Training: arguments, optimizers, the local step, the loop and its checkpoints."""
+"""Training: optimizers, the local step, the loop and its checkpoints."""

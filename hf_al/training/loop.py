@@ -30,7 +30,7 @@ from ..metrics import SMALLER_IS_BETTER, exit_metrics
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import OBJECTIVES
 from ..parallel.alone import Alone
-from ..parallel.launch import said_once
+from ..parallel.launch import failing_once
 from ..parallel.transport import connect
 from ..parsing import BALANCED
 from . import checkpoint, dispatch, energy, health, run_folder, trackers
@@ -101,11 +101,11 @@ def train(
     """
     at_ends = partial(shortage_explained, lambda: "the start or the end of the run", "model")
     with progress_bars(shown=not args.disable_tqdm), at_ends(can_offload=not args.offload):
-        return _train(said_once(partial(for_this_run, args)), datasets, on_evaluation)
+        return _train(failing_once(partial(for_this_run, args)), datasets, on_evaluation)
 
 
 def _train(args: TrainingArguments, datasets: DatasetDict | None, on_evaluation: OnEvaluation | None) -> TrainResult:
-    accelerator = said_once(partial(make_accelerator, args))
+    accelerator = failing_once(partial(make_accelerator, args))
     device = torch.device(accelerator.device)
     transport = connect(args.stages, args.replicas, device, args.ddp_timeout)
     if not transport.is_main:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from ..parallel.launch import is_launched, speaks
+from ..parallel.launch import is_launched, reports_here
 
 REPEATED = 2.0  # seconds in which a launcher may pass on a Ctrl-C that the terminal has sent to every process already
 NOTE = b"\nStopping after this step, with a checkpoint. Send the same signal again to stop at once.\n"
@@ -48,7 +48,7 @@ class StopSignals:
         self.received, self._received_at = signal.Signals(number), time.monotonic()
         if not is_launched():
             self._restore()
-        if speaks():
+        if reports_here():
             with suppress(OSError):
                 os.write(2, NOTE)  # a logger may be holding its lock
 

@@ -90,7 +90,7 @@ def updating_step(model: ALEncoderForSequenceClassification, data: Dataset, batc
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(update(torch.optim.AdamW([parameter], lr=1e-5)))
     inputs = Collator(0, CLASSES)(data, np.arange(batch))
-    inputs = {name: t.to(device) for name, t in inputs.items() if name != "lengths"}
+    inputs = {name: t.to(device) for name, t in inputs.items()}
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

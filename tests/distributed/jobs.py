@@ -32,7 +32,7 @@ def train(stage: int, flags: list[str]) -> dict:
     made = []
     hook(PATCH, loop, "connect", after=lambda call: made.append(call.result))
     PATCH.setattr(plots, "PLOTS", {})  # they take half of the time of such a short run
-    PATCH.setattr(launch, "WORD", 0.0)  # no launcher here ends the other processes
+    PATCH.setattr(launch, "REPORT_GRACE", 0.0)  # no launcher here ends the other processes
     PATCH.setattr(transport, "SILENCE", 0.5)
     sent_to: set[int] = set()
     hook(PATCH, dist, "isend", before=lambda call: sent_to.add(call.dst))

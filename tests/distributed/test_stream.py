@@ -252,7 +252,7 @@ def test_stages_go_on_from_one_trained_model(run_flags, tmp_path):
     other = [f"--model_name_or_path={tmp_path / 'other'}"]
     given = run_flags("lstm_al_ce", 2, tmp_path / "no", *more)
     said = run_world(2, jobs.other_flags_at_the_first_stage, other, given, check=False)
-    assert "Expected the same run in all processes, got another at stage 0: first weights was" in said[1], said[1]
+    assert "Expected the same run in all processes, got another at stage 0: first weights is" in said[1], said[1]
     assert not (tmp_path / "no").exists()
 
 
@@ -358,7 +358,7 @@ def test_the_wrong_batch_is_noticed(run_flags, tmp_path):
         ("--logging_steps=7", "logging_steps is 5 in the main process and 7 there"),
         ("--placement=0,1-3", "placement is 'equal' in the main process and '0,1-3' there"),
         ("--resume_from_checkpoint=last", "resume_from_checkpoint is None in the main process and 'last' there"),
-        ("--output_dir=elsewhere", "and is now 'elsewhere'"),
+        ("--output_dir=elsewhere", "and 'elsewhere' there"),
     ],
 )
 def test_a_process_that_was_started_otherwise_is_refused_by_name(flag, message, run_flags, tmp_path):
@@ -376,7 +376,7 @@ def test_a_process_with_another_file_is_refused_by_the_split(split, run_flags, f
     few_tweets[split].map(lambda row: {"text": row["text"] + "!"}).to_json(other)
     given = run_flags("lstm_al_ce", 2, tmp_path / "run")
     said = run_world(2, jobs.other_flags_at_the_first_stage, [f"--{split}_file={other}"], given, check=False)
-    assert f"Expected the same data in all processes, got another at stage 0: {split} was" in said[1]
+    assert f"Expected the same data in all processes, got another at stage 0: {split} is" in said[1]
     assert said[0].splitlines()[-1] == "SystemExit: 2"
     assert not (tmp_path / "run").exists()
 
