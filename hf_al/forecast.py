@@ -136,8 +136,8 @@ def _model_of(
     if args.model.get("cuts") == BALANCED:
         args.model["cuts"] = measured_cuts(args, device)
     if tokens is None:
-        model, _, data, *_ = load(args, None)
-        return model, median_length(model, token_lengths(data["train"]))
+        start = load(args, None)
+        return start.model, median_length(start.model, token_lengths(start.data["train"]))
     if args.model_name_or_path:
         raise ValueError(
             f"Expected no --tokens with {args.model_name_or_path}, got {tokens}: a trained model goes on with its data."

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,31 +20,21 @@ from . import checkpoint, health, run_folder
 from .measure import exit_speeds
 from .plan import Plan
 from .progress import Progress
-from .record import Record
 from .stage import Stage
 from .start import new_block
+
+if TYPE_CHECKING:
+    from .loop import Run
 
 logger = logging.getLogger(__name__)
 
 
-def finish(
-    plan: Plan,
-    progress: Progress,
-    record: Record,
-    stage: Stage,
-    tokenizer: PreTrainedTokenizerBase,
-    at_start: dict[str, tuple[float, float]],
-    processes: list[dict[str, Any]],
-    events: list[dict[str, Any]],
-    kwh: dict[str, float],
-) -> dict[str, Any]:
+def finish(run: "Run", tokenizer: PreTrainedTokenizerBase, kwh: dict[str, float]) -> dict[str, Any]:
     """Loads the best checkpoint and reads test once; the main process writes model, tokenizer, arguments and report.
 
     Args:
-        plan, progress, record, stage, tokenizer: of the run.
-        at_start: `health.part_sums` of the stage's blocks before the first step.
-        processes: what each process did while training, for the report.
-        events: those of trace.json, in the main process; empty without one.
+        run: whose last step is done.
+        tokenizer: of the model.
         kwh: energy of the training, empty if it was not measured.
 
     Returns:
@@ -53,7 +43,7 @@ def finish(
     Raises:
         OSError: a disk that refuses; the checkpoints are kept.
     """
-    transport, model = stage.transport, stage.model
+    plan, progress, stage, transport, model = run.plan, run.progress, run.stage, run.transport, run.model
     chosen = progress.best_step or progress.step
     if chosen != progress.step:
         path = checkpoint.checkpoint_path(plan.output_dir, chosen)
@@ -62,13 +52,13 @@ def finish(
             pass
     results = _results(plan, stage)
     codes = health.code_health(model, torch.as_tensor(plan.labels["validation"]), transport)
-    warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, at_start)
+    warnings = health.code_warnings(codes, model.config, plan.args) + health.update_warnings(model, run.at_start)
     all_warnings = plan.warnings + (transport.pass_on(warnings) or [])
     if "confusion_matrix" in results:
         split, names = ("test" if "test" in plan.data else "validation"), model.config.label_names
         all_warnings += health.answer_warnings(np.asarray(results["confusion_matrix"]), names, split)
     codes = transport.pass_on(codes) or []
-    record.warn(all_warnings)
+    run.record.warn(all_warnings)
     # said when the run went on
     changes = [f"The run went on under other conditions: {change}." for change in progress.changes]
 
@@ -81,16 +71,16 @@ def finish(
                 model.model.blocks[k] = block
         model.to(stage.device)  # type: ignore[arg-type]  # also what was offloaded, and the blocks of other stages
         speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
-        found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh, "processes": processes}
+        found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh, "processes": run.processes}
         report = _report(plan, progress, model, stage.device, found, changes + all_warnings)
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
             plan.args.save(aside / "training_config.yaml")
             report["weights"] = weights_sha256(aside)
-            reporting.write_report(aside, report, plan.args.plots, events)
-        if len(processes) > 1:
-            logger.info("%s", reporting.work_table(processes))
+            reporting.write_report(aside, report, plan.args.plots, run.events)
+        if len(run.processes) > 1:
+            logger.info("%s", reporting.work_table(run.processes))
         logger.info("Saved to %s.", plan.output_dir)
         return report
 

@@ -120,14 +120,13 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None, on_evaluation:
         if args.model.get("cuts") == BALANCED and args.encoder:
             args.model["cuts"] = transport.tell(partial(measured_cuts, args, device))
         rows = dispatch.read(args, datasets, transport)
-        model, tokenizer, data, order, about = transport.together(partial(load, args, *rows), main_first=True)
+        start = transport.together(partial(load, args, *rows), main_first=True)
+        model, tokenizer = start.model, start.tokenizer
         times = None
         if args.placement == "balanced" and 1 < args.stages <= len(model.config.units):
-            times = transport.tell(lambda: unit_seconds(model, args, device, token_lengths(data["train"])))
+            times = transport.tell(lambda: unit_seconds(model, args, device, token_lengths(start.data["train"])))
         placement = transport.together(partial(place_blocks, args, model.config, times))
-        plan = transport.together(
-            partial(make_plan, args, output_dir, model.config, tokenizer, data, order, about, placement, device)
-        )
+        plan = transport.together(partial(make_plan, args, start, placement, device))
         check_same("data", plan.identity["data"], transport)
         # everything else about the run follows from the arguments
         run_facts = {"total_steps": plan.total_steps, "placement": placement.blocks_by_stage()}
@@ -143,8 +142,7 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None, on_evaluation:
         transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
         with energy.measured(transport.is_main and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
             run.fit()
-        found = run.at_start, run.processes, run.events, kwh
-        report = finish(plan, run.progress, run.record, run.stage, tokenizer, *found)
+        report = finish(run, tokenizer, kwh)
         if args.push_to_hub and transport.is_main:
             push_or_warn(args.output_dir, args.hub_id, args.hub_private_repo)
     except Exception as error:

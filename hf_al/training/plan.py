@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedTokenizerBase
 
 from ..arguments import TrainingArguments
 from ..data.batching import BatchOrder, Collator, MicroBatch, micro_batches
@@ -19,6 +18,7 @@ from ..data.streaming import StreamOrder
 from ..data.tokenization import tokenizer_digest, tokens_digest
 from ..metrics import chosen_metric
 from ..parallel.placement import Placement
+from .start import Start
 
 IDENTITY = ("seed", "bf16", "wire_dtype", "optim", "embedding_optimizer")
 CONDITIONS = (
@@ -92,23 +92,19 @@ class Plan:
         return steps == self.total_steps or (every is not None and steps % every == 0)
 
 
-def make_plan(
-    args: TrainingArguments,
-    output_dir: Path,
-    config: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
-    order: BatchOrder | StreamOrder,
-    about_data: dict[str, Any],
-    placement: Placement,
-    device: torch.device,
-) -> Plan:
-    """The plan of a run on tokenized `data` in this `order`; `config` is the model's, `about_data` as `load`
-    returns it, `device` where it trains.
+def make_plan(args: TrainingArguments, start: Start, placement: Placement, device: torch.device) -> Plan:
+    """The plan of a run.
+
+    Args:
+        args: of the run.
+        start: what it starts with.
+        placement: of the blocks.
+        device: where this process trains.
 
     Raises:
         ValueError: a metric that this kind of problem does not have.
     """
+    config, tokenizer, data, order = start.model.config, start.tokenizer, start.data, start.order
     if isinstance(order, StreamOrder):
         total_steps, how = args.max_steps, f" in windows of {args.streaming_buffer_size}"
     else:
@@ -120,10 +116,10 @@ def make_plan(
     metric = chosen_metric(args.metric_for_best_model, problem_type)
     return Plan(
         args=args,
-        output_dir=output_dir,
+        output_dir=Path(args.output_dir),
         data=data,
         order=order,
-        about_data=about_data,
+        about_data=start.about,
         total_steps=total_steps,
         placement=placement,
         problem_type=problem_type,

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +32,28 @@ logger = logging.getLogger(__name__)
 
 BEFORE_THE_FIRST_STEP = -1
 OF_NEW_TOKENIZERS = ("tokenizer_type", "tokenizer_vocab_size", "min_frequency", "lowercase", "text_style")
-Start = tuple[
-    ALForSequenceClassification, PreTrainedTokenizerBase, DatasetDict, BatchOrder | StreamOrder, dict[str, Any]
-]
+
+
+class Start(NamedTuple):
+    """What a run starts with.
+
+    Args:
+        model, tokenizer: new, or trained before.
+        data: the tokenized splits; of a stream, its first window.
+        order: of the batches.
+        about: what the report says of the rows: the `fingerprint` of each split, whether they are `pairs`, and the
+            `numbers` beside them.
+    """
+
+    model: ALForSequenceClassification
+    tokenizer: PreTrainedTokenizerBase
+    data: DatasetDict
+    order: BatchOrder | StreamOrder
+    about: dict[str, Any]
 
 
 def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows | None = None) -> Start:
-    """The model, its tokenizer, the tokenized splits (of a stream, its first window), the batch order, and what the
-    report says of the rows: the `fingerprint` of each split, whether they are `pairs`, and the `numbers` beside them.
+    """What a run starts with.
 
     Args:
         args: of the run.
@@ -78,7 +92,8 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
     tokens = tokenization.tokenize(data, tokenizer, args)
     batch = args.global_batch_size
     if windows is None:
-        return model, tokenizer, tokens, BatchOrder(token_lengths(tokens["train"]), batch, args.seed), about
+        order = BatchOrder(token_lengths(tokens["train"]), batch, args.seed)
+        return Start(model, tokenizer, tokens, order, about)
     kind, names = problem_type_of(data["train"]), label_names(data["train"])
 
     def encode(rows: Dataset) -> Dataset:
@@ -88,7 +103,7 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
         return tokenization.tokenize(DatasetDict(labelled), tokenizer, args)["train"]
 
     stream = StreamOrder(windows, encode, tokens["train"].features, batch, args.seed)
-    return model, tokenizer, tokens, stream, about
+    return Start(model, tokenizer, tokens, stream, about)
 
 
 def _check_late(config: Any, pairs: bool) -> None:
@@ -254,7 +269,7 @@ def _label_values(train: Dataset) -> dict[str, Any]:
         "label2id": {name: i for i, name in enumerate(names)},
     }
     if kind == REGRESSION:
-        labels = np.asarray(train["label"], np.float64)
+        labels = np.asarray(train["label"][:], np.float64)
         if labels.std() == 0:
             raise ValueError(
                 f"Expected labels that differ, got {labels[0]:g} in all {len(labels)} rows of train. Add rows with "
