@@ -118,8 +118,7 @@ QUICK_START = "The weights are not on a Hub: `make reference-models` trains them
 PAGE = """# Reference models
 
 The recipes from scratch of eight data sets, trained by Associated Learning (objective `al_ce`), and the same networks
-by backpropagation. Two blocks of width 128 on GloVe rows of 50 values, seed {seed}, on
-{hardware}.
+by backpropagation. Two blocks of width 128 on GloVe rows of 50 values, seed {seed}, on {hardware}.
 
     make reference-models DATA=folder
 
@@ -131,10 +130,10 @@ that the cards name. The steps were chosen on validation, and test was read once
 
 One seed cannot show a winner, nor a difference of a point or two. The learning rate of the transformers is the better
 of 0.001 and 0.003 by validation, for each model by itself; on IMDB only the first was tried. The other settings were
-chosen for AL on tweets and TREC-6, on validation, and used for all sets and for backpropagation. Training took {minutes} minutes in all, on a
-machine that did other work as well, so the times in the cards say little about AL against backpropagation:
-[Measured](../docs/measured.md) has that. The speed of answers was measured on an idle machine. [Studies](study.md)
-compare the two with several seeds, and with settings chosen for each.
+chosen for AL on tweets and TREC-6, on validation, and used for all sets and for backpropagation. Training took
+{minutes} minutes in all, on a machine that did other work as well, so the times in the cards say little about AL
+against backpropagation: [Measured](../docs/measured.md) has that. The speed of answers was measured on an idle machine.
+[Studies](study.md) compare the two with several seeds, and with settings chosen for each.
 
 {notes}
 
