@@ -32,6 +32,9 @@ SETTINGS = (
     "in the order of the heading. A star marks an end of the search: beyond it there may be better ones."
 )
 
+# Of the plot, in points of accuracy: beyond FAR, the axis is linear up to LINEAR and then logarithmic
+FAR, LINEAR, TICKS = 10, 2, (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
+
 
 def write_page(path: Path, summary: Summary) -> None:
     """Writes the page and, into `images` beside it, its plot."""
@@ -235,6 +238,14 @@ def draw(summary: Summary) -> "Figure | None":
         ax.set_title(kind, fontsize=10)
         plain(ax, grid="x")
         ax.set_xlabel("points of test accuracy over the baseline")
+    ends = [end for difference in found.values() if difference for end in difference[1:]]
+    if max(map(abs, ends)) > FAR:  # one arm that is far behind must not make all others one dot
+        axes[0].set_xscale("symlog", linthresh=LINEAR)
+        ticks = [tick for tick in TICKS if min(ends) <= tick <= max(ends)]
+        axes[0].set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks], minor=False)
+        axes[0].minorticks_off()
+        for ax in axes:
+            ax.set_xlabel(f"{ax.get_xlabel()} (beyond {LINEAR}: logarithmic)")
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].set_ylim(len(arms) - 0.4, -0.4)
     return figure
