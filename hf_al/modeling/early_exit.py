@@ -79,7 +79,7 @@ def predict_texts(
     temperatures = config.exit_temperatures or [1.0] * config.num_blocks
     multi_label = config.resolved_problem_type == MULTI
     rule = ExitRule(config.exit_rule, multi_label, len(input_ids))
-    pools = [Pool(model.model.encoder_class.text_axes) for _ in stops]
+    pools = [WaitingTexts(model.model.encoder_class.text_axes) for _ in stops]
 
     def run(least: int) -> None:
         """Runs the blocks for which at least so many texts wait, front to back."""
@@ -154,7 +154,7 @@ class ExitRule:
         return streak_n >= threshold
 
 
-class Pool:
+class WaitingTexts:
     """Texts that wait for a block: their rows (n,), on the CPU, and what the block before sends for them.
 
     Args:

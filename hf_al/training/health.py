@@ -69,7 +69,7 @@ def code_health(model: ALForSequenceClassification, labels: Tensor, transport: A
         return []
     if len(labels) > MOST_LABELS:
         labels = labels[torch.linspace(0, len(labels) - 1, MOST_LABELS).long()]
-    blocks = here(model)
+    blocks = own_blocks(model)
     received = transport.take()
     first_NC = first_target(labels.to(next(blocks[0].parameters()).device), model.config)
     target_NV = received.get("target", first_NC).to(first_NC.device)  # offloaded weights are on the CPU
@@ -109,7 +109,7 @@ def code_health(model: ALForSequenceClassification, labels: Tensor, transport: A
     return rows
 
 
-def here(model: ALForSequenceClassification) -> list[Any]:
+def own_blocks(model: ALForSequenceClassification) -> list[Any]:
     """The blocks whose weights this process holds."""
     return [block for block in model.model.blocks if not next(block.parameters()).is_meta]
 
@@ -125,7 +125,7 @@ def part_sums(model: ALForSequenceClassification, frozen_embeddings: bool = Fals
     What is frozen is left out, and with `frozen_embeddings` a part that is only embedding rows.
     """
     sums: dict[str, tuple[float, float]] = {}
-    for block in here(model):
+    for block in own_blocks(model):
         for part in PARTS:
             named = dict(getattr(block, part).named_parameters()) if getattr(block, part) is not None else {}
             only_rows = all("word_embeddings" in name for name in named)
