@@ -222,7 +222,8 @@ def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[st
     of_the_data = {field.name for field in fields(TrainingArguments) if field.metadata.get("section") == "data"}
     left_out = {"model.objective", *SHOWING, *NO_RESULT, *of_the_data}
     runs = {"this model": report, "baseline": {**baseline, "arguments": shared_arguments(baseline["arguments"])}}
-    found = differences({name: flat_arguments(run) for name, run in runs.items()})
+    plain = TrainingArguments(model_type=report["model_type"]).to_dict()  # a run of an earlier version may lack some
+    found = differences({name: {**plain, **flat_arguments(run)} for name, run in runs.items()})
     return [{"argument": name, **row} for name, row in found.items() if name not in left_out]
 
 

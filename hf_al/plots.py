@@ -7,7 +7,7 @@ imported only to draw; its global state (pyplot) is never touched.
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -355,19 +355,32 @@ def write_plots(folder: Path, report: dict[str, Any], events: Sequence[dict[str,
     plots["timeline"] = partial(timeline, events)
     drawn = []
     for name, plot in plots.items():
+        path = folder / f"{name}.png"
         try:
-            figure = plot()
+            is_drawn = _draw(plot, path)
+        except OSError:
+            raise
         except Exception:  # a picture is not worth the run that it shows
             logger.warning("Could not draw the plot %r; please report this.", name, exc_info=True)
-            figure = None
-        path = folder / f"{name}.png"
-        if figure is None:
+            is_drawn = False
+        if is_drawn:
+            drawn.append(name)
+        else:
             path.unlink(missing_ok=True)
-            continue
-        aside = folder / f"{name}.tmp.png"
+    return drawn
+
+
+def _draw(plot: Callable[[], "Figure | None"], path: Path) -> bool:
+    """Whether the run has something to show there, and `path` shows it."""
+    figure = plot()
+    if figure is None:
+        return False
+    aside = path.with_suffix(".tmp.png")
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names in a script it lacks
             figure.savefig(aside)
         aside.replace(path)
-        drawn.append(name)
-    return drawn
+    finally:
+        aside.unlink(missing_ok=True)
+    return True

@@ -35,9 +35,9 @@ CARDS = RECIPES.parent / "model_cards"
 SETS = ("tweets", "trec6", "sst2", "emotion", "banking77", "ag_news", "imdb")
 MORE = ("mr", "dbpedia")  # only by --sets: with them it would take more than 90 minutes on two cores
 CAPS = {"imdb": ["--num_train_epochs=2"]}  # shorter than the recipe, so that all of it takes 90 minutes on two cores
-TWINS = {  # what backpropagation takes where its own best rate, by validation, is another one than that of the recipe
-    "sst2_transformer": ["--learning_rate=1e-3"],
-    "ag_news_transformer": ["--learning_rate=1e-3"],
+TWINS = {  # what backpropagation takes where its own best rate differs from that of the recipe
+    "sst2_transformer": ["--learning_rate=1e-3"],  # validation 0.805, with 3e-3 0.802
+    "ag_news_transformer": ["--learning_rate=1e-3"],  # validation 0.9182, with 3e-3 0.9180
 }
 NOT_THE_HUBS = {  # sets whose files hold other rows than the Hub's data set of that name
     "sst2": "Stanford Sentiment Treebank, sentences of two classes in its own split (the Hub's has no test labels)",

@@ -121,11 +121,19 @@ def test_plots_and_page_follow_from_report_json_alone(run, content, tmp_path):
 
 
 def test_a_plot_that_fails_is_named_and_the_others_are_drawn(content, tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(plots.PLOTS, "gradients", lambda report: 1 / 0)
+    def draw(report):
+        figure = plots.validation(report)
+        figure.suptitle(r"$\frac$")  # seen when it is written
+        return figure
+
+    monkeypatch.setitem(plots.PLOTS, "speed", lambda report: 1 / 0)
+    monkeypatch.setitem(plots.PLOTS, "gradients", draw)
     drawn = plots.write_plots(tmp_path / "plots", content)
     assert "losses" in drawn
-    assert "gradients" not in drawn
-    assert "Could not draw the plot 'gradients'" in caplog.text
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(drawn)
+    for name in ("speed", "gradients"):
+        assert name not in drawn
+        assert f"Could not draw the plot '{name}'" in caplog.text
 
 
 def test_a_plot_that_no_longer_applies_is_removed(content, tmp_path):

@@ -456,6 +456,12 @@ def test_lists_of_labels_are_not_hidden_ones(monkeypatch):
     assert load_text_datasets(arguments(dataset_name="user/data"))["test"]["label"][:] == [[0], [], [0, 1]]
 
 
+def test_what_reads_all_rows_takes_no_stream():
+    args = arguments(dataset_name="tweets", streaming=True, max_steps=5, eval_strategy="no")
+    with pytest.raises(ValueError, match="Expected no streaming where all rows are read"):
+        load_text_datasets(args)
+
+
 def test_classes_have_one_order_also_beside_a_nan():
     rows = [
         {"text": f"t {i}", "label": name} for i, name in enumerate(["nan", "10", "2", "nan", "word", "10", "2", "word"])

@@ -484,6 +484,17 @@ def test_the_page_says_in_short_who_is_ahead_and_who_is_behind(place, tmp_path):
     assert in_short(summary) == ["- lstm, by 95 % intervals over mine: 4 without an interval."]
 
 
+@pytest.mark.parametrize(("wrong", "scale"), [(0.05, "linear"), (0.3, "symlog")])
+def test_an_arm_that_is_far_behind_does_not_make_one_dot_of_the_others(wrong, scale, place):
+    place.write(seeds=[1])
+    study, _ = place.study()
+    right = np.ones(100, int)
+    worse = right * (np.arange(100) >= 100 * wrong)
+    rows = {key: row(key, right=right if key.arm == "backprop" else worse) for key in planned(study, {})}
+    (axes,) = draw(Summary(study, rows)).axes
+    assert axes.get_xscale() == scale
+
+
 def test_a_mean_is_over_the_sets_that_are_done(place):
     place.write(sets=["mine", "other"])
     study, _ = place.study()
@@ -593,7 +604,9 @@ MISTAKES = {
         {"arms": {**STUDY["arms"], "x": {}}, "baseline": {"al_ce": "backprop"}}, ["got neither for 'x'"],
     ),
     "streaming": (
-        {"common": {"streaming": True, "max_steps": 5, "eval_strategy": "no"}}, ["Expected no streaming, got it"]),
+        {"common": {"streaming": True, "max_steps": 5, "eval_strategy": "no"}},
+        ["Expected no streaming in", "judged on rows of train"],
+    ),
     "several_processes": ({"common": {"stages": 2}, "arms": {"a": {"objective": "al_ce"}, "backprop": {}}},
                           ["Expected runs of one process, got 2"]),
 }  # fmt: skip

@@ -99,7 +99,7 @@ def load_raw(args: TrainingArguments) -> dict[str, Dataset]:
     """The splits as they are; with `args.streaming`, train is an IterableDataset.
 
     Raises:
-        ValueError: as `load_text_datasets`.
+        ValueError: as `load_with_fingerprints`.
     """
     check_data_arguments(args)
     if args.train_file:

@@ -104,7 +104,7 @@ def whole(rows: Dataset | IterableDataset) -> Dataset:
     for part in rows.iter(1000):
         for name, values in part.items():
             columns.setdefault(name, []).extend(values)
-    return Dataset.from_dict(columns, features=rows.features if columns else None)
+    return window_of(columns, rows.features if columns else None)
 
 
 @dataclass

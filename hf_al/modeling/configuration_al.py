@@ -150,7 +150,7 @@ class ALConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.problem_type is None and self.num_labels == 1:
-            self.problem_type = "regression"  # set here, because `pipeline` applies a sigmoid if it is None
+            self.problem_type = REGRESSION  # set here, because `pipeline` applies a sigmoid if it is None
 
     def validate_values(self):
         check_shared(self, tuple(OBJECTIVES))

@@ -237,15 +237,14 @@ def draw(summary: Summary) -> "Figure | None":
                 ax.plot(middle, height, "o", color=colour, markersize=6 if pooled else 3, zorder=3)
         ax.set_title(kind, fontsize=10)
         plain(ax, grid="x")
-        ax.set_xlabel("points of test accuracy over the baseline")
-    ends = [end for difference in found.values() if difference for end in difference[1:]]
-    if max(map(abs, ends)) > FAR:  # one arm that is far behind must not make all others one dot
+    figure.supxlabel("points of test accuracy over the baseline", fontsize=10)
+    values = [value for difference in found.values() if difference for value in difference if math.isfinite(value)]
+    if max(map(abs, values)) > FAR:  # one arm that is far behind must not make all others one dot
+        figure.supxlabel(f"points of test accuracy over the baseline (beyond {LINEAR}: logarithmic)", fontsize=10)
         axes[0].set_xscale("symlog", linthresh=LINEAR)
-        ticks = [tick for tick in TICKS if min(ends) <= tick <= max(ends)]
+        ticks = [tick for tick in TICKS if min(values) <= tick <= max(values)]
         axes[0].set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks], minor=False)
         axes[0].minorticks_off()
-        for ax in axes:
-            ax.set_xlabel(f"{ax.get_xlabel()} (beyond {LINEAR}: logarithmic)")
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].set_ylim(len(arms) - 0.4, -0.4)
     return figure
