@@ -18,7 +18,7 @@ from hf_al.data import tokenization
 from hf_al.exits import Trial, calibrate_exits, choose_thresholds, temperature
 from hf_al.loading import load_model
 from hf_al.modeling.blocks import ALBlock
-from hf_al.modeling.early_exit import ExitRule, Pool
+from hf_al.modeling.early_exit import ExitRule, WaitingTexts
 from hf_al.saved.prediction import predict
 from hf_al.saved.rows import Unusable
 from hf_al.training.measure import block_seconds
@@ -245,14 +245,14 @@ def test_fewer_than_two_batches_wait_before_a_block(classifier, make_batch, monk
     model, batch = classifier(), make_batch(rows=200, tokens=9)
     half_leave(model, batch)
     waiting = []
-    add = Pool.add
+    add = WaitingTexts.add
 
     def counted(self, *args):
         add(self, *args)
         waiting.append(len(self.rows_n))
         assert all(len(t) == len(self.rows_n) for name, t in self.boundary.items() if name == "hidden")
 
-    monkeypatch.setattr(Pool, "add", counted)
+    monkeypatch.setattr(WaitingTexts, "add", counted)
     answers(model, batch, batch_size=8)
     assert 8 < max(waiting) < 2 * 8
 
