@@ -114,6 +114,8 @@ def check_labelled_file(flags: Namespace, split: str) -> None:
 def use_columns_of_run(flags: Namespace, columns: list[str]) -> None:
     """Columns that no flag names are those that the model was trained on, where its report names them and the file has
     them."""
+    if not columns:  # not known before the file is read
+        return
     try:
         trained = read_report(flags.model)["arguments"] or {}
     except ValueError:

@@ -151,6 +151,7 @@ def test_a_trial_that_fails_counts_and_says_why(asked, shell):
         ({"search": {"learning_rate": {"low": 0.0, "high": 0.1, "log": True}}}, "above 0 for log: true"),
         ({"search": {"learning_rate": {"low": -1.0, "high": 0.1}}}, "Expected learning_rate above 0, got -1.0"),
         ({"search": {"pooling": ["mean"]}}, "Expected two or more plain values"),
+        ({"common": {"streaming": True}}, "Expected no streaming in a study or a sweep"),
         ({"searches": SEARCH, "search": None}, "Did you mean search?"),
     ],
     ids=str,

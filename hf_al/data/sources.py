@@ -16,9 +16,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 
 from ..arguments import TrainingArguments
 from ..early import check_data_arguments, check_named
+from ..modeling.limits import SINGLE
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
-from .labels import SINGLE, encode_labels, is_list, label_names, noisy_labels, problem_type_of, written_labels
+from .labels import encode_labels, is_list, label_names, noisy_labels, problem_type_of, written_labels
 from .numeric import VALUES, with_values
 from .streaming import whole
 

@@ -237,10 +237,11 @@ def draw(summary: Summary) -> "Figure | None":
                 ax.plot(middle, height, "o", color=colour, markersize=6 if pooled else 3, zorder=3)
         ax.set_title(kind, fontsize=10)
         plain(ax, grid="x")
-    figure.supxlabel("points of test accuracy over the baseline", fontsize=10)
     values = [value for difference in found.values() if difference for value in difference if math.isfinite(value)]
-    if max(map(abs, values)) > FAR:  # one arm that is far behind must not make all others one dot
-        figure.supxlabel(f"points of test accuracy over the baseline (beyond {LINEAR}: logarithmic)", fontsize=10)
+    is_far = max(map(abs, values)) > FAR
+    how = f" (beyond {LINEAR}: logarithmic)" if is_far else ""
+    figure.supxlabel(f"points of test accuracy over the baseline{how}", fontsize=10)
+    if is_far:  # one arm that is far behind must not make all others one dot
         axes[0].set_xscale("symlog", linthresh=LINEAR)
         ticks = [tick for tick in TICKS if min(values) <= tick <= max(values)]
         axes[0].set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks], minor=False)

@@ -87,11 +87,6 @@ def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dic
             for (arm, given), (setting, values) in itertools.product(study.arms.items(), tried):
                 flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given, **values}
                 args = checked_run(flags, f"arm {arm!r} of {study.path} with {recipe}")
-                if args.streaming:
-                    raise ValueError(
-                        f"Expected no streaming in {study.path} or {recipe}, got it: a run is also judged on rows of "
-                        "train. Leave it out."
-                    )
                 for seed in study.seeds:
                     key = Key(name, architecture, arm, seed, setting)
                     runs[key] = _run(key, flags, args, output_dir, study.inside)
@@ -109,6 +104,11 @@ def checked_run(flags: dict[str, Any], what: str) -> TrainingArguments:
         check_training(args, is_main=False)
         if args.processes > 1:
             raise ValueError(f"Expected runs of one process, got {args.processes}. Leave stages out.")
+        if args.streaming:
+            raise ValueError(
+                "Expected no streaming in a study or a sweep, got it: their data is read whole, and runs of a study "
+                "are also judged on rows of train. Leave it out."
+            )
     except ValueError as error:
         raise ValueError(f"{error} ({what})") from None
     return args

@@ -36,7 +36,6 @@ class Plan:
 
     Args:
         args: the arguments.
-        output_dir: the folder of the run.
         data: the tokenized splits.
         order: which rows make up which batch.
         about_data: what the report says of the rows as they were read.
@@ -51,7 +50,6 @@ class Plan:
     """
 
     args: TrainingArguments
-    output_dir: Path
     data: DatasetDict
     order: BatchOrder | StreamOrder
     about_data: dict[str, Any]
@@ -63,6 +61,11 @@ class Plan:
     identity: dict[str, dict[str, Any]]
     conditions: dict[str, Any]
     warnings: list[str]
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.args.output_dir)
 
     @property
     def train(self) -> Dataset | StreamOrder:
@@ -116,7 +119,6 @@ def make_plan(args: TrainingArguments, start: Start, placement: Placement, devic
     metric = chosen_metric(args.metric_for_best_model, problem_type)
     return Plan(
         args=args,
-        output_dir=Path(args.output_dir),
         data=data,
         order=order,
         about_data=start.about,
