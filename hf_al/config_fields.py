@@ -14,6 +14,8 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
+from .modeling.limits import CALIBRATED
+
 TABLE = Path(__file__).with_suffix(".json")
 KINDS: dict[str, Any] = {
     str(getattr(kind, "__name__", kind)): kind
@@ -33,8 +35,7 @@ KINDS: dict[str, Any] = {
 # Decided by the data, the tokenizer, the way a model is saved, or hf-al calibrate
 DECIDED = {
     "vocab_size", "pad_token_id", "sep_token_id", "max_position_embeddings", "inference_only", "tie_word_embeddings",
-    "label_mean", "label_deviation", "exit_rule", "exit_temperatures", "exit_thresholds", "exit_speedup",
-    "numeric_columns", "numeric_means", "numeric_stds",
+    "label_mean", "label_deviation", "numeric_columns", "numeric_means", "numeric_stds", *CALIBRATED,
 }  # fmt: skip
 
 

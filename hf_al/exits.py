@@ -23,14 +23,13 @@ from .loading import best_device, device_of, load_model
 from .metrics import expected_calibration_error
 from .modeling.configuration_al import ALConfig
 from .modeling.early_exit import ExitRule
-from .modeling.limits import EXIT_RULES, MULTI, REGRESSION
+from .modeling.limits import CALIBRATED, EXIT_RULES, MULTI, REGRESSION
 from .modeling.modeling_al import ALForSequenceClassification
 from .training.measure import block_seconds
 
 TEMPERATURES = (0.05, 20.0)  # where a temperature is looked for: logits without a mistake would drive it to 0
 CANDIDATES = 40  # thresholds that are tried for each exit
 ROUNDS = 3  # over the exits, at most
-CALIBRATED = ("exit_rule", "exit_temperatures", "exit_thresholds", "exit_speedup")  # config values
 
 
 def calibrate_exits(

@@ -11,20 +11,16 @@ from typing import Any, NoReturn
 
 import yaml
 
-from .arguments import PRETRAINED, TrainingArguments
+from .arguments import PRETRAINED, TrainingArguments, named
 from .config_fields import built_in, config_fields, config_values, known_fields
 from .messages import nearest
 from .modeling import limits
 from .values import convert, type_name, union_members
 
-FILE_FLAGS = {"config", "train_file", "validation_file", "test_file"}  # completed with file names in a shell
-FOLDER_FLAGS = {"output_dir", "resume_from_checkpoint"}
 OTHER_NAMES = {"num_hidden_layers": "num_blocks", "--num_hidden_layers": "--num_blocks"}  # those of transformers
 BALANCED = "balanced"  # cuts of an encoder, by measured time
-PER_BLOCK = (
-    "learning_rate", "target_learning_rate_factor", "bridge_learning_rate_factor", "weight_decay",
-    "target_weight_decay", "max_grad_norm",
-)  # fmt: skip
+# Arguments that are one number, or a list of one for each block
+PER_BLOCK = [n for n, kind in typing.get_type_hints(TrainingArguments).items() if list[float] in union_members(kind)]
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "NAME"}
 
 
@@ -77,16 +73,18 @@ def add_training_flags(parser: ArgumentParser) -> None:
     """Flags for every field of TrainingArguments and every config value of all architectures."""
     import shtab
 
-    parser.add_argument("--config", metavar="FILE", help="YAML file with values of these arguments.")
+    complete = {"file": shtab.FILE, "folder": shtab.DIRECTORY}  # in a shell, with names of these
+    config = parser.add_argument("--config", metavar="FILE", help="YAML file with values of these arguments.")
+    config.complete = complete["file"]  # type: ignore[attr-defined]
     parser.add_argument("--print_config", action="store_true", help="Print the resolved arguments as YAML and stop.")
 
-    def add(group: Any, name: str, kind: Any, default: Any, help: str) -> None:
+    def add(group: Any, name: str, kind: Any, default: Any, help: str, path: str = "") -> None:
         shown = "" if default in (None, "") else f" (default: {default})"
         members = union_members(kind)
         switch: dict[str, Any] = {"nargs": "?", "const": True} if bool in members else {}
-        metavar = "FILE" if name in FILE_FLAGS else "DIR" if name in FOLDER_FLAGS else METAVARS.get(members[0], "LIST")
+        metavar = {"file": "FILE", "folder": "DIR"}.get(path, METAVARS.get(members[0], "LIST"))
         short = ["--import"] if name == "import_module" else []
-        group.add_argument(
+        action = group.add_argument(
             f"--{name}",
             *short,
             type=reader(kind | str if name == "cuts" else kind),  # or `balanced`
@@ -95,13 +93,15 @@ def add_training_flags(parser: ArgumentParser) -> None:
             metavar=metavar,
             **switch,
         )
+        if path in complete:
+            action.complete = complete[path]
 
     hints = typing.get_type_hints(TrainingArguments)
     run = parser.add_argument_group("run")
     for f in dataclasses.fields(TrainingArguments):
         if f.name != "model":
             default = None if f.default is dataclasses.MISSING else f.default
-            add(run, f.name, hints[f.name], default, f.metadata["help"])
+            add(run, f.name, hints[f.name], default, f.metadata["help"], f.metadata["path"])
     fields = known_fields()
     group = parser.add_argument_group("model config (see ALLstmConfig, ALTransformerConfig and ALEncoderConfig)")
     for name in {name: None for known in fields.values() for name in known}:
@@ -110,9 +110,6 @@ def add_training_flags(parser: ArgumentParser) -> None:
         shared = [t for t in field.texts if all(name in known and t in known[name].texts for known in fields.values())]
         own = [f"{model_type}: {t}" for model_type, f in owners.items() for t in f.texts if t not in shared]
         add(group, name, field.kind, field.default, " ".join([*shared, *own]))
-    for action in parser._actions:
-        if action.dest in FILE_FLAGS | FOLDER_FLAGS:
-            action.complete = shtab.FILE if action.dest in FILE_FLAGS else shtab.DIRECTORY  # type: ignore[attr-defined]
 
 
 def parse_arguments(argv: list[str], prog: str = "hf-al train") -> TrainingArguments:
@@ -135,7 +132,7 @@ def resolve(flags: dict[str, Any]) -> TrainingArguments:
     flags = dict(flags)
     config, print_only = flags.pop("config", None), flags.pop("print_config", False)
     values = read_yaml(config) if config else {}
-    data = {name for name, f in fields.items() if f.metadata.get("section") == "data"}
+    data = named("section", "data")
     if {"train_file", "dataset_name"} & flags.keys():
         values = {name: value for name, value in values.items() if name not in data}
     model = dict(values.pop("model", None) or {})

@@ -12,7 +12,6 @@ after an interruption; a run that was interrupted itself resumes from its last c
 import argparse
 import json
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import yaml
 from benchmarks.common import data_flags
 
 import hf_al
+from hf_al.arguments import named
 from hf_al.card import model_card, shared_arguments
 from hf_al.commands import set_up_output
 from hf_al.loading import load_model
@@ -71,8 +71,7 @@ def as_published(report: dict[str, Any], recipe: str) -> dict[str, Any]:
     """The report with the recipe's data arguments in place of local files, and the name of the rows that were used."""
     values = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
     other = NOT_THE_HUBS.get(recipe.rsplit("_", 1)[0])
-    of_the_data = {f.name: f.default for f in fields(hf_al.TrainingArguments) if f.metadata.get("section") == "data"}
-    found = {name: values.get(name, default) for name, default in of_the_data.items()}
+    found = {name: values.get(name, getattr(hf_al.TrainingArguments, name)) for name in named("section", "data")}
     if other:
         found["dataset_name"] = None
     arguments = {**shared_arguments(report["arguments"]), **found}

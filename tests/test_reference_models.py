@@ -1,6 +1,5 @@
 """The reference models: one command trains, describes and compares them, and goes on where it was interrupted."""
 
-import dataclasses
 import json
 import runpy
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_al.arguments import named
 from hf_al.card import picture
 from hf_al.parsing import parse_arguments
 
@@ -53,8 +53,7 @@ def test_a_committed_card_has_the_numbers_of_its_run(name):
     assert f"{accuracy:.4f}" in card.text
     (command,) = [line for line in card.text.splitlines() if line.startswith("hf-al train")]
     args = parse_arguments(command.split()[2:])
-    of_the_data = {f.name for f in dataclasses.fields(args) if f.metadata.get("section") == "data"}
-    skipped = {*of_the_data, "output_dir"}
+    skipped = {*named("section", "data"), "output_dir"}
     ran = {name: value for name, value in report["arguments"].items() if name not in skipped}
     said = {name: value for name, value in args.to_dict().items() if name in ran}  # arguments may have been added since
     assert said == ran

@@ -24,6 +24,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .limits import (
+    CALIBRATED,
     REGRESSION,
     SINGLE,
     check_exits,
@@ -249,7 +250,8 @@ class ALConfig(PreTrainedConfig):
 
     def uncalibrated(self):
         """This config, without what `hf-al calibrate` sets: for weights that are not those it has measured."""
-        self.exit_rule, self.exit_temperatures, self.exit_thresholds, self.exit_speedup = "confidence", None, None, None
+        for name in CALIBRATED:
+            setattr(self, name, getattr(ALConfig, name))
         return self
 
     def validate_encoder(self):

@@ -12,6 +12,7 @@ INITIALIZATIONS = ("xavier", "kaiming", "orthogonal", "normal")
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 EXIT_RULES = ("confidence", "entropy", "patience")
+CALIBRATED = ("exit_rule", "exit_temperatures", "exit_thresholds", "exit_speedup")  # what hf-al calibrate sets
 OBJECTIVE_NAMES = ("associated", "al_ce", "local_ce", "supcon", "deinfo", "predsim", "backprop")
 MOST_LAYERS = 1000  # each is a module: very many would fill the memory before anybody looks at a weight
 

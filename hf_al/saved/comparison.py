@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..arguments import SHOWING
+from ..arguments import named
 from ..messages import table
 from ..report import differences, find_report, flat_arguments, rows_used
 
@@ -32,7 +32,8 @@ def compare(names: list[str]) -> dict[str, Any]:
     groups: dict[str, list[Row]] = {}
     for run in runs:
         report = reports[run["run"]]
-        same = {key: value for key, value in arguments[run["run"]].items() if key not in {"seed", *SHOWING}}
+        left_out = {"seed", *named("only", "showing")}
+        same = {key: value for key, value in arguments[run["run"]].items() if key not in left_out}
         groups.setdefault(json.dumps([same, report["num_blocks"], rows_used(report)], sort_keys=True), []).append(run)
     return {
         "runs": runs,

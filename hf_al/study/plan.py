@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import SHOWING, TrainingArguments
+from ..arguments import TrainingArguments, named
 from ..config_fields import known_fields
 from ..messages import nearest
 from ..own import import_own
@@ -18,7 +18,7 @@ NEEDED = ("name", "question", "sets", "architectures", "seeds", "baseline", "arm
 OPTIONAL = ("recipes", "tune", "screen", "best_of", "common", "inside")
 # Decided by the study, not by its arms
 DECIDED = {
-    *SHOWING, "train_file", "validation_file", "test_file", "dataset_name", "model_type", "model", "seed", "trace",
+    *named("only", "showing"), *named("path", "file"), "dataset_name", "model_type", "model", "seed", "trace",
     "do_predict", "threads", "save_total_limit",
 }  # fmt: skip
 
@@ -26,7 +26,7 @@ DECIDED = {
 # The same for all arms, or they would not be judged alike
 FOR_ALL = {
     "max_eval_samples", "max_predict_samples", "metric_for_best_model",
-    *(f.name for f in dataclasses.fields(TrainingArguments) if f.metadata.get("section") == "data"),
+    *named("section", "data"),
 } - DECIDED  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from ..arguments import TrainingArguments
+from ..arguments import TrainingArguments, named
 from ..config_fields import config_values
 from ..early import check_training
 from ..metrics import SMALLER_IS_BETTER
@@ -21,10 +21,6 @@ from .plan import DECIDED, Study
 
 # One thread, so that runs beside each other compute what each computes alone
 ALWAYS = {"threads": 1, "plots": False, "disable_tqdm": True, "save_total_limit": 1}
-
-
-# What changes no result
-OF_THE_OUTPUT = ("save_steps", "logging_steps", "per_device_eval_batch_size")
 
 
 class Key(NamedTuple):
@@ -160,8 +156,8 @@ def defaults(model_type: str) -> dict[str, Any]:
 def _flat(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The values that may change a result, as json knows them. Where the data is may not: its fingerprint says what it
     is."""
-    of_data = {f.name for f in dataclasses.fields(TrainingArguments) if f.metadata.get("section") == "data"}
-    skipped = {*DECIDED, *of_data, *OF_THE_OUTPUT, "preprocessing_num_workers", "import_module"}
+    skipped = {*DECIDED, *named("section", "data"), *named("only", "output")}
+    skipped |= {"preprocessing_num_workers", "import_module"}
     skipped -= {"validation_fraction", "validation_seed"}
     kept = {name: value for name, value in values.items() if name not in skipped}
     found: dict[str, Any] = json.loads(json.dumps({**kept, **{f"model.{name}": v for name, v in model.items()}}))

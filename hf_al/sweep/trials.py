@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..arguments import FILES
+from ..arguments import named
 from ..config_fields import config_values
 from ..data import sources
 from ..data.labels import problem_type_of
@@ -137,7 +137,7 @@ def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study, fingerprints: d
     args = resolve({**sweep.arms[arm], "output_dir": "."})
     search = {f"search {name}": space for name, space in sweep.search.items()}
     model = config_values(args.model_type, args.model)
-    values = {n: v for n, v in {**args.to_dict(), **model}.items() if n not in {"model", *FILES}}
+    values = {n: v for n, v in {**args.to_dict(), **model}.items() if n not in {"model", *named("path", "file", "any")}}
     now = json.loads(json.dumps({**values, "data": fingerprints, **search}))
     then = study.user_attrs.get("sweep", now)
     differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 
-from ..arguments import FILES, TrainingArguments
+from ..arguments import TrainingArguments, named
 from ..atomic import CODE, EXPORTS, WEIGHTS, existing
 from ..early import check_can_push, check_output_dir
 from ..loading import load_encoder_config
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 NEED_LABELS = ("class_weights", "label_smoothing")  # config values whose check needs the data
 # Arguments in which processes may differ: where a machine has its files, and what it displays
-OF_A_MACHINE = {*FILES, "preprocessing_num_workers", "disable_tqdm", "report_to", "plots"}
+OF_A_MACHINE = {*named("path", "file", "any"), "preprocessing_num_workers", "disable_tqdm", "report_to", "plots"}
 # What a run may leave in its folder, and so what --overwrite_output_dir removes
 RUN_FILES = (
     "config.json", *WEIGHTS, EXPORTS, "shared-????????.tmp", "checkpoints", "logs", "report.json", "report.md", "plots",
