@@ -129,7 +129,9 @@ def _protocol(summary: Summary) -> list[str]:
     seconds = sum(row["seconds"] for row in summary.all.values())
     done = f"{len(summary.all)} of {len(summary.planned)} runs, {duration(seconds)} in all"
     file = os.path.relpath(study.path).replace(os.sep, "/")
-    machines = {(_hardware(row["machine"]), row["hf_al"]): None for row in summary.all.values()}
+    machines: dict[str, dict[str, None]] = {}  # and the versions that ran on each
+    for row in summary.all.values():
+        machines.setdefault(_hardware(row["machine"]), {})[row["hf_al"]] = None
     return [
         f"- Recipes `SET_ARCHITECTURE.yaml` for {', '.join(study.sets)} and {', '.join(study.architectures)}; "
         f"arguments of all arms: {common}. Seeds {seeds}.",
@@ -137,7 +139,7 @@ def _protocol(summary: Summary) -> list[str]:
         f"{chosen}",
         f"- {searched}",
         f"- {done}.",
-        *(f"- On {hardware}, hf_al {version}." for hardware, version in machines),
+        *(f"- On {hardware}, hf_al {', '.join(versions)}." for hardware, versions in machines.items()),
         "",
         f"    hf-al study {file} --output_dir out/{study.name} --data_dir FOLDER",
         "",
