@@ -97,6 +97,7 @@ class TrainingArguments:
         False,
         "Only the first stage reads the data, and sends the others its rows, which they keep in memory (default: each "
         "process reads it).",
+        only="machine",
     )
     streaming_buffer_size: int = _arg(10000, "Rows of a stream that are read, shuffled and sorted by length together.")
     max_train_samples: int | None = _arg(None, "Use only the first N training rows.")
@@ -203,7 +204,9 @@ class TrainingArguments:
     )
     plots: bool = _arg(True, "Draw the report's plots; takes a second.", only="showing")
     disable_tqdm: bool = _arg(False, "No progress bar.", only="showing")
-    trace: int = _arg(0, "Record what each process does in its first N steps, at most 1000: output_dir/trace.json.")
+    trace: int = _arg(
+        0, "Record what each process does in its first N steps, at most 1000: output_dir/trace.json.", only="output"
+    )
     # --- sharing
     push_to_hub: bool = _arg(False, "Share the model on the Hub when training ends; see hf-al push.", only="showing")
     hub_model_id: str | None = _arg(
@@ -232,7 +235,7 @@ class TrainingArguments:
     bf16: bool = _arg(False, "Forward passes in bfloat16 (autocast).")
     fp16: bool = _arg(False, "Refused: one loss scaler cannot serve blocks that are updated separately. Use bf16.")
     offload: bool = _arg(
-        False, "Weights and optimizer state are on the GPU (or in RAM) only while their block computes."
+        False, "Weights and optimizer state are on the GPU (or in RAM) only while their block computes.", only="machine"
     )
     torch_compile: bool = _arg(False, "torch.compile for training steps (al_transformer; needs a C++ compiler).")
     use_cpu: bool = _arg(False, "Train on the CPU even if there is a GPU.", only="machine")

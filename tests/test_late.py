@@ -1,10 +1,12 @@
 """Late text: the blocks before `late_block` answer without it, that block and those behind it read it as well."""
 
+import numpy as np
 import pytest
 import torch
 
 import hf_al
 from hf_al.modeling.objectives import OBJECTIVES
+from hf_al.training.measure import block_seconds, exit_speeds
 
 FROM, BLOCK = 3, 1
 SEPARATOR = 59
@@ -64,6 +66,16 @@ def test_the_second_text_of_a_pair_can_be_late(model_type, make_model):
     for k, (one, two) in enumerate(zip(exits(model, batch), exits(model, other), strict=True)):
         same = [torch.equal(one[row], two[row]) for row in range(3)]
         assert same == [k < BLOCK, True, False]
+
+
+def test_second_texts_are_late_in_what_is_timed(make_model):
+    """Else early blocks would be timed with both texts, and seem slower than they are."""
+    model = make_model("al_transformer", objective="al_ce", **PAIRS).eval()
+    seen = []
+    model.model.blocks[0].encode.register_forward_hook(lambda m, args, out: seen.append(out["hidden"].shape[1]))
+    block_seconds(model, torch.device("cpu"), np.full(5, 12))
+    exit_speeds(model, torch.device("cpu"), np.full(5, 12))
+    assert set(seen) == {6}
 
 
 @pytest.mark.parametrize("position", ["rotary", "learned"])

@@ -97,6 +97,11 @@ def test_json_rows_before_the_first_with_the_column_are_unusable_not_the_end():
     assert read("\n".join(lines).encode(), "jsonl", "what")[1:] == ["!Expected a text, got none.", ("one",)]
 
 
+def test_an_id_is_no_text():
+    (row,) = read_rows(io.BytesIO(b'{"id": "7"}\n'), "jsonl", id_column="id")
+    assert row == Unusable("Expected a text, got none.", "7")
+
+
 def test_json_lines_without_any_object_are_rows_with_a_reason():
     assert [row[0] for row in read(b"{\n{\n", "jsonl")] == ["!", "!"]
 
@@ -129,6 +134,8 @@ def test_the_text_column_is_guessed_where_there_is_one_reading(columns, text):
         (b"text,label\n1,2\n", "csv", "body", "Expected column 'body', got the columns"),
         (b'{"text": "one"}\n', "jsonl", "body", "Expected column 'body', got the columns"),
         (b'{"a": 1, "b": 2}\n', "jsonl", None, "Cannot tell the text column among"),
+        (b'[{"text": "one"}]', "jsonl", None, "Expected a json object in each line, got an array"),
+        (b'\n[\n{"text": "one"}\n]\n', "jsonl", None, "Expected a json object in each line, got an array"),
         (b"text\n", "csv", "a,b,c", "Expected one or two text columns"),
         (b"one\n", "text", "body", "Pass --input_format csv or jsonl"),
         (b"", "csv", None, "Expected a header line"),

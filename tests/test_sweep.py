@@ -4,6 +4,7 @@ import json
 import signal
 import sqlite3
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 
 import optuna
@@ -11,10 +12,11 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import assert_mistake
+from optuna.trial import TrialState
 
 from hf_al.atomic import alone_at
 from hf_al.sweep.plan import read_sweep
-from hf_al.sweep.trials import finished, open_studies
+from hf_al.sweep.trials import carry_out, finished, open_studies
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 ARMS = {"ours": {"objective": "al_ce"}, "theirs": {"objective": "backprop"}}
@@ -47,8 +49,19 @@ def flags(path: Path) -> list[str]:
     return [str(path), f"--output_dir={path.parent / 'out'}", f"--data_dir={path.parent / 'data'}"]
 
 
-def studies_of(path: Path) -> dict[str, optuna.Study]:
-    return open_studies(read_sweep(str(path), path.parent / "out", str(path.parent / "data")))
+def studies_of(path: Path, trials: int | None = None) -> dict[str, optuna.Study]:
+    return open_studies(read_sweep(str(path), path.parent / "out", str(path.parent / "data"), trials))
+
+
+def wait_for(path: Path, *states: str) -> None:
+    """Until there is a trial in each of these states."""
+    deadline, found = time.monotonic() + 60, set()
+    while not found.issuperset(states):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        file = f"file:{path.parent / 'out' / 'sweep.db'}?mode=ro"
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(file, uri=True)) as database:
+            found = {state for (state,) in database.execute("select state from trials")}
 
 
 def test_every_arm_gets_its_trials_and_leaves_its_best_settings(asked, shell):
@@ -77,7 +90,7 @@ def test_more_trials_go_on_with_those_that_are_done(asked, shell):
     assert shell("sweep", *flags(path))[0] == 0
     before = {arm: [(t.number, t.value) for t in finished(study)] for arm, study in studies_of(path).items()}
     assert shell("sweep", *flags(path), "--trials=3")[0] == 0
-    for arm, study in studies_of(path).items():
+    for arm, study in studies_of(path, 3).items():
         after = [(t.number, t.value) for t in finished(study)]
         assert len(after) == 3
         assert after[:1] == before[arm]
@@ -88,18 +101,7 @@ def test_more_trials_go_on_with_those_that_are_done(asked, shell):
 def test_a_killed_sweep_goes_on_where_it_stopped(asked, start):
     path = asked(trials=4, arms={"ours": ARMS["ours"]})
     process = start("sweep", *flags(path))
-    database = path.parent / "out" / "sweep.db"
-    deadline = time.monotonic() + 60
-    while True:  # one is finished, and another one is under way
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-        try:
-            with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as found:
-                states = [state for (state,) in found.execute("select state from trials")]
-        except sqlite3.OperationalError:
-            continue
-        if "COMPLETE" in states and "RUNNING" in states:
-            break
+    wait_for(path, "COMPLETE", "RUNNING")  # one is finished, and another one is under way
     process.send_signal(signal.SIGKILL)
     process.wait(60)
     before = {t.number: (t.params, t.value) for t in finished(studies_of(path)["ours"])}
@@ -120,6 +122,34 @@ def test_a_trial_that_is_worse_than_most_ends_early(asked, shell):
     assert 1 <= len(early) < 12
     assert early["evaluations"].map(len).min() < 3
     assert early["validation"].isna().all()
+
+
+def test_a_trial_that_goes_on_is_judged_by_its_evaluations_before(asked, tmp_path):
+    path = asked(arms={"ours": ARMS["ours"]})
+    plan = read_sweep(str(path), tmp_path / "out", str(path.parent / "data"))
+    run = {**plan.arms["ours"], "learning_rate": 5e-3, "pooling": "mean", "output_dir": str(tmp_path / "trial")}
+
+    def stopped(values: list[tuple[int, float]]) -> None:
+        if values[-1][0] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run, stopped)
+    reports: list[list[tuple[int, float]]] = []
+    carry_out(run, reports.append)
+    assert [number for values in reports for number, _ in values] == [1, 2, 3]
+    assert len(reports) < 3
+
+
+def test_a_trial_may_be_stopped_any_number_of_times(asked, start):
+    path = asked(trials=1, arms={"ours": ARMS["ours"]}, common={"max_steps": 100_000})
+    for _ in range(2):
+        process = start("sweep", *flags(path))
+        wait_for(path, "RUNNING")
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    (trial,) = [t for t in studies_of(path)["ours"].get_trials() if t.state == TrialState.WAITING]
+    assert trial.user_attrs["starts"] == 1
 
 
 @pytest.mark.slow
@@ -150,6 +180,7 @@ def test_a_trial_that_fails_counts_and_says_why(asked, shell):
         ({"search": {"learning_rat": [1e-3, 1e-2]}}, "Unknown argument 'learning_rat'"),
         ({"search": {"learning_rate": {"low": 0.0, "high": 0.1, "log": True}}}, "above 0 for log: true"),
         ({"search": {"learning_rate": {"low": -1.0, "high": 0.1}}}, "Expected learning_rate above 0, got -1.0"),
+        ({"search": {"num_blocks": {"low": 1, "high": 4.0}}}, "Expected num_blocks as int"),
         ({"search": {"pooling": ["mean"]}}, "Expected two or more plain values"),
         ({"common": {"streaming": True}}, "Expected no streaming in a study or a sweep"),
         ({"searches": SEARCH, "search": None}, "Did you mean search?"),

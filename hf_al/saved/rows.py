@@ -67,7 +67,7 @@ def read_rows(
             lack them.
 
     Raises:
-        ValueError: a column that does not exist, or columns that are ambiguous.
+        ValueError: a column that does not exist, columns that are ambiguous, or an array of json objects.
     """
     lines = _Lines(stream)
     names = names_in(named)
@@ -216,7 +216,16 @@ def _csv_rows(
 def _json_rows(
     lines: _Lines, names: list[str], id_column: str | None, numeric: Sequence[str]
 ) -> Iterator[Texts | Unusable]:
-    objects = _each(lines, _json_object)
+    is_start = True
+
+    def parse_line(line: str) -> dict | None:
+        nonlocal is_start
+        if is_start and line.lstrip().startswith("["):
+            raise ValueError("Expected a json object in each line, got an array. Write one object per line.")
+        is_start = is_start and not line.strip()
+        return _json_object(line)
+
+    objects = _each(lines, parse_line)
     first, columns = _first_with_text(objects, names, {id_column, *numeric})
     for name in numeric if first and not isinstance(first[-1], Unusable) else ():
         if name not in first[-1]:
@@ -257,4 +266,5 @@ def _first_with_text(
                 return rows, choose_text_columns([name for name in row if name not in others], names)
             except ValueError:
                 continue
-    return rows, choose_text_columns(list(keys), names) if keys else names or ["text"]
+    columns = [key for key in keys if key not in others]
+    return rows, choose_text_columns(columns, names) if columns else names or ["text"]

@@ -116,6 +116,7 @@ def draw_inside(summary: Summary, architecture: str) -> "Figure | None":
     for ax in axes[-1]:
         ax.set_xlabel("block", fontsize=8)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(arms)), fontsize=8)
+    drawn = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
+    arms = [arm for arm in arms if arm in drawn]
+    figure.legend([drawn[arm] for arm in arms], arms, loc="outside lower center", ncols=min(6, len(arms)), fontsize=8)
     return figure

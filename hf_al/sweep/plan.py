@@ -97,13 +97,25 @@ def _space(where: str, given: Any) -> Space:
     return {"low": low, "high": high, "log": log}
 
 
+def is_whole(space: Space) -> bool:
+    """Whether a range has whole numbers only: both ends are."""
+    return type(space["low"]) is type(space["high"]) is int
+
+
+def _some(space: Space) -> list[float]:
+    """Both ends of a range, and what is between them if that may be a fraction."""
+    low, high = space["low"], space["high"]
+    return [low, high] if is_whole(space) else [low, high, low + 0.37 * (high - low)]
+
+
 def file_name(arm: str) -> str:
     """An arm's name as part of file names."""
     return re.sub(r"\W", "_", arm)
 
 
 def _check(sweep: Sweep) -> None:
-    """Every arm with every end of every space, one at a time: what cannot be in any trial is found before the first."""
+    """Every arm with every choice or end of every space, one at a time: what can be in no trial is found before the
+    first."""
     names = [file_name(arm) for arm in sweep.arms]
     for arm in sweep.arms:
         if names.count(file_name(arm)) > 1:
@@ -119,5 +131,5 @@ def _check(sweep: Sweep) -> None:
                 "search the same ranges. Leave it out of the arm."
             )
         for name, space in sweep.search.items():
-            for value in space.get("choices") or (space["low"], space["high"]):
+            for value in space.get("choices") or _some(space):
                 checked_run({**flags, name: value}, f"arm {arm!r} of {sweep.path}, with {name}={value!r}")

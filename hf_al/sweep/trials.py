@@ -26,7 +26,7 @@ from ..study.execution import clear, quiet, train_on
 from ..study.workers import Workers, answer_tasks
 from ..training.health import Diverged
 from ..training.setup import check_model
-from .plan import Space, Sweep, file_name
+from .plan import Space, Sweep, file_name, is_whole
 
 DATABASE = "sweep.db"
 UNPRUNED = 5  # trials of an arm that are complete before any is ended early
@@ -109,10 +109,10 @@ def _begin_again(study: optuna.Study, trial: FrozenTrial) -> None:
     if starts >= MOST_STARTS:
         again = optuna.Trial(study, trial._trial_id)
         again.set_user_attr("error", f"interrupted {starts} times, perhaps for lack of memory")
-    else:
+    study.tell(trial.number, state=TrialState.FAIL)  # before it is asked for again: two would share the folder
+    if starts < MOST_STARTS:
         kept = {"folder": trial.user_attrs.get("folder", str(trial.number)), "starts": starts + 1}
         study.enqueue_trial(trial.params, user_attrs=kept)
-    study.tell(trial.number, state=TrialState.FAIL)
 
 
 def _looked_at(sweep: Sweep) -> tuple[Any, dict[str, Any]]:
@@ -188,9 +188,9 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
             while running:
                 for pipe, (what, value) in workers.answers(running):
                     asked = running[pipe].asked
-                    if what == "evaluation":
-                        number, metric = value
-                        asked.report(metric, number)
+                    if what == "evaluations":
+                        for number, metric in value:
+                            asked.report(metric, number)
                         pipe.send(asked.should_prune())
                         continue
                     trial = running.pop(pipe)
@@ -199,7 +199,11 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
                         clear(Path(trial.flags["output_dir"]))
                     _say(sweep, studies, trial)
                     give(pipe)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        for study in studies.values():
+            for found in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # they did not end themselves
+                stopped = optuna.Trial(study, found._trial_id)
+                stopped.set_user_attr("starts", stopped.user_attrs.get("starts", 1) - 1)
         done = sum(len(finished(study)) for study in studies.values())
         stop.add_note(f"{done} finished trials are kept in {sweep.output_dir}. The same command goes on.")
         raise
@@ -223,8 +227,7 @@ def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterabl
 def _suggested(asked: optuna.Trial, name: str, space: Space) -> Any:
     if "choices" in space:
         return asked.suggest_categorical(name, space["choices"])
-    is_whole = type(space["low"]) is type(space["high"]) is int
-    suggest: Any = asked.suggest_int if is_whole else asked.suggest_float
+    suggest: Any = asked.suggest_int if is_whole(space) else asked.suggest_float
     return suggest(name, space["low"], space["high"], log=space["log"])
 
 
@@ -256,9 +259,9 @@ def _say(sweep: Sweep, studies: dict[str, optuna.Study], trial: Trial) -> None:
 def _work(pipe: Connection) -> None:
     """Answers the flags of each trial with how it goes, and then with what it came to."""
 
-    def report(number: int, value: float) -> None:
+    def report(values: list[tuple[int, float]]) -> None:
         try:
-            pipe.send(("evaluation", (number, value)))
+            pipe.send(("evaluations", values))
             ended = pipe.recv()
         except (EOFError, OSError):  # the sweep is being stopped: so is this run, after its next step
             return
@@ -277,22 +280,25 @@ def _work(pipe: Connection) -> None:
         except (Diverged, FloatingPointError) as error:
             return "failed", str(error)
 
-    with quiet(__name__):
+    with quiet(__name__), quiet():  # also what is said of a trial that starts anew
         answer_tasks(pipe, tried)
 
 
-def carry_out(flags: dict[str, Any], report: Callable[[int, float], None]) -> dict[str, Any]:
-    """Trains, and calls `report` with the number and the value of each evaluation."""
-    clock = time.perf_counter()
+def carry_out(flags: dict[str, Any], report: Callable[[list[tuple[int, float]]], None]) -> dict[str, Any]:
+    """Trains, and calls `report` with the number and the value of each new evaluation; the first time, of a trial that
+    goes on, also with those from before."""
+    clock, known = time.perf_counter(), 0
 
     def after_evaluation(metric: str, history: list[dict[str, Any]]) -> None:
+        nonlocal known
         values = [row["validation"][-1][metric] for row in history if "validation" in row]
-        report(len(values), values[-1])
+        report(list(enumerate(values, 1))[known:])
+        known = len(values)
 
     found = train_on(flags, after_evaluation).report
     return {
         "validation": found["validation"][-1][found["metric"]],
         "steps": found["steps"],
         "best_step": found["best_step"],
-        "seconds": round(time.perf_counter() - clock, 1),
+        "seconds": round(max(time.perf_counter() - clock, found["speed"]["train_seconds"]), 1),  # before a stop, too
     }

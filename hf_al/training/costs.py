@@ -57,7 +57,7 @@ class Cost:
 
 def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Any]:
     """The inputs of a throw-away batch of this shape, with labels of the model's kind."""
-    config, rows = model.config, len(input_ids)
+    config, rows, input_ids = model.config, len(input_ids), in_pairs(model, input_ids)
     single = config.resolved_problem_type == SINGLE
     labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
     mask = torch.ones_like(input_ids)
@@ -69,6 +69,19 @@ def no_numbers(model: ALForSequenceClassification, rows: int) -> Tensor | None:
     """`numeric_values` of so many texts, none of which has any; None for a model that reads none."""
     names = model.config.numeric_columns
     return torch.full((rows, len(names)), torch.nan, device=device_of(model)) if names else None
+
+
+def in_pairs(model: ALForSequenceClassification, input_ids: Tensor) -> Tensor:
+    """Made-up ids (N, T) as those of pairs of texts, both of the same length, if the model reads second texts late: it
+    would take them for one text, of which nothing is late."""
+    config = model.config
+    if config.late_block is None or config.late_from is not None:
+        return input_ids
+    assert config.sep_token_id is not None  # refused at construction
+    last, end = input_ids.shape[1] - 1, config.sep_token_id
+    input_ids = input_ids.masked_fill(input_ids == end, 1 if end == 0 else 0)
+    input_ids[:, [last // 2, last]] = end
+    return input_ids
 
 
 def random_inputs(

@@ -16,7 +16,7 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import balanced_cuts
 from ..parsing import PER_BLOCK, planned_blocks
 from . import checkpoint, run_folder
-from .costs import local_costs, no_numbers, now
+from .costs import in_pairs, local_costs, no_numbers, now
 from .setup import known_values, make_config
 from .start import new_model
 
@@ -74,6 +74,7 @@ def exit_speeds(model: ALForSequenceClassification, device: torch.device, length
     for _ in range(ANSWERS):
         for (k, rows), seconds in times.items():
             ids, mask = torch.ones(2, rows, tokens, dtype=torch.long, device=device)
+            ids = in_pairs(model, ids)
             start = now(device)
             model(input_ids=ids, attention_mask=mask, exit_block=k, numeric_values=no_numbers(model, rows))
             seconds.append(now(device) - start)
@@ -95,7 +96,7 @@ def block_seconds(
 ) -> tuple[list[float], list[float]]:
     """Seconds of each block, and of each exit, on a batch of 32 texts of the median length. Arguments: see
     `exit_speeds`."""
-    ids = torch.ones(MANY, median_length(model, lengths), dtype=torch.long, device=device)
+    ids = in_pairs(model, torch.ones(MANY, median_length(model, lengths), dtype=torch.long, device=device))
     inputs = model.model.prepare_inputs(ids, torch.ones_like(ids), numeric_values=no_numbers(model, MANY))
     blocks, exits = model.model.blocks, model.config.exits()
     was_training = model.training

@@ -1,5 +1,6 @@
 """Resume: stopped at any step and resumed, a run ends with the weights of one that was never stopped, bit for bit."""
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -12,9 +13,11 @@ from conftest import slow, wait_for_a_checkpoint
 from hooks import hook
 
 import hf_al
+from hf_al.arguments import named
 from hf_al.parsing import parse_arguments
 from hf_al.training import checkpoint, run_folder
 from hf_al.training.optim import BlockOptimizers
+from hf_al.training.plan import CONDITIONS, IDENTITY
 from hf_al.training.stage import Stage
 
 STEPS = 60  # 25 per epoch: 397 rows in batches of 16; saves at 7, 14, ... and evaluations at 11, 22, ... are mid-epoch
@@ -319,3 +322,26 @@ def test_every_kind_of_optimizer_state_is_resumed(extra, run_flags, tmp_path):
             hf_al.train(parse_arguments(run))
     hf_al.train(parse_arguments([*run, "--resume_from_checkpoint=last"]))
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_of_every_argument_it_is_known_whether_a_resumed_run_may_change_it():
+    """A new argument belongs into `IDENTITY` or `CONDITIONS`, changes no result, or what it decides is compared."""
+    compared = {
+        "model_revision", "model_type", "model", "tokenizer_type", "tokenizer_vocab_size", "min_frequency", "lowercase",
+        "text_style", "max_seq_length", "word_vectors_extra_words", "streaming", "streaming_buffer_size",
+        "max_train_samples", "label_noise", "label_noise_seed", "max_eval_samples", "num_train_epochs", "max_steps",
+        "metric_for_best_model",
+    }  # fmt: skip
+    of_the_end = {"do_predict", "max_predict_samples"}
+    no_result = named("only", "showing", "output", "machine")
+    chosen = {*IDENTITY, *CONDITIONS, *named("section", "data"), *named("path", "file", "folder", "any"), *no_result}
+    known = {field.name for field in dataclasses.fields(hf_al.TrainingArguments)}
+    assert known == {*chosen, *compared, *of_the_end, "fp16"}  # which is refused
+    assert not {*IDENTITY, *CONDITIONS} & {*compared, *of_the_end, *no_result}
+
+
+def test_only_facts_that_are_asked_for_are_stated_of_arguments():
+    fields = dataclasses.fields(hf_al.TrainingArguments)
+    assert {f.metadata["section"] for f in fields} == {"", "data"}
+    assert {f.metadata["path"] for f in fields} == {"", "file", "folder", "any"}
+    assert {f.metadata["only"] for f in fields} == {"", "showing", "output", "machine"}
