@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -658,6 +659,13 @@ def test_a_row_is_a_json_line_of_what_it_means(row, line):
     end = json.dumps([*texts, str(other) if isinstance(other, int) else other])
     expected = hashlib.sha256("".join(f"{written}\n" for written in [*[line] * 9, end]).encode()).hexdigest()
     assert read([*[row] * 9, last]) == expected
+
+
+def test_numbers_beside_the_text_count():
+    rows = [{**row, "price": 2 if n else None} for n, row in enumerate(ROWS * 20)]
+    lines = [json.dumps([row["text"], [2.0 if n else math.nan], row["label"]]) for n, row in enumerate(rows)]
+    expected = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    assert read(rows, numeric_column_names="price") == expected
 
 
 def test_class_ids_count_by_their_names():

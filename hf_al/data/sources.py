@@ -316,18 +316,18 @@ def cut_validation(train: Dataset, fraction: float, seed: int) -> tuple[Dataset,
 
 def fingerprint(rows: Dataset, labels: list) -> str:
     """What a copy of the data can be checked against, without hf_al: sha256 over one line for each row, the json list
-    of its text(s) and its label, as Python's `json.dumps` writes it.
+    of its text(s), its numbers if there are any, and its label, as Python's `json.dumps` writes it.
 
     Args:
-        rows: a split with the columns text[, text_pair], as they were read.
+        rows: a split with the columns text[, text_pair][, numeric_values], as they were read.
         labels: as `written_labels` gives them: class names, lists of class names, or floats.
     """
     digest = hashlib.sha256()
-    names = [name for name in ("text", "text_pair") if name in rows.column_names]
-    texts = rows.select_columns(names)
+    names = [name for name in ("text", "text_pair", VALUES) if name in rows.column_names]
+    given = rows.select_columns(names)
     for start in range(0, len(rows), 10_000):
         part = slice(start, start + 10_000)
-        columns = texts[part]
+        columns = given[part]
         for row in zip(*(columns[name] for name in names), labels[part], strict=True):
             digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
