@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 CONFIG = "config.json"  # to transformers, a folder without it is not a model
 # What a run writes under names that are not fixed, as patterns that match nothing of a user's own
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors")
+# Folders of a repository; the first one as transformers' Trainer names it
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last-checkpoint", "best-checkpoint"
 # The code that travels with a model
 CODE = (
     "configuration_al.py", "modeling_al.py", "blocks.py", "encoders.py", "lstm.py", "objectives.py", "limits.py",

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from .atomic import CODE, WEIGHTS
+from .atomic import BEST_CHECKPOINT, CODE, LAST_CHECKPOINT, WEIGHTS, removed_if_broken
 from .card import eval_results, model_card, shared_arguments, shared_name
 from .early import NO_TOKEN, no_repo_id
 from .loading import load_model, weights_sha256
@@ -26,10 +26,10 @@ from .report import find_report, read_report, rows_used
 
 logger = logging.getLogger(__name__)
 
-LAST_CHECKPOINT = "last-checkpoint"  # folder of the repository, as transformers' Trainer names it
+CHECKPOINTS = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
 # What earlier pushes may have left, by the names that hf_al writes: the repository may hold files of its owner's
 STALE = [
-    *WEIGHTS, f"{LAST_CHECKPOINT}/*", ".eval_results/hf_al.yaml", *(f"plots/{name}.png" for name in PLOTS), *CODE,
+    *WEIGHTS, *CHECKPOINTS, ".eval_results/hf_al.yaml", *(f"plots/{name}.png" for name in PLOTS), *CODE,
 ]  # fmt: skip
 
 
@@ -98,7 +98,8 @@ def push_or_warn(folder: str, repo_id: str, private: bool) -> None:
 
 
 class Checkpoints:
-    """Sends the newest checkpoint of a running training to a Hub, in the background. What fails is a warning.
+    """Sends the newest checkpoint of a running training to a Hub, in the background, and the best one with it: a run
+    that goes on from there needs both. What fails is a warning.
 
     One is sent at a time. Those that are written meanwhile are left out, except for the last one.
     """
@@ -106,11 +107,11 @@ class Checkpoints:
     def __init__(self, repo_id: str, private: bool):
         self.repo_id, self.private, self.api = repo_id, private, HfApi()
         self.sending: Future | None = None
-        self.waiting: Path | None = None
+        self.waiting: tuple[Path, Path] | None = None
 
-    def send(self, path: Path) -> None:
-        """Sends the checkpoint `path`, unless another one is on its way."""
-        self.waiting = path
+    def send(self, last: Path, best: Path) -> None:
+        """Sends these checkpoints, which may be the same, unless others are on their way."""
+        self.waiting = last, best
         if self.sending is None or self.sending.done():
             self._start()
 
@@ -121,25 +122,40 @@ class Checkpoints:
             self._start()
 
     def _start(self) -> None:
-        path, self.waiting, self.sending = self.waiting, None, None
-        if path is None:
+        paths, self.waiting, self.sending = self.waiting, None, None
+        if paths is None:
             return
-        aside = Path(tempfile.mkdtemp(prefix="tmp-hub-", dir=path.parent))  # training may delete the checkpoint
-        shutil.copytree(path, aside, dirs_exist_ok=True, copy_function=os.link)
-        self.sending = self.api.run_as_future(self._send, aside, path.name)
+        last, best = paths
+        try:  # training may delete the checkpoints while they are sent
+            with removed_if_broken(last.with_name(f"tmp-hub-{last.name}")) as aside:
+                shutil.copytree(last, aside / LAST_CHECKPOINT, copy_function=_link)
+                if best != last:
+                    shutil.copytree(best, aside / BEST_CHECKPOINT, copy_function=_link)
+        except OSError as error:
+            logger.warning("%s is not on the Hub (%s); training goes on.", last.name, error)
+            return
+        self.sending = self.api.run_as_future(self._send, aside, last.name)
 
     def _send(self, aside: Path, name: str) -> None:
         try:
             with _refusals(self.repo_id):
                 repo_id = _create(self.api, self.repo_id, self.private)
                 self.api.upload_folder(
-                    repo_id=repo_id, folder_path=aside, path_in_repo=LAST_CHECKPOINT, delete_patterns="*",
+                    repo_id=repo_id, folder_path=aside, delete_patterns=CHECKPOINTS,
                     commit_message=f"Training: {name}",
                 )  # fmt: skip
         except ValueError as error:
             logger.warning("%s %s is not on the Hub; training goes on.", error, name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A copy, without a second one of the bytes where the file system can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _create(api: HfApi, repo_id: str, private: bool) -> str:

@@ -394,4 +394,5 @@ class Run:
             ):
                 run_folder.rotate(output_dir, self.args.save_total_limit, progress.best_step, progress.step)
                 if self.shared:
-                    self.shared.send(path)
+                    best = progress.step if progress.best_step is None else progress.best_step
+                    self.shared.send(path, checkpoint.checkpoint_path(output_dir, best))

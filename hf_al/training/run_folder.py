@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..atomic import fsync, removed_if_broken
+from ..atomic import BEST_CHECKPOINT, fsync, removed_if_broken
 from ..parallel.alone import Alone
 from ..parallel.placement import Placement
 from .checkpoint import (
@@ -152,7 +152,7 @@ def _read(file: Path, size: int) -> bytes:
 
 def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
     """Checks, while another checkpoint can still be chosen, that the best checkpoint of the run of `resumed` is intact.
-    Copies it if the run continues in another folder.
+    Copies it if the run continues in another folder. On the Hub, the two have names of their own.
 
     Raises:
         ValueError: that run no longer has it.
@@ -160,7 +160,9 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
     if best_step is None:
         return
     target = checkpoint_path(output_dir, best_step)
-    best = target if read_manifest(target) is not None else resumed.parent / target.name
+    beside = resumed.parent / target.name
+    known = (target, beside, resumed, resumed.with_name(BEST_CHECKPOINT))
+    best = next((path for path in known if _step(path) == best_step), beside)
     try:
         manifest = open_checkpoint(best)
         for name in manifest["files"] if best != resumed else ():
@@ -178,6 +180,13 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
             fsync(file)
         aside.rename(target)
     fsync(target.parent)
+
+
+def _step(path: Path) -> int | None:
+    """Of a complete checkpoint."""
+    manifest = read_manifest(path)
+    step: int | None = manifest["progress"]["step"] if manifest is not None else None
+    return step
 
 
 def clear_leftovers(folder: Path, step: int | None = None) -> None:

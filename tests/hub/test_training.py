@@ -1,6 +1,7 @@
 """Training that shares its model, and its checkpoints on the way."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import hub_jobs as jobs
 import pytest
 import yaml
 from server import TOKEN
+
+import hf_al
+from hf_al.hub import Checkpoints
+from hf_al.parsing import parse_arguments
+from hf_al.training.checkpoint import open_checkpoint
+from hf_al.training.run_folder import adopt_best
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 TEXTS = ["thank you so much", "you lost my bag"]
@@ -29,23 +36,66 @@ def test_a_run_is_shared_when_it_ends(hub, flags, tmp_path):
     assert not [name for name in hub.run(jobs.files, "tester/my_run") if name.startswith("last-checkpoint")]
 
 
-def test_a_stopped_run_goes_on_from_the_checkpoint_on_the_hub(hub, flags, tmp_path):
+@pytest.mark.parametrize("best", ["none", "earlier"])
+def test_a_stopped_run_goes_on_from_the_checkpoint_on_the_hub(best, hub, flags, tmp_path):
     """On a machine that has nothing but the data and the id; it ends as the undisturbed run does."""
+    repo = f"tester/stopped_{best}"
+    if best == "earlier":  # at a rate this low, no evaluation is better than the first
+        flags = [*flags, "--eval_strategy=steps", "--eval_steps=6", "--learning_rate=1e-12", "--save_total_limit=1"]
     status, _, err = hub.run(jobs.shell, "train", *flags, f"--output_dir={tmp_path / 'undisturbed'}")
     assert status == 0, err
-    shared = [*flags, "--push_to_hub", "--hub_model_id=tester/stopped", "--hub_strategy=checkpoint"]
+    shared = [*flags, "--push_to_hub", f"--hub_model_id={repo}", "--hub_strategy=checkpoint"]
     status, _, err = hub.run(jobs.interrupted, 17, "train", *shared, f"--output_dir={tmp_path / 'first'}")
     assert status == 130, err
     assert not list((tmp_path / "first" / "checkpoints").glob("tmp-*"))
     shutil.rmtree(tmp_path / "first")
-    assert "model.safetensors" not in hub.run(jobs.files, "tester/stopped")
-    there = Path(hub.run(jobs.download, "tester/stopped")) / "last-checkpoint"
+    names = {name.split("/")[0] for name in hub.run(jobs.files, repo)}
+    assert "last-checkpoint" in names
+    assert ("best-checkpoint" in names) == (best == "earlier")
+    assert "model.safetensors" not in names
+    there = Path(hub.run(jobs.download, repo)) / "last-checkpoint"
     again = [*shared, f"--output_dir={tmp_path / 'second'}", f"--resume_from_checkpoint={there}"]
     status, _, err = hub.run(jobs.shell, "train", *again)
     assert status == 0, err
     assert "step 18 of 30" in err
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("undisturbed", "second")]
-    assert weights[0] == weights[1] == hub.run(jobs.files, "tester/stopped")["model.safetensors"]
+    shared_files = hub.run(jobs.files, repo)
+    assert weights[0] == weights[1] == shared_files["model.safetensors"]
+    assert not [name for name in shared_files if "checkpoint" in name]
+
+
+def test_a_run_goes_on_where_the_last_checkpoint_on_the_hub_is_the_best(flags, tmp_path):
+    first, there = tmp_path / "first", tmp_path / "there" / "last-checkpoint"
+    result = hf_al.train(parse_arguments([*flags, "--eval_strategy=steps", "--eval_steps=6", f"--output_dir={first}"]))
+    best = result.report["best_step"]
+    shutil.copytree(first / "checkpoints" / f"checkpoint-{best:08d}", there)
+    adopt_best(there, tmp_path / "second", best)
+    assert open_checkpoint(tmp_path / "second" / "checkpoints" / f"checkpoint-{best:08d}")["progress"]["step"] == best
+
+
+def test_checkpoints_are_copied_where_files_cannot_be_linked(tmp_path, monkeypatch, caplog):
+    def refused(*_: object) -> None:
+        raise OSError("Operation not permitted")
+
+    sent = []
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(Checkpoints, "_send", lambda self, aside, name: sent.append(sorted(files_in(aside))))
+    (tmp_path / "last").mkdir()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "last" / "a").write_text("a")
+    (tmp_path / "best" / "b").write_text("b")
+    shared = Checkpoints("user/name", private=False)
+    shared.send(tmp_path / "last", tmp_path / "best")
+    shared.finish()
+    assert sent == [["best-checkpoint/b", "last-checkpoint/a"]]
+    shared.send(tmp_path / "last", tmp_path / "gone")
+    shared.finish()
+    assert "last is not on the Hub" in caplog.text
+    assert len(sent) == 1
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def test_a_shared_model_is_trained_further_by_its_id(hub, trained, files, tmp_path):
