@@ -123,7 +123,8 @@ by backpropagation. Two blocks of width 128 on GloVe rows of 50 values, seed {se
 
 trains them into `out/reference`, so that the quick start of each card works there; the weights are neither in this
 repository nor on a Hub. `folder` holds local copies of the data; without `DATA` they come from the Hub, under the ids
-that the cards name. The steps were chosen on validation, and test was read once.
+that the cards name. Those of mr are trained by `recipes/reference_models.py --sets mr` only. The steps were chosen on
+validation, and test was read once.
 
 {table}
 
@@ -248,7 +249,8 @@ def main() -> None:
     for recipe in [f"{name}_{kind}" for name in args.sets.split(",") for kind in ("lstm", "transformer")]:
         for ending, objective in (("_backprop", "backprop"), ("", "al_ce")):
             name, folder = f"{recipe}{ending}", f"{args.output_dir}/{recipe}{ending}"
-            is_new = read(recipe, ending) is None and not args.cards
+            is_done = read(recipe, ending) is not None and (Path(folder) / "report.json").is_file()
+            is_new = not is_done and not args.cards
             if is_new:
                 train(name, recipe, objective, args.data_dir, folder, more)
             if is_new or (args.cards and Path(folder).is_dir()):

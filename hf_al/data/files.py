@@ -25,10 +25,8 @@ def read_file(path: str, delimiter: str | None = None) -> Dataset:
     """
     file, kind, options, names = checked_file(path, delimiter)
     try:
-        if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
-            file = Path(DownloadManager().extract(str(file)))
         with writing_cache():
-            data = _loaded(file, kind, options, names)
+            data = _loaded(_unpacked(file, kind), kind, options, names)
         for column in data.data.columns:
             column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
@@ -41,6 +39,11 @@ def read_file(path: str, delimiter: str | None = None) -> Dataset:
             f"Expected {path} to be a {kind} file, got {type(cause).__name__}: {reason}. {advice}"
         ) from error
     return data
+
+
+def _unpacked(file: Path, kind: str) -> Path:
+    """A parquet file without its gzip: the other readers decompress by themselves."""
+    return Path(DownloadManager().extract(str(file))) if kind == "parquet" and file.suffix == ".gz" else file
 
 
 def _loaded(file: Path, kind: str, options: dict[str, Any], names: list[str]) -> Dataset:
@@ -71,7 +74,9 @@ def stream_file(path: str, delimiter: str | None = None) -> IterableDataset:
         ValueError: a file that is missing, empty or of another kind.
     """
     file, kind, options, _ = checked_file(path, delimiter)
-    return load_dataset(READERS[kind], data_files=glob.escape(str(file)), split="train", streaming=True, **options)
+    with writing_cache():
+        where = {"data_files": glob.escape(str(_unpacked(file, kind))), "split": "train"}
+    return load_dataset(READERS[kind], **where, streaming=True, **options)
 
 
 @contextmanager

@@ -214,7 +214,10 @@ def continue_model(
         )
     args.model_type = saved.config.model_type
     args.__post_init__()  # what depends on the architecture
-    args.max_seq_length = longest_text(saved.config, tokenizer)
+    longest = longest_text(saved.config, tokenizer)
+    if args.max_seq_length not in (longest, TrainingArguments.max_seq_length):
+        logger.warning("max_seq_length=%d has no effect: %s reads %d tokens.", args.max_seq_length, name, longest)
+    args.max_seq_length = longest
     check_model_keys(args)
     kind, names = problem_type_of(data["train"]), label_names(data["train"])
     known = saved.config.label_names
