@@ -319,7 +319,7 @@ def fingerprint(rows: Dataset, labels: list) -> str:
     of its text(s), its numbers if there are any, and its label, as Python's `json.dumps` writes it.
 
     Args:
-        rows: a split with the columns text[, text_pair][, numeric_values], as they were read.
+        rows: a split as it was read, with the columns `text`, `text_pair` and `numeric_values` as far as it has them.
         labels: as `written_labels` gives them: class names, lists of class names, or floats.
     """
     digest = hashlib.sha256()
