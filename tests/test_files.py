@@ -9,7 +9,7 @@ from conftest import assert_mistake
 
 import hf_al
 from hf_al.data.files import read_file, stream_file
-from hf_al.early import checked_file, guess_delimiter
+from hf_al.headers import checked_file, guess_delimiter
 from hf_al.loading import load_model
 from hf_al.parsing import read_yaml
 

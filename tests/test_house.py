@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_al"
 ROOMS = [
     ("values", "atomic", "messages", "own"), ("modeling",), ("registration",), ("config_fields",), ("ranges",),
     ("arguments",),
-    ("parsing", "early", "metrics"), ("evaluate_metrics",), ("loading",), ("data",), ("parallel",),
+    ("parsing", "headers", "early", "metrics"), ("evaluate_metrics",), ("loading",), ("data",), ("parallel",),
     ("report", "plots", "metadata", "card"), ("hub",),
     ("training",), ("forecast",), ("saved",), ("evaluation", "exits", "exporting"), ("flags",),
     ("depth", "serving_commands", "export_command", "study"), ("sweep",), ("commands",), ("cli", "__init__"),

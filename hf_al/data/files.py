@@ -11,7 +11,7 @@ from datasets import Dataset, DownloadManager, Features, IterableDataset, Value,
 from datasets.exceptions import DatasetGenerationError
 
 from ..atomic import disk_error
-from ..early import READERS, checked_file
+from ..headers import READERS, checked_file
 
 
 def read_file(path: str, delimiter: str | None = None) -> Dataset:

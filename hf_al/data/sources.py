@@ -15,7 +15,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from ..arguments import TrainingArguments
-from ..early import check_data_arguments, check_named
+from ..early import check_data_arguments
+from ..headers import check_named
 from ..modeling.limits import SINGLE
 from .columns import LABEL_NAMES, guess_label, guess_text
 from .files import read_file, stream_file, writing_cache

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from ..data.columns import LABEL_NAMES, guess_text
 from ..data.numeric import check_numbers, number
-from ..early import check_once, guess_delimiter
+from ..headers import check_once, guess_delimiter
 from ..values import names_in
 
 logger = logging.getLogger(__name__)
