@@ -212,7 +212,9 @@ class TrainingArguments:
     hub_model_id: str | None = _arg(
         None, "Repository to push to, user/name (default: the name of output_dir).", only="showing"
     )
-    hub_strategy: str = _arg("end", "end, or checkpoint: also the newest checkpoint, during training.", only="showing")
+    hub_strategy: str = _arg(
+        "end", "end, or checkpoint: also the newest and the best checkpoint, during training.", only="showing"
+    )
     hub_private_repo: bool = _arg(
         False, "Create the repository as a private one; a public one is refused.", only="showing"
     )

@@ -5,8 +5,9 @@
 
 `folder` has a folder for each data set (its name begins with the recipe's), with train, test and optionally validation
 as csv or csv.gz. Without it, the recipes load from the Hub. Each recipe is trained twice: by backpropagation, then by
-Associated Learning. A run whose results are in model_cards/results is not repeated, so that a long series can go on
-after an interruption; a run that was interrupted itself resumes from its last checkpoint.
+Associated Learning. A run that is in the output folder is not repeated, so that a long series can go on after an
+interruption; a run that was interrupted itself resumes from its last checkpoint. Results that are in
+model_cards/results, and the cards made of them, stay as they are: to replace one, remove its json file.
 """
 
 import argparse
@@ -49,16 +50,14 @@ SEED = 1
 AL, TWIN = "#0072b2", "#e69f00"  # colours
 
 
-def train(name: str, recipe: str, objective: str, data_dir: str | None, folder: str, more: list[str]) -> None:
-    """One run, its results and its card; `more`: further flags."""
+def train(recipe: str, objective: str, data_dir: str | None, folder: str, more: list[str]) -> dict[str, Any]:
+    """One run, and its results; `more`: further flags."""
     resume = ["--resume_from_checkpoint=last"] if Path(folder).exists() else []
     files = data_flags(data_dir, recipe.rsplit("_", 1)[0])
     config = ["--config", str(RECIPES / f"{recipe}.yaml"), f"--output_dir={folder}"]
     report = hf_al.train(parse_arguments([*config, *resume, *flags_of(recipe, objective), *files, *more])).report
     report = {**as_published(report, recipe), "flags": [*flags_of(recipe, objective), *more]}
-    small = {key: value for key, value in report.items() if key not in LEFT_OUT}
-    (CARDS / "results").mkdir(parents=True, exist_ok=True)
-    (CARDS / "results" / f"{name}.json").write_text(json.dumps(small, indent=1) + "\n", encoding="utf-8")
+    return {key: value for key, value in report.items() if key not in LEFT_OUT}
 
 
 def flags_of(recipe: str, objective: str) -> list[str]:
@@ -102,6 +101,11 @@ def write_card(name: str, recipe: str, folder: str, measure: bool) -> None:
     card.text = card.text.replace("to check a copy against:", "csv files whose rows need not be the Hub's:")
     card.text = card.text.replace("on the same rows:", "on the same rows, on a machine that did other work as well:")
     card.save(CARDS / f"{name}.md")
+
+
+def keep(results: dict[str, Any], name: str) -> None:
+    (CARDS / "results").mkdir(parents=True, exist_ok=True)
+    (CARDS / "results" / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def read(recipe: str, ending: str = "") -> dict[str, Any] | None:
@@ -249,10 +253,11 @@ def main() -> None:
     for recipe in [f"{name}_{kind}" for name in args.sets.split(",") for kind in ("lstm", "transformer")]:
         for ending, objective in (("_backprop", "backprop"), ("", "al_ce")):
             name, folder = f"{recipe}{ending}", f"{args.output_dir}/{recipe}{ending}"
-            is_done = read(recipe, ending) is not None and (Path(folder) / "report.json").is_file()
-            is_new = not is_done and not args.cards
-            if is_new:
-                train(name, recipe, objective, args.data_dir, folder, more)
+            is_new = read(recipe, ending) is None and not args.cards
+            if is_new or not (args.cards or (Path(folder) / "report.json").is_file()):
+                results = train(recipe, objective, args.data_dir, folder, more)
+                if is_new:
+                    keep(results, name)
             if is_new or (args.cards and Path(folder).is_dir()):
                 write_card(name, recipe, folder, args.measure)
     print(table(write_page(), markdown=True))

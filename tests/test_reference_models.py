@@ -36,9 +36,11 @@ def test_the_command_trains_what_is_missing_and_compares_all(tmp_path, monkeypat
     before = {path: path.stat().st_mtime_ns for path in cards.glob("results/*.json")}
     (cards / "results" / "tweets_lstm.json").unlink()
     (cards / "README.md").unlink()
+    shutil.rmtree(tmp_path / "out" / "reference" / "tweets_transformer")
     runpy.run_path(str(program), run_name="__main__")
     after = {path: path.stat().st_mtime_ns for path in cards.glob("results/*.json")}
     assert {path.stem for path in before if before[path] != after[path]} == {"tweets_lstm"}
+    assert (tmp_path / "out" / "reference" / "tweets_transformer" / "model.safetensors").is_file()
     page = (cards / "README.md").read_text()
     assert all(f"({name}.md)" in page for name in names)
     assert (cards / "images" / "accuracy.png").is_file()

@@ -135,6 +135,12 @@ def test_the_text_column_is_guessed_where_there_is_one_reading(columns, text):
         (b'{"text": "one"}\n', "jsonl", "body", "Expected column 'body', got the columns"),
         (b'{"a": 1, "b": 2}\n', "jsonl", None, "Cannot tell the text column among"),
         (b'[{"text": "one"}]', "jsonl", None, "Expected a json object in each line, got an array"),
+        (
+            b'[{"text": "%s"}]' % (b"a" * LONGEST_ROW),
+            "jsonl",
+            None,
+            "Expected a json object in each line, got an array",
+        ),
         (b'\n[\n{"text": "one"}\n]\n', "jsonl", None, "Expected a json object in each line, got an array"),
         (b"text\n", "csv", "a,b,c", "Expected one or two text columns"),
         (b"one\n", "text", "body", "Pass --input_format csv or jsonl"),

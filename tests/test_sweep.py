@@ -143,11 +143,11 @@ def test_a_trial_that_goes_on_is_judged_by_its_evaluations_before(asked, tmp_pat
 
 def test_a_trial_may_be_stopped_any_number_of_times(asked, start):
     path = asked(trials=1, arms={"ours": ARMS["ours"]}, common={"max_steps": 100_000})
-    for _ in range(2):
+    for states in (["RUNNING"], ["FAIL", "RUNNING"]):
         process = start("sweep", *flags(path))
-        wait_for(path, "RUNNING")
+        wait_for(path, *states)
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        assert process.wait(60) == 128 + signal.SIGTERM
     (trial,) = [t for t in studies_of(path)["ours"].get_trials() if t.state == TrialState.WAITING]
     assert trial.user_attrs["starts"] == 1
 

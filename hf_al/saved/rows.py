@@ -105,6 +105,7 @@ class _Lines:
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.first = stream, True
+        self.start = b""  # the first byte that is no white space, once it was read
 
     def __iter__(self) -> "_Lines":
         return self
@@ -116,6 +117,7 @@ class _Lines:
         if self.first:
             line = line.removeprefix(b"\xef\xbb\xbf")
             self.first = False
+        self.start = self.start or line.lstrip()[:1]
         if len(line) > LONGEST_ROW:
             while line and not line.endswith(b"\n"):
                 line = self.stream.readline(LONGEST_ROW)
@@ -216,17 +218,11 @@ def _csv_rows(
 def _json_rows(
     lines: _Lines, names: list[str], id_column: str | None, numeric: Sequence[str]
 ) -> Iterator[Texts | Unusable]:
-    is_start = True
-
-    def parse_line(line: str) -> dict | None:
-        nonlocal is_start
-        if is_start and line.lstrip().startswith("["):
-            raise ValueError("Expected a json object in each line, got an array. Write one object per line.")
-        is_start = is_start and not line.strip()
-        return _json_object(line)
-
-    objects = _each(lines, parse_line)
-    first, columns = _first_with_text(objects, names, {id_column, *numeric})
+    objects = _each(lines, _json_object)
+    start = list(islice(objects, 1))
+    if lines.start == b"[":
+        raise ValueError("Expected a json object in each line, got an array. Write one object per line.")
+    first, columns = _first_with_text(chain(start, objects), names, {id_column, *numeric})
     for name in numeric if first and not isinstance(first[-1], Unusable) else ():
         if name not in first[-1]:
             logger.warning("No %s in the first row: where it is missing, its mean counts.", name)

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,16 +24,18 @@ class Workers:
     Attributes:
         pipes: one to each process.
 
-    SIGTERM ends this process like Ctrl-C does: the others write a checkpoint first.
+    SIGTERM ends this process like Ctrl-C does: the others write a checkpoint first. Both end it while it waits for an
+    answer, so that no write is left half done; the second one ends it at once.
     """
 
     def __init__(self, work: Callable[[Connection], None], count: int):
         self.work, self.count = work, count
         self.pipes: list[Connection] = []
         self.processes: dict[Connection, BaseProcess] = {}
+        self.is_waiting, self.asked_to_end = False, 0  # by which signal
 
     def __enter__(self) -> "Workers":
-        self.before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        self.before = {number: signal.signal(number, self._end) for number in (signal.SIGINT, signal.SIGTERM)}
         context = multiprocessing.get_context("spawn")
         try:
             for _ in range(self.count):
@@ -59,7 +61,7 @@ class Workers:
             Exception: one that it sent.
         """
         failed = []  # raised when what others have done is kept
-        for pipe in wait(list(busy)):
+        for pipe in self._wait(busy):
             assert isinstance(pipe, Connection)
             try:
                 answer = pipe.recv()
@@ -77,6 +79,20 @@ class Workers:
         if failed:
             raise failed[0]
 
+    def _wait(self, busy: Iterable[Connection]) -> list[Any]:
+        self.is_waiting = True
+        try:
+            if self.asked_to_end:
+                self._end(self.asked_to_end)
+            return wait(list(busy))
+        finally:
+            self.is_waiting = False
+
+    def _end(self, number: int, frame: object = None) -> None:
+        if self.is_waiting or self.asked_to_end:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.asked_to_end = number
+
     def __exit__(self, *error: object) -> None:
         for pipe in self.pipes:
             pipe.close()  # which ends a process that has nothing to do
@@ -87,7 +103,8 @@ class Workers:
             process.join(GRACE)
             process.kill()
             process.join()
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def answer_tasks(pipe: Connection, carry_out: Callable[[Any], Any]) -> None:

@@ -234,6 +234,8 @@ def _suggested(asked: optuna.Trial, name: str, space: Space) -> Any:
 def _finish(study: optuna.Study, trial: Trial, what: str, value: Any) -> None:
     asked = trial.asked
     if what == "done":
+        for number, metric in value["evaluations"]:
+            asked.report(metric, number)
         for name in ("seconds", "steps", "best_step"):
             asked.set_user_attr(name, value[name])
         study.tell(asked, value["validation"])
@@ -289,16 +291,23 @@ def carry_out(flags: dict[str, Any], report: Callable[[list[tuple[int, float]]],
     goes on, also with those from before."""
     clock, known = time.perf_counter(), 0
 
+    def new(metric: str, history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+        values = [row["validation"][-1][metric] for row in history if "validation" in row]
+        return list(enumerate(values, 1))[known:]
+
     def after_evaluation(metric: str, history: list[dict[str, Any]]) -> None:
         nonlocal known
-        values = [row["validation"][-1][metric] for row in history if "validation" in row]
-        report(list(enumerate(values, 1))[known:])
-        known = len(values)
+        values = new(metric, history)
+        report(values)
+        known += len(values)
 
     found = train_on(flags, after_evaluation).report
     return {
+        "evaluations": new(found["metric"], found["history"]),  # of a trial that had them all before it was stopped
         "validation": found["validation"][-1][found["metric"]],
         "steps": found["steps"],
         "best_step": found["best_step"],
-        "seconds": round(max(time.perf_counter() - clock, found["speed"]["train_seconds"]), 1),  # before a stop, too
+        "seconds": round(
+            max(time.perf_counter() - clock, found["speed"]["train_seconds"]), 1
+        ),  # training before a stop counts
     }

@@ -161,7 +161,7 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
         return
     target = checkpoint_path(output_dir, best_step)
     beside = resumed.parent / target.name
-    known = (target, beside, resumed, resumed.with_name(BEST_CHECKPOINT))
+    known = (target, beside, resumed, resumed.parent / BEST_CHECKPOINT)
     best = next((path for path in known if _step(path) == best_step), beside)
     try:
         manifest = open_checkpoint(best)
@@ -169,8 +169,9 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
             verified(best, name, manifest)
     except Damaged as damage:
         raise ValueError(
-            f"Expected the best checkpoint of the run, {best.name}, beside {resumed}, found none that is intact "
-            f"({damage.reason}). Resume from a checkpoint that has it beside it, or start anew."
+            f"Expected the best checkpoint of the run, {best.name} (on the Hub {BEST_CHECKPOINT}), beside {resumed}, "
+            f"found none that is intact ({damage.reason}). Resume from a checkpoint that has it beside it, or start "
+            "anew."
         ) from None
     if best == target:
         return
