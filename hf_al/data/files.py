@@ -26,7 +26,7 @@ def read_file(path: str, delimiter: str | None = None) -> Dataset:
     file, kind, options, names = checked_file(path, delimiter)
     try:
         with writing_cache():
-            data = _loaded(_unpacked(file, kind), kind, options, names)
+            data = _loaded(file, kind, options, names)
         for column in data.data.columns:
             column.validate(full=True)  # json lines may hold bytes that are not UTF-8
     except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
@@ -41,16 +41,18 @@ def read_file(path: str, delimiter: str | None = None) -> Dataset:
     return data
 
 
-def _unpacked(file: Path, kind: str) -> Path:
-    """A parquet file without its gzip: the other readers decompress by themselves."""
-    return Path(DownloadManager().extract(str(file))) if kind == "parquet" and file.suffix == ".gz" else file
+def _where(file: Path, kind: str) -> dict[str, str]:
+    """What `load_dataset` is told of a file."""
+    if kind == "parquet" and file.suffix == ".gz":  # the other readers decompress by themselves
+        file = Path(DownloadManager().extract(str(file)))
+    return {"data_files": glob.escape(str(file)), "split": "train"}
 
 
 def _loaded(file: Path, kind: str, options: dict[str, Any], names: list[str]) -> Dataset:
     """datasets takes the type of a column from the first 10,000 rows of a csv file, and refuses the file if a later
     cell does not fit: a fraction after whole numbers, an empty cell. Then all cells are read as text, and a column
     becomes one of numbers if all of it can."""
-    where = {"data_files": glob.escape(str(file)), "split": "train"}
+    where = _where(file, kind)
     try:
         return load_dataset(READERS[kind], **where, **options)
     except DatasetGenerationError as error:
@@ -75,7 +77,7 @@ def stream_file(path: str, delimiter: str | None = None) -> IterableDataset:
     """
     file, kind, options, _ = checked_file(path, delimiter)
     with writing_cache():
-        where = {"data_files": glob.escape(str(_unpacked(file, kind))), "split": "train"}
+        where = _where(file, kind)
     return load_dataset(READERS[kind], **where, streaming=True, **options)
 
 

@@ -200,10 +200,8 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
                     _say(sweep, studies, trial)
                     give(pipe)
     except (KeyboardInterrupt, SystemExit) as stop:
-        for study in studies.values():
-            for found in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # they did not end themselves
-                stopped = optuna.Trial(study, found._trial_id)
-                stopped.set_user_attr("starts", stopped.user_attrs.get("starts", 1) - 1)
+        for trial in running.values():  # this start does not count: it did not end its process
+            trial.asked.set_user_attr("starts", trial.asked.user_attrs.get("starts", 1) - 1)
         done = sum(len(finished(study)) for study in studies.values())
         stop.add_note(f"{done} finished trials are kept in {sweep.output_dir}. The same command goes on.")
         raise
@@ -302,12 +300,11 @@ def carry_out(flags: dict[str, Any], report: Callable[[list[tuple[int, float]]],
         known += len(values)
 
     found = train_on(flags, after_evaluation).report
+    seconds = max(time.perf_counter() - clock, found["speed"]["train_seconds"])  # with those before a stop
     return {
         "evaluations": new(found["metric"], found["history"]),  # of a trial that had them all before it was stopped
         "validation": found["validation"][-1][found["metric"]],
         "steps": found["steps"],
         "best_step": found["best_step"],
-        "seconds": round(
-            max(time.perf_counter() - clock, found["speed"]["train_seconds"]), 1
-        ),  # training before a stop counts
+        "seconds": round(seconds, 1),
     }
