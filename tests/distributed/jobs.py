@@ -119,6 +119,7 @@ def dies(stage: int, when: str, how: str, flags: list[str]) -> dict:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "stopped":
+            time.sleep(1)  # until what it has sent is on the wire, or it is missed one step earlier
             os.kill(os.getpid(), signal.SIGSTOP)
         if how == "memory":
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -88,9 +88,7 @@ def test_a_stage_that_hangs_is_named_and_ends_the_others(when, run_flags, tmp_pa
     said = run_world(2, jobs.dies, when, "stopped", flags, check=False, timeout=20, hung=hung)
     assert said[hung].startswith("still busy")  # no launcher here kills it
     where = {"in a step": "step ", "while saving": "step ", "at the start": "the start"}.get(when, "an evaluation")
-    if when == "in an evaluation":
-        where = "(an evaluation|step 44)"  # it may stop before the last signals of that step are on the wire
-    assert re.search(f"ConnectionError: Stage {1 - hung} lost stage {hung} at {where}", said[1 - hung])
+    assert f"ConnectionError: Stage {1 - hung} lost stage {hung} at {where}" in said[1 - hung]
     assert "no word for 3 seconds. --resume_from_checkpoint last continues" in said[1 - hung]
 
 
