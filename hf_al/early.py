@@ -254,7 +254,12 @@ def check_input_and_output(flags: Namespace) -> list[str]:
         raise ValueError(f"Expected a file as --output, got the folder {destination}.")
     if destination is not None:
         check_destination("--output", destination, source, flags.model)
-    if source is not None and Path(source).is_file() and not flags.input_format and not source.endswith(".txt"):
+    if (
+        source is not None
+        and Path(source).is_file()
+        and not flags.input_format
+        and input_format(source, None) != "text"
+    ):
         named = [*names_in(flags.text_column_names), *([flags.id_column] if flags.id_column else [])]
         columns = columns_of(source, flags.csv_delimiter)
         check_columns(columns, named)

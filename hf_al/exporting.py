@@ -43,7 +43,8 @@ Written by `hf-al export --format {format}` of hf_al {version}, for programs tha
 - `block_K`: block K and its exit. Block 0 reads token ids, every other one what the block before it gave. A program can
   stop after any of them.
 - `exit_K`: the whole model as far as the exit of block K.
-- `export.json`: inputs, outputs, labels; for each exit, what its logits are divided by and when a text may leave there.
+- `export.json`: inputs, outputs, labels; what the logits of each graph are divided by, and when a text may leave after
+  each block.
 - `tokenizer.json`: makes token ids of text.
 
 Axes called `batch` and `length` may have any size, `length` up to {longest}. Padding, where `attention_mask` is 0, may
@@ -181,18 +182,21 @@ def _write(
             ) from error
         return File(path, {"file": path.name, "block": block, **shapes, "bytes": _bytes(path)}, kind.open(path))
 
+    temperatures = config.exit_temperatures or [1.0] * config.num_blocks
     blocks = []
     for k, graph in enumerate(block_graphs(model, kind.lstm, kind.attention)):
         given = example if k == 0 else {"attention_mask": example["attention_mask"], **_without_logits(answers[k - 1])}
         blocks.append(written("block", k, graph, given, answers[k]))
         blocks[k].row |= {
-            "temperature": (config.exit_temperatures or [1.0] * config.num_blocks)[k],
+            "temperature": temperatures[k],
             "threshold": (config.exit_thresholds or [None] * config.num_blocks)[k],
         }
     wholes = [
         written("exit", k, exit_graph(model, k, kind.lstm, kind.attention), example, {"logits": answers[k]["logits"]})
         for k in exits
     ]
+    for whole in wholes:
+        whole.row["temperature"] = temperatures[whole.row["block"]]
     return Files(blocks, wholes)
 
 
@@ -224,7 +228,7 @@ def check_batches(model: ALForSequenceClassification, tokenizer: PreTrainedToken
     def batch(*lengths: int, pairs: bool = False, side: str = "right") -> Tensors:
         columns = [[text(tokens) for tokens in lengths] for _ in range(1 + pairs)]
         rows = tokenizer(*columns, truncation=True, max_length=longest)["input_ids"]
-        ids = [torch.tensor(row) for row in rows]
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
         masks = [torch.ones_like(row) for row in ids]
         return inputs_of(
             model,

@@ -342,6 +342,17 @@ def test_an_encoder_that_reads_forward_is_read_at_the_last_token():
     assert torch.equal(pooled, torch.stack([hidden_NTD[0, 8], hidden_NTD[1, 4], hidden_NTD[2, 2], hidden_NTD[3, 6]]))
 
 
+def test_a_pruned_encoder_of_half_precision_is_at_the_same_positions(tmp_path):
+    """Rotary angles are no weights: they stay in float32."""
+    whole = ALEncoderForSequenceClassification.from_encoder(tiny_encoder("llama"), num_blocks=2, num_labels=3)
+    whole.save_pretrained(tmp_path)
+    model = ALEncoderForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    inputs, pruned = ragged_ids(0), hf_al.prune(model, 1)
+    assert {kept.dtype for name, kept in pruned.named_buffers() if "inv_freq" in name} == {torch.float32}
+    assert pruned.dtype == torch.bfloat16
+    assert torch.equal(pruned(**inputs).logits, model(**inputs, exit_block=0).logits)
+
+
 # --- cuts
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, pipeline
 
 from hf_al.arguments import TrainingArguments
 from hf_al.data import tokenization
@@ -70,6 +71,21 @@ def test_scores_and_names_are_those_of_the_pipeline(problem_type, model_type, cl
         else:
             above = [row["label"] for row in rows if row["score"] > 0.5]
             assert [row["label"] for row in answer["labels"]] == above
+
+
+def test_a_text_without_a_token_is_answered(classifier):
+    """A tokenizer may drop punctuation, and add nothing."""
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "fine": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="removed")
+    ])  # fmt: skip
+    model, tokenizer = (
+        classifier(),
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"),
+    )
+    both = answers(model, tokenizer, [("!!!",), ("fine day",)])
+    alone = [*answers(model, tokenizer, [("!!!",)]), *answers(model, tokenizer, [("fine day",)])]
+    assert [answer["score"] for answer in both] == pytest.approx([answer["score"] for answer in alone])
 
 
 def test_pairs_are_answered_as_the_pipeline_does(classifier, tokenizer):
@@ -183,6 +199,9 @@ def test_every_format_gives_the_same_answers(trained, inputs, shell, tmp_path):
     assert len(expected) == 3
     assert [row.keys() for row in expected] == [{"label", "score", "exits"}] * 3
     assert all(result == expected for result in results.values())
+    tabs = tmp_path / "tabs.TXT"  # no header of columns of one name
+    tabs.write_text("good\tgood\n")
+    assert shell("predict", str(trained[0]), "--input", str(tabs), "--threads=1")[0] == 0
     other = tmp_path / "rows.data"
     other.write_bytes(inputs["rows.csv"].read_bytes())
     status, out, _ = shell("predict", str(trained[0]), "--input", str(other), "--input_format=csv", "--threads=1")

@@ -5,17 +5,26 @@ import json
 
 import pytest
 
-from hf_al.saved.rows import LONGEST_ROW, Unusable, choose_text_columns, read_rows
+from hf_al.saved.rows import AS_TEXT, LONGEST_ROW, Unusable, choose_text_columns, read_rows
+
+
+def opened(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data), **AS_TEXT)
 
 
 def read(data: bytes, kind: str = "text", named: str | None = None) -> list:
     """The rows; an unusable one is shown as the last words of its reason."""
-    rows = read_rows(io.BytesIO(data), kind, named)
+    rows = read_rows(opened(data), kind, named)
     return [f"!{row.reason}" if isinstance(row, Unusable) else row for row in rows]
 
 
 def test_a_line_is_a_text():
     assert read("one day\ntwo days\r\nthree é".encode()) == [("one day",), ("two days",), ("three é",)]
+
+
+@pytest.mark.parametrize("kind", ["text", "csv"])
+def test_lines_may_end_as_on_old_macs(kind):
+    assert read(b"text\rone\rtwo\r", kind)[-2:] == [("one",), ("two",)]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text():
@@ -32,7 +41,7 @@ def test_a_row_without_an_end_is_not_read_whole():
     long = b"x" * (3 * LONGEST_ROW)
     found = read(b"one\n" + long + b"\ntwo\n")
     assert [found[0], found[2]] == [("one",), ("two",)]
-    assert found[1].startswith(f"!Expected a row of at most {LONGEST_ROW} bytes")
+    assert found[1].startswith(f"!Expected a row of at most {LONGEST_ROW} characters")
     found = read(b"text\none\n" + long + b"\ntwo\n", "csv")
     assert [found[0], found[2]] == [("one",), ("two",)]
 
@@ -47,7 +56,7 @@ def test_a_quote_that_is_never_closed_does_not_swallow_the_rest():
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_a_quote_that_is_open_at_the_end_is_a_mistake(end):
     """It takes all rows behind it for one cell, and training refuses such a file."""
-    rows = read_rows(io.BytesIO(b'text\none\n"two\nthree' + end), "csv")
+    rows = read_rows(opened(b'text\none\n"two\nthree' + end), "csv")
     assert next(rows) == ("one",)
     with pytest.raises(ValueError, match=r"Expected a quote that is closed.* begins with 'two\\nthree"):
         next(rows)
@@ -98,8 +107,25 @@ def test_json_rows_before_the_first_with_the_column_are_unusable_not_the_end():
 
 
 def test_an_id_is_no_text():
-    (row,) = read_rows(io.BytesIO(b'{"id": "7"}\n'), "jsonl", id_column="id")
+    (row,) = read_rows(opened(b'{"id": "7"}\n'), "jsonl", id_column="id")
     assert row == Unusable("Expected a text, got none.", "7")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "shown"),
+    [(b"id,text\ncaf\xe9,hello\nb,world\n", "csv", "caf\\udce9"),
+     (b'{"id": "\\ud800", "text": "hello"}\n{"id": "b", "text": "world"}\n', "jsonl", "\\ud800")],
+)  # fmt: skip
+def test_an_id_that_cannot_be_written_is_a_row_with_a_reason(data, kind, shown):
+    wrong, row = read_rows(opened(data), kind, id_column="id")
+    assert wrong == Unusable("Expected an id in UTF-8, got other bytes.", shown)
+    assert (row, row.id) == (("world",), "b")
+
+
+@pytest.mark.parametrize(("data", "kind"), [(b"text,label\none,1\n", "csv"), (b'{"text": "one"}\n', "jsonl")])
+def test_a_text_may_be_its_own_id(data, kind):
+    (row,) = read_rows(opened(data), kind, "text", id_column="text")
+    assert (row, row.id) == (("one",), "one")
 
 
 def test_json_lines_without_any_object_are_rows_with_a_reason():
@@ -150,14 +176,14 @@ def test_the_text_column_is_guessed_where_there_is_one_reading(columns, text):
 )
 def test_a_wrong_column_is_said_before_the_first_row(data, kind, named, said):
     with pytest.raises(ValueError, match=said):
-        read_rows(io.BytesIO(data), kind, named)
+        read_rows(opened(data), kind, named)
 
 
 def test_no_more_is_read_than_is_asked_for():
     """Flow control: an endless stream is not read ahead."""
     for kind, line in (("text", b"one\n"), ("csv", b"text\n"), ("jsonl", b'{"text": "one"}\n')):
-        stream = io.BytesIO(line * 1000)
-        rows = read_rows(stream, kind)
+        stream = io.BytesIO(line * 100_000)
+        rows = read_rows(io.TextIOWrapper(stream, **AS_TEXT), kind)
         for _ in range(3):
             next(rows)
-        assert stream.tell() <= 4 * len(line)
+        assert stream.tell() <= io.DEFAULT_BUFFER_SIZE

@@ -35,7 +35,7 @@ def columns(config: Any, exit_block: int | str | None, all_scores: bool, extra: 
     if exit_block == "adaptive":
         return {**dict.fromkeys(extra, pa.string()), **answer, **scores, "exit": pa.int64(), "error": pa.string()}
     exits = [k for k in config.exits() if exit_block is None or k <= int(exit_block)]
-    by_exit = {f"exit_{k}_{name}": kind for k in exits for name, kind in answer.items()}
+    by_exit = {f"exit_{k}_{name}": kind for k in exits for name, kind in {**answer, **scores}.items()}
     return {**dict.fromkeys(extra, pa.string()), **answer, **scores, **by_exit, "error": pa.string()}
 
 

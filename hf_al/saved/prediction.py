@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import torch
@@ -29,7 +29,7 @@ from ..modeling.early_exit import ways_out
 from ..modeling.limits import MULTI, REGRESSION
 from ..modeling.modeling_al import ALForSequenceClassification
 from .answers import Write, columns, writer
-from .rows import Texts, Unusable, read_rows
+from .rows import AS_TEXT, Texts, Unusable, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +177,9 @@ def _numbers(model: ALForSequenceClassification, rows: list[Texts]) -> Tensor | 
 
 def _padded(model: ALForSequenceClassification, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and mask (N, T), where the model is."""
-    rows = [torch.tensor(row) for row in ids]
-    input_ids_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
+    pad = model.config.pad_token_id
+    rows = [torch.tensor(row or [pad], dtype=torch.long) for row in ids]  # a text may be without any token
+    input_ids_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     mask_NT = torch.arange(input_ids_NT.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
     return input_ids_NT.to(device_of(model)), mask_NT.to(device_of(model))
 
@@ -260,18 +261,19 @@ def _asked(row: Texts | Unusable, flags: Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _source(flags: Namespace) -> Iterator[BinaryIO]:
+def _source(flags: Namespace) -> Iterator[TextIO]:
     """What to classify: the texts on the command line, a file, or standard input."""
     path = flags.input
     if flags.texts:
-        yield io.BytesIO("\n".join(" ".join(text.split()) for text in flags.texts).encode(errors="surrogateescape"))
+        yield io.StringIO("\n".join(" ".join(text.split()) for text in flags.texts))
         return
     if path is None:
-        yield sys.stdin.buffer
+        sys.stdin.reconfigure(**AS_TEXT)  # type: ignore[union-attr]
+        yield sys.stdin
         return
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as stream:
-            yield stream  # type: ignore[misc]
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", **AS_TEXT) as stream:
+            yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         problem = ValueError(f"Expected {path} to be a gzip file, got a broken one: {error}. Pack it again.")
         for note in getattr(error, "__notes__", []):

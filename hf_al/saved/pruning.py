@@ -33,8 +33,8 @@ def prune(model: Model, keep: int) -> Model:
             f"Expected to keep at least 1 block and fewer than {config.num_blocks}, which there are, got {keep}. Pass "
             "another number; hf-al export copies a model whole."
         )
-    pruned: Any = type(model)(config.first_blocks(keep))
-    pruned.to(device=model.device, dtype=model.dtype)
+    pruned: Any = type(model)._from_config(config.first_blocks(keep), dtype=model.dtype)  # buffers keep their types
+    pruned.to(model.device)
     names = pruned.state_dict().keys()
     pruned.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
     pruned.train(model.training)
@@ -68,9 +68,9 @@ def pruned_report(report: dict[str, Any], model: ALForSequenceClassification) ->
         "num_blocks": keep,
         "pruned_from": trained,
         "parameters": parameter_counts(model),
-        "warnings": [prefix + message for message in report["warnings"]],
+        "warnings": [prefix + message for message in report.get("warnings", [])],
         "data": {name: value for name, value in report["data"].items() if name != "numbers" or reads_numbers},
-        "history": [first(row) for row in report["history"]],
+        "history": [first(row) for row in report.get("history", [])],
     }
 
 

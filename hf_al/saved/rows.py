@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from ..data.columns import LABEL_NAMES, guess_text
 from ..data.numeric import check_numbers, number
@@ -18,8 +18,11 @@ from ..values import names_in
 
 logger = logging.getLogger(__name__)
 
+# How files are opened. Lines may end as on any system; bytes that are not UTF-8 become lone surrogates, which `usable`
+# finds if they matter.
+AS_TEXT: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
 END = "\0end of file"  # behind the last line of a csv file: in a cell of its own, unless a quote is still open
-LONGEST_ROW = 2**20  # bytes per line, characters per csv cell
+LONGEST_ROW = 2**20  # characters of a line, and of a csv cell
 LOOK_AHEAD = 100  # json lines that may lack the text before the column counts as wrong
 
 T = TypeVar("T")
@@ -48,7 +51,7 @@ class RowError(Exception):
 
 
 def read_rows(
-    stream: BinaryIO,
+    stream: TextIO,
     kind: str,
     named: str | None = None,
     id_column: str | None = None,
@@ -58,7 +61,7 @@ def read_rows(
     """The texts of `stream`.
 
     Args:
-        stream: UTF-8 bytes.
+        stream: opened with `AS_TEXT`.
         kind: `text` (one text per line), `csv` or `tsv` (with a header; blank lines are skipped), or `jsonl` (objects).
         named: column of the text, or two, comma-separated, for pairs; guessed if None.
         delimiter: of csv; guessed from the header if None.
@@ -100,12 +103,11 @@ def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
 
 
 class _Lines:
-    """The lines of a stream. Bytes that are not UTF-8 become lone surrogates, which `usable` finds if they matter.
-    Not a generator, because it must go on after an error."""
+    """The lines of a stream. Not a generator, because it must go on after an error."""
 
-    def __init__(self, stream: BinaryIO):
-        self.stream, self.first = stream, True
-        self.start = b""  # the first byte that is no white space, once it was read
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.start = ""  # the first character that is no white space, once it was read
 
     def __iter__(self) -> "_Lines":
         return self
@@ -114,15 +116,12 @@ class _Lines:
         line = self.stream.readline(LONGEST_ROW + 1)
         if not line:
             raise StopIteration
-        if self.first:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-            self.first = False
         self.start = self.start or line.lstrip()[:1]
         if len(line) > LONGEST_ROW:
-            while line and not line.endswith(b"\n"):
+            while line and not line.endswith(("\n", "\r")):
                 line = self.stream.readline(LONGEST_ROW)
-            raise RowError(f"Expected a row of at most {LONGEST_ROW} bytes, got a longer one.")
-        return line.decode("utf-8", "surrogateescape")
+            raise RowError(f"Expected a row of at most {LONGEST_ROW} characters, got a longer one.")
+        return line
 
 
 def _each(items: Iterator[T], parse: Callable[[T], Any]) -> Iterator[Any]:
@@ -162,13 +161,16 @@ def usable(texts: Iterable[Any]) -> Texts:
 
 def _row(texts: Iterable[Any], id: Any, numbers: dict[str, Any]) -> Row:
     """Usable texts with the id of their row and its numbers; the id also goes into the error if they are not usable."""
+    name = None if id is None else str(id).encode("utf-8", "backslashreplace").decode()
     try:
+        if id is not None and name != str(id):
+            raise RowError("Expected an id in UTF-8, got other bytes.")
         found = Row(usable(texts))
         found.numbers = [_number(name, cell) for name, cell in numbers.items()]
     except RowError as error:
-        error.id = None if id is None else str(id)
+        error.id = name
         raise
-    found.id = None if id is None else str(id)
+    found.id = name
     return found
 
 
@@ -196,7 +198,7 @@ def _csv_rows(
     if id_column is not None and id_column not in header:
         raise ValueError(f"Expected column {id_column!r}, got the columns {header}. Check --id_column.")
     check_numbers(header, numeric)
-    others = {id_column, *numeric}
+    others = {id_column, *numeric} - {*names}
     where = [header.index(name) for name in choose_text_columns([c for c in header if c not in others], names)]
 
     def parse(row: list[str]) -> Texts | None:
@@ -220,9 +222,9 @@ def _json_rows(
 ) -> Iterator[Texts | Unusable]:
     objects = _each(lines, _json_object)
     start = list(islice(objects, 1))
-    if lines.start == b"[":
+    if lines.start == "[":
         raise ValueError("Expected a json object in each line, got an array. Write one object per line.")
-    first, columns = _first_with_text(chain(start, objects), names, {id_column, *numeric})
+    first, columns = _first_with_text(chain(start, objects), names, {id_column, *numeric} - {*names})
     for name in numeric if first and not isinstance(first[-1], Unusable) else ():
         if name not in first[-1]:
             logger.warning("No %s in the first row: where it is missing, its mean counts.", name)
