@@ -254,17 +254,11 @@ def check_input_and_output(flags: Namespace) -> list[str]:
         raise ValueError(f"Expected a file as --output, got the folder {destination}.")
     if destination is not None:
         check_destination("--output", destination, source, flags.model)
-    if (
-        source is not None
-        and Path(source).is_file()
-        and not flags.input_format
-        and input_format(source, None) != "text"
-    ):
-        named = [*names_in(flags.text_column_names), *([flags.id_column] if flags.id_column else [])]
-        columns = columns_of(source, flags.csv_delimiter)
-        check_columns(columns, named)
-        return columns
-    return []
+    if source is None or not Path(source).is_file() or flags.input_format or input_format(source, None) == "text":
+        return []
+    columns = columns_of(source, flags.csv_delimiter)
+    check_columns(columns, [*names_in(flags.text_column_names), *([flags.id_column] if flags.id_column else [])])
+    return columns
 
 
 def check_ending(flag: str, path: str) -> None:
