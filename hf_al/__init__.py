@@ -65,22 +65,4 @@ def __dir__() -> list[str]:
 if os.environ.get("HF_AL_MODELS") != "later":  # set by hf_al_program.py: its commands import them when needed
     from . import registration  # noqa: F401
 
-__all__ = [
-    "MODEL_CLASSES",
-    "ALEncoderConfig",
-    "ALEncoderForSequenceClassification",
-    "ALEncoderModel",
-    "ALLstmConfig",
-    "ALLstmForSequenceClassification",
-    "ALLstmModel",
-    "ALTransformerConfig",
-    "ALTransformerForSequenceClassification",
-    "ALTransformerModel",
-    "TrainResult",
-    "TrainingArguments",
-    "calibrate_exits",
-    "evaluate",
-    "prune",
-    "register_architecture",
-    "train",
-]
+__all__ = sorted(_LAZY)

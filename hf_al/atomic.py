@@ -18,11 +18,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]'
 # Folders of a repository; the first one as transformers' Trainer names it
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last-checkpoint", "best-checkpoint"
 # The code that travels with a model
-CODE = (
-    "configuration_al.py", "modeling_al.py", "blocks.py", "encoders.py", "lstm.py", "objectives.py", "limits.py",
-    "configuration_encoder.py", "modeling_encoder.py", "pretrained.py", "layouts.py", "early_exit.py",
-    "late.py", "numeric.py",
-)  # fmt: skip
+CODE = tuple(sorted(file.name for file in Path(__file__).with_name("modeling").glob("[!_]*.py")))
 EXPORTS = f"export.{'[0-9a-f]' * 8}.tmp"
 
 

@@ -129,7 +129,8 @@ def use_columns_of_run(flags: Namespace, columns: list[str]) -> None:
 
 def labelled(flags: Namespace, split: str) -> "Dataset":
     """The rows of the file or of the Hub data set."""
-    from .data.sources import load_split, read_file
+    from .data.files import read_file
+    from .data.sources import load_split
 
     name = getattr(flags, f"{split}_split_name")
     if flags.dataset_name:

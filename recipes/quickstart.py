@@ -19,8 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from transformers import pipeline
 
 import hf_al
-from hf_al.commands import set_up_output
 from hf_al.data.sources import load_text_datasets
+from hf_al.flags import set_up_output
 from hf_al.parsing import parse_arguments
 
 RECIPE = Path(__file__).with_name("tweets_lstm.yaml")

@@ -24,7 +24,7 @@ from benchmarks.common import data_flags
 import hf_al
 from hf_al.arguments import named
 from hf_al.card import model_card, shared_arguments
-from hf_al.commands import set_up_output
+from hf_al.flags import set_up_output
 from hf_al.loading import load_model
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments

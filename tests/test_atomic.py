@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_al.atomic import CODE, export, replacing
+from hf_al.atomic import export, replacing
 
 
 def write(path: Path, text: str = "new") -> None:
@@ -71,9 +71,3 @@ def test_an_export_takes_no_file_of_the_users_for_its_own(tmp_path):
     assert (tmp_path / "export.tmp").read_text() == "mine"
     assert os.listdir(tmp_path / "plots") == ["a.png"]
     assert (elsewhere / "old.png").exists()
-
-
-def test_all_code_that_travels_with_a_model_is_known():
-    """Or a second run would leave old code beside its model."""
-    modeling = Path(__file__).parents[1] / "hf_al" / "modeling"
-    assert set(CODE) == {path.name for path in modeling.glob("*.py")} - {"__init__.py"}

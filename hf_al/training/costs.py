@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import TrainingArguments
-from ..loading import device_of
-from ..modeling.blocks import BlockOutput, walk
+from ..modeling.blocks import BlockOutput
 from ..modeling.limits import SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..modeling.objectives import Boundary
-from .local_step import block_randomness, local_steps
+from .local_step import local_steps
 from .optim import BlockOptimizers
 
 
@@ -55,33 +54,28 @@ class Cost:
         return self.forward + self.backward + self.update
 
 
+def throw_away_batch(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Any]:
+    """What the model takes for made-up ids (N, T). If it reads second texts late, they become pairs of texts of one
+    length: otherwise nothing of them would be late. Numbers, if it reads any, are missing."""
+    config = model.config
+    if config.late_block is not None and config.late_from is None:
+        assert config.sep_token_id is not None  # refused at construction
+        last, end = input_ids.shape[1] - 1, config.sep_token_id
+        input_ids = input_ids.masked_fill(input_ids == end, 1 if end == 0 else 0)
+        input_ids[:, [last // 2, last]] = end
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if config.numeric_columns:
+        missing = torch.full((len(input_ids), len(config.numeric_columns)), torch.nan)
+        batch["numeric_values"] = missing.to(input_ids.device)
+    return batch
+
+
 def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Any]:
-    """The inputs of a throw-away batch of this shape, with labels of the model's kind."""
-    config, rows, input_ids = model.config, len(input_ids), in_pairs(model, input_ids)
+    """What the blocks take for it, with labels of the model's kind."""
+    config, rows = model.config, len(input_ids)
     single = config.resolved_problem_type == SINGLE
     labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
-    mask = torch.ones_like(input_ids)
-    numbers = no_numbers(model, rows)
-    return model.model.prepare_inputs(input_ids, mask, labels=labels.to(input_ids.device), numeric_values=numbers)
-
-
-def no_numbers(model: ALForSequenceClassification, rows: int) -> Tensor | None:
-    """`numeric_values` of so many texts, none of which has any; None for a model that reads none."""
-    names = model.config.numeric_columns
-    return torch.full((rows, len(names)), torch.nan, device=device_of(model)) if names else None
-
-
-def in_pairs(model: ALForSequenceClassification, input_ids: Tensor) -> Tensor:
-    """Made-up ids (N, T) as those of pairs of texts, both of the same length, if the model reads second texts late: it
-    would take them for one text, of which nothing is late."""
-    config = model.config
-    if config.late_block is None or config.late_from is not None:
-        return input_ids
-    assert config.sep_token_id is not None  # refused at construction
-    last, end = input_ids.shape[1] - 1, config.sep_token_id
-    input_ids = input_ids.masked_fill(input_ids == end, 1 if end == 0 else 0)
-    input_ids[:, [last // 2, last]] = end
-    return input_ids
+    return model.model.prepare_inputs(**throw_away_batch(model, input_ids), labels=labels.to(input_ids.device))
 
 
 def random_inputs(
@@ -170,9 +164,10 @@ def backprop_costs(
         for k in unit:
             entering.append({n: t.detach().requires_grad_(t.requires_grad) for n, t in boundary.items()})
             start = now(device)
-            outs.append(_forward_block(blocks[k], entering[k], inputs, step, device, args.bf16))
+            ((_, out),) = local_steps([blocks[k]], entering[k], inputs, (0, step, 0, 0), device, args.bf16)
             forward[k].append(now(device) - start)
-            boundary = outs[k].boundary
+            outs.append(out)
+            boundary = out.boundary
         for k in reversed(unit):
             if k == unit[-1]:
                 heads, grads = [outs[k].loss], None
@@ -196,22 +191,13 @@ def backprop_costs(
     found = []
     for k in unit:
         with _kept([blocks[k]]) as kept:
-            _forward_block(blocks[k], entering[k], inputs, 0, device, args.bf16)
+            list(local_steps([blocks[k]], entering[k], inputs, (0, 0, 0, 0), device, args.bf16))
         seconds = [typical(forward[k][1:]), typical(backward[k][1:]), typical(updates[1:]) * weights[k] / sum(weights)]
-        out = {"hidden": outs[k].boundary["hidden"]} if "hidden" in outs[k].boundary else {}
-        copies = min(_copy_seconds(out, device) for _ in range(rounds))
+        sent = {"hidden": outs[k].boundary["hidden"]} if "hidden" in outs[k].boundary else {}
+        copies = min(_copy_seconds(sent, device) for _ in range(rounds))
         inner = min(typical(to_input[k][1:]), seconds[1])
-        found.append(_cost(seconds, inner, copies, kept(), {k: blocks[k]}, gradients[k], optimizers, out))
+        found.append(_cost(seconds, inner, copies, kept(), {k: blocks[k]}, gradients[k], optimizers, sent))
     return found
-
-
-def _forward_block(
-    block: Any, entering: Boundary, inputs: dict[str, Any], step: int, device: torch.device, bf16: bool
-) -> BlockOutput:
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    with block_randomness(device, 0, block.index, step, 0, 0), precision:
-        ((_, out),) = walk([block], entering, inputs, learning=True)
-    return out
 
 
 def _copies(

@@ -16,7 +16,7 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..parallel.placement import balanced_cuts
 from ..parsing import PER_BLOCK, planned_blocks
 from . import checkpoint, run_folder
-from .costs import in_pairs, local_costs, no_numbers, now
+from .costs import local_costs, now, throw_away_batch
 from .setup import known_values, make_config
 from .start import new_model
 
@@ -71,12 +71,13 @@ def exit_speeds(model: ALForSequenceClassification, device: torch.device, length
     """
     tokens, exits = median_length(model, lengths), model.config.exits()
     times: dict[tuple[int, int], list[float]] = {(k, rows): [] for k in exits for rows in (1, MANY)}
+    batches = {
+        rows: throw_away_batch(model, torch.ones(rows, tokens, dtype=torch.long, device=device)) for rows in (1, MANY)
+    }
     for _ in range(ANSWERS):
         for (k, rows), seconds in times.items():
-            ids, mask = torch.ones(2, rows, tokens, dtype=torch.long, device=device)
-            ids = in_pairs(model, ids)
             start = now(device)
-            model(input_ids=ids, attention_mask=mask, exit_block=k, numeric_values=no_numbers(model, rows))
+            model(**batches[rows], exit_block=k)
             seconds.append(now(device) - start)
     typical = {key: statistics.median(seconds[1:]) for key, seconds in times.items()}
     return [
@@ -96,8 +97,8 @@ def block_seconds(
 ) -> tuple[list[float], list[float]]:
     """Seconds of each block, and of each exit, on a batch of 32 texts of the median length. Arguments: see
     `exit_speeds`."""
-    ids = in_pairs(model, torch.ones(MANY, median_length(model, lengths), dtype=torch.long, device=device))
-    inputs = model.model.prepare_inputs(ids, torch.ones_like(ids), numeric_values=no_numbers(model, MANY))
+    ids = torch.ones(MANY, median_length(model, lengths), dtype=torch.long, device=device)
+    inputs = model.model.prepare_inputs(**throw_away_batch(model, ids))
     blocks, exits = model.model.blocks, model.config.exits()
     was_training = model.training
     model.eval()

@@ -15,7 +15,7 @@ from typing import Any
 from common import data_flags, kept_rows, series_parser, write_results
 
 import hf_al
-from hf_al.commands import set_up_output
+from hf_al.flags import set_up_output
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_al.report import machine, table
+from hf_al.messages import table
+from hf_al.report import machine
 from hf_al.study.runs import data_files
 
 

@@ -12,7 +12,7 @@ import statistics
 from common import data_flags, series_parser, write_results
 
 import hf_al
-from hf_al.commands import set_up_output
+from hf_al.flags import set_up_output
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 

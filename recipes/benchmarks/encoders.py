@@ -25,8 +25,8 @@ from common import data_flags, kept_rows, series_parser, write_results
 from datasets import load_dataset
 
 import hf_al
-from hf_al.commands import set_up_output
 from hf_al.data.sources import load_tweets
+from hf_al.flags import set_up_output
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 from hf_al.report import machine

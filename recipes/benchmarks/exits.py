@@ -27,10 +27,10 @@ from common import (
 from sklearn.calibration import calibration_curve
 
 import hf_al
-from hf_al.commands import set_up_output
 from hf_al.data import sources
 from hf_al.evaluation import answer_exits
 from hf_al.exits import calibrate_exits
+from hf_al.flags import set_up_output
 from hf_al.loading import longest_text
 from hf_al.messages import table
 from hf_al.metrics import expected_calibration_error

@@ -33,8 +33,8 @@ from step import CLASSES, loop_step, random_rows
 from transformers import BertConfig
 
 from hf_al import ALEncoderConfig, ALEncoderForSequenceClassification
-from hf_al.commands import set_up_output
 from hf_al.data.batching import Collator
+from hf_al.flags import set_up_output
 from hf_al.messages import table
 
 SIZES = {"vocab_size": 30_522, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -36,9 +36,9 @@ import numpy as np
 from common import data_flags, write_results
 
 import hf_al
-from hf_al.commands import set_up_output
 from hf_al.data import sources
 from hf_al.exits import calibrate_exits
+from hf_al.flags import set_up_output
 from hf_al.messages import table
 from hf_al.parsing import parse_arguments
 

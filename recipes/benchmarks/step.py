@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hf_al
 from hf_al.arguments import TrainingArguments
-from hf_al.commands import set_up_output
 from hf_al.data import tokenization
 from hf_al.data.batching import BatchOrder, Collator, micro_batches, token_lengths
+from hf_al.flags import set_up_output
 from hf_al.messages import table
 from hf_al.parallel.placement import place
 from hf_al.training.offload import Offload

@@ -34,7 +34,7 @@ from pair import COOL, WARM, Pair, Turn, can_limit
 from step import BATCH, SHAPES
 
 from hf_al.arguments import TrainingArguments
-from hf_al.commands import set_up_output
+from hf_al.flags import set_up_output
 from hf_al.forecast import Link, rows_of
 from hf_al.messages import table
 
