@@ -54,7 +54,7 @@ class Link:
     latency: float = 50e-6
 
     def seconds(self, size: float) -> float:
-        """That it is busy with so many bytes."""
+        """How long `size` bytes keep it busy."""
         return 8 * size / self.rate
 
 

@@ -111,7 +111,7 @@ def check_named(columns: list[str], text: str | None, label: str | None, numeric
 def check_labelled(
     columns: list[str], text: str | None, label: str | None, where: str, numeric: list[str] | None = None
 ) -> None:
-    """The same, and refuses a file of one column: a text needs a label."""
+    """As `check_named`, and refuses a file of one column: a text needs a label."""
     check_named(columns, text, label, numeric)
     if len(columns) == 1:
         raise ValueError(

@@ -234,13 +234,13 @@ def _workers(args: TrainingArguments) -> int | None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of everything that decides how a text is cut into tokens."""
+    """A digest of everything that decides how a text is cut into tokens."""
     what = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{what} {tokenizer.model_max_length}".encode()).hexdigest()[:16]
 
 
 def tokens_digest(data: Dataset) -> str:
-    """Of the tokens, labels and numbers of a tokenized split: what a resumed run must find again."""
+    """A digest of the tokens, labels and numbers of a tokenized split: what a resumed run must find again."""
     digest = hashlib.sha256(repr(data.features["label"]).encode())
     for start in range(0, len(data), 10_000):
         rows = data.with_format("arrow")[start : start + 10_000]

@@ -142,7 +142,7 @@ class ExitRule:
         return self.passes(rows_n, self.read(scaled_nC), threshold)
 
     def passes(self, rows_n: Tensor, reading: Tensor, threshold: float) -> Tensor:
-        """The same, given what `read` found. `rows_n` is on the CPU."""
+        """Which rows may leave, given what `read` found. `rows_n` is on the CPU."""
         if self.name != "patience":
             return reading <= threshold if self.name == "entropy" else reading >= threshold
         answers_nA = reading.cpu()

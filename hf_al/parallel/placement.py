@@ -51,7 +51,7 @@ class Placement:
 
 
 def rank_of(stage: int, stages: int, replica: int = 0, replicas: int = 1) -> int:
-    """Of a process. The last stage of the first replica is the main process."""
+    """The rank of a process. The last stage of the first replica is the main process."""
     return (stages - 1 - stage) * replicas + replica
 
 

@@ -122,7 +122,7 @@ def simulate(
 
 
 def step_seconds(spans: list[list[Span]]) -> float:
-    """Of one batch once all stages have work, so of more batches than there are stages."""
+    """Seconds per batch once every stage has work: it takes more batches than there are stages."""
     ends = [{span.task.batch: span.end for span in row} for row in spans]
     full, last = len(spans), len(ends[0]) - 1
     assert last > full, "too few batches to fill the stages"

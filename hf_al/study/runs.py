@@ -188,8 +188,8 @@ def planned(study: Study, rows: Rows) -> list[Key]:
 
 
 def best_setting(study: Study, rows: Rows, name: str, architecture: str, arm: str) -> str | None:
-    """Of the settings that an arm may have on a set, the best by what validation says of the first seed; None until all
-    of them are done, and if all failed. Nothing of test is looked at."""
+    """The best setting of an arm on a set, by what validation says of the first seed; None until all of them are done,
+    and if all failed. Nothing of test is looked at."""
     settings = list(study.tune[architecture])
     if len(settings) == 1:
         return settings[0]

@@ -86,7 +86,7 @@ class Summary:
         return lines
 
     def seeds(self, architecture: str, arm: str, sets: Sequence[str]) -> list[int]:
-        """Those that an arm has on all of the sets."""
+        """The seeds that an arm has on all of the sets."""
         return [
             seed
             for seed in sorted(self.study.seeds)

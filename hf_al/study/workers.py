@@ -126,7 +126,8 @@ def answer_tasks(pipe: Connection, carry_out: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Or a task would go on beside the one that takes its place, in the same folder."""
+    """Ends this process with its parent. Otherwise its task would go on beside the one that takes its place, in the
+    same folder."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

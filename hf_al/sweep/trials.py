@@ -208,7 +208,7 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
 
 
 def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterable[Trial]) -> Trial | None:
-    """Of the arm that has the fewest so far; None if all have theirs."""
+    """The next trial, of the arm that has the fewest so far; None if all have theirs."""
     under_way = [trial.arm for trial in running]
     counts = {arm: len(finished(study)) + under_way.count(arm) for arm, study in studies.items()}
     arm = min(counts, key=lambda name: counts[name])

@@ -23,7 +23,7 @@ from .optim import BlockOptimizers
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one block, or one unit, on one micro-batch.
+    """What one block, or one unit, costs on one micro-batch.
 
     Args:
         forward: seconds of the forward pass and, of the last block, of its loss.

@@ -118,5 +118,5 @@ def _laps(
 
 
 def median_length(model: ALForSequenceClassification, lengths: np.ndarray) -> int:
-    """Of texts, as the model cuts them."""
+    """The median length of texts in tokens, as the model cuts them."""
     return min(max(1, int(np.median(lengths))), model.config.max_position_embeddings)

@@ -184,7 +184,7 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
 
 
 def _step(path: Path) -> int | None:
-    """Of a complete checkpoint."""
+    """The step of a checkpoint; None if it is incomplete."""
     manifest = read_manifest(path)
     step: int | None = manifest["progress"]["step"] if manifest is not None else None
     return step

@@ -170,7 +170,7 @@ def _from_encoder(args: TrainingArguments, values: dict[str, Any]) -> ALForSeque
 
 
 def _take_columns(args: TrainingArguments, saved: ALConfig) -> None:
-    """Those of numbers are the saved model's. ValueError if others are named."""
+    """Takes the columns of numbers from the saved model. ValueError if others are named."""
     theirs, named = saved.numeric_columns, args.numeric_column_names
     if named and named != theirs:
         raise ValueError(
@@ -256,7 +256,7 @@ def continue_model(
 
 
 def weights_digest(model: ALForSequenceClassification) -> str:
-    """Of all weights, to compare those that processes start from."""
+    """A digest of all weights, to compare those that processes start from."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
