@@ -142,7 +142,8 @@ def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, 
     single = config.resolved_problem_type == SINGLE
     labels = [names[label] if single else true(label) for label in rows["label"][:]]
     by_exit = {k: readings_of(torch.from_numpy(values), config, all_scores=False) for k, values in logits.items()}
-    last, texts = by_exit[max(by_exit)], [name for name in ("text", "text_pair") if name in rows.column_names]
+    last = by_exit[max(by_exit)]
+    texts = [name for name in ("text", "text_pair") if name in rows.column_names]
     answers = [
         {"true": label, **text, **last[i], "exits": [{"block": k, **r[i]} for k, r in by_exit.items()]}
         for i, (label, text) in enumerate(zip(labels, rows.select_columns(texts), strict=True))

@@ -168,6 +168,7 @@ def _write(
 ) -> Files:
     config, answers = model.config, by_block(model, example)
     text_axes, longest = model.model.encoder_class.text_axes, config.max_position_embeddings
+    temperatures = config.exit_temperatures or [1.0] * config.num_blocks
 
     def written(name: str, block: int, graph: nn.Module, given: Tensors, outputs: Tensors) -> File:
         path = folder / f"{name}_{block}{kind.ending}"
@@ -180,23 +181,18 @@ def _write(
             raise ValueError(
                 f"Expected a model that can be written as {path.name}, got {why.rstrip('.: ')}. Pass another --format."
             ) from error
-        return File(path, {"file": path.name, "block": block, **shapes, "bytes": _bytes(path)}, kind.open(path))
+        row = {"file": path.name, "block": block, **shapes, "bytes": _bytes(path), "temperature": temperatures[block]}
+        return File(path, row, kind.open(path))
 
-    temperatures = config.exit_temperatures or [1.0] * config.num_blocks
     blocks = []
     for k, graph in enumerate(block_graphs(model, kind.lstm, kind.attention)):
         given = example if k == 0 else {"attention_mask": example["attention_mask"], **_without_logits(answers[k - 1])}
         blocks.append(written("block", k, graph, given, answers[k]))
-        blocks[k].row |= {
-            "temperature": temperatures[k],
-            "threshold": (config.exit_thresholds or [None] * config.num_blocks)[k],
-        }
+        blocks[k].row["threshold"] = (config.exit_thresholds or [None] * config.num_blocks)[k]
     wholes = [
         written("exit", k, exit_graph(model, k, kind.lstm, kind.attention), example, {"logits": answers[k]["logits"]})
         for k in exits
     ]
-    for whole in wholes:
-        whole.row["temperature"] = temperatures[whole.row["block"]]
     return Files(blocks, wholes)
 
 

@@ -33,6 +33,10 @@ STALE = [
 ]  # fmt: skip
 
 
+class PublicRepository(ValueError):
+    """What was to be private would be public."""
+
+
 def push(
     folder: str,
     repo_id: str,
@@ -158,11 +162,11 @@ def _create(api: HfApi, repo_id: str, private: bool) -> str:
     """Creates the repository if there is none; its full name.
 
     Raises:
-        ValueError: `private`, and there is a public one, which `create_repo` would leave public without a word.
+        PublicRepository: `private`, and there is a public one, which `create_repo` would leave public without a word.
     """
     found: str = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(found).private:
-        raise ValueError(
+        raise PublicRepository(
             f"Expected a private repository (--private, hub_private_repo), got {found}, which exists and is public. "
             "Make it private in its settings, leave the flag out, or push to another name."
         )
@@ -192,6 +196,8 @@ def _refusals(repo_id: str) -> Iterator[None]:
     """What a Hub refuses, or the way to it, as a ValueError that names the fix."""
     try:
         yield
+    except PublicRepository:
+        raise
     except HFValidationError as error:
         raise no_repo_id(repo_id, error) from None
     except LocalTokenNotFoundError:
@@ -199,8 +205,6 @@ def _refusals(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise ValueError(_refused(repo_id, error)) from error
     except Exception as error:  # of the network: the client's transport has errors of its own
-        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):  # a card that is refused, say
-            raise
         if isinstance(error.__cause__, HfHubHTTPError):  # a file that was refused
             raise ValueError(_refused(repo_id, error.__cause__)) from error
         raise ValueError(f"Could not reach the Hub at {constants.ENDPOINT}: {error}. Push again later.") from error

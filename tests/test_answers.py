@@ -69,8 +69,8 @@ def test_tables_hold_what_the_json_lines_hold(ending, trained, rows, shell, tmp_
                 assert wanted.get(name) is None
             else:
                 assert value == wanted[name] if ending == "parquet" else value == str(wanted[name])
-    names = {"id", "text", "label", "score", "score_positive", "exit_0_label", "exit_0_score_positive", "error"}
-    assert names <= table[0].keys()
+    names = {"id", "text", "label", "score", "score_positive", "exit_0_label", "exit_1_score", "error"}
+    assert names | {"exit_0_score_positive", "exit_1_score_positive"} <= table[0].keys()
 
 
 @pytest.mark.parametrize(

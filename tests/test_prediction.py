@@ -79,10 +79,8 @@ def test_a_text_without_a_token_is_answered(classifier):
     words.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="removed")
     ])  # fmt: skip
-    model, tokenizer = (
-        classifier(),
-        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"),
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    model = classifier()
     both = answers(model, tokenizer, [("!!!",), ("fine day",)])
     alone = [*answers(model, tokenizer, [("!!!",)]), *answers(model, tokenizer, [("fine day",)])]
     assert [answer["score"] for answer in both] == pytest.approx([answer["score"] for answer in alone])

@@ -181,9 +181,9 @@ def test_a_wrong_column_is_said_before_the_first_row(data, kind, named, said):
 
 def test_no_more_is_read_than_is_asked_for():
     """Flow control: an endless stream is not read ahead."""
-    for kind, line in (("text", b"one\n"), ("csv", b"text\n"), ("jsonl", b'{"text": "one"}\n')):
-        stream = io.BytesIO(line * 100_000)
-        rows = read_rows(io.TextIOWrapper(stream, **AS_TEXT), kind)
+    for kind, line in (("text", "one\n"), ("csv", "text\n"), ("jsonl", '{"text": "one"}\n')):
+        stream = io.StringIO(line * 1000)
+        rows = read_rows(stream, kind)
         for _ in range(3):
             next(rows)
-        assert stream.tell() <= io.DEFAULT_BUFFER_SIZE
+        assert stream.tell() <= 4 * len(line)

@@ -161,16 +161,17 @@ def usable(texts: Iterable[Any]) -> Texts:
 
 def _row(texts: Iterable[Any], id: Any, numbers: dict[str, Any]) -> Row:
     """Usable texts with the id of their row and its numbers; the id also goes into the error if they are not usable."""
-    name = None if id is None else str(id).encode("utf-8", "backslashreplace").decode()
+    id = None if id is None else str(id)
+    shown = id and id.encode("utf-8", "backslashreplace").decode()
     try:
-        if id is not None and name != str(id):
+        if shown != id:
             raise RowError("Expected an id in UTF-8, got other bytes.")
         found = Row(usable(texts))
         found.numbers = [_number(name, cell) for name, cell in numbers.items()]
     except RowError as error:
-        error.id = name
+        error.id = shown
         raise
-    found.id = name
+    found.id = id
     return found
 
 

@@ -65,13 +65,13 @@ def throw_away_batch(model: ALForSequenceClassification, input_ids: Tensor) -> d
         input_ids[:, [last // 2, last]] = end
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if config.numeric_columns:
-        missing = torch.full((len(input_ids), len(config.numeric_columns)), torch.nan)
-        batch["numeric_values"] = missing.to(input_ids.device)
+        shape = len(input_ids), len(config.numeric_columns)
+        batch["numeric_values"] = torch.full(shape, torch.nan, device=input_ids.device)
     return batch
 
 
 def throw_away_inputs(model: ALForSequenceClassification, input_ids: Tensor) -> dict[str, Any]:
-    """What the blocks take for it, with labels of the model's kind."""
+    """What the blocks take for `throw_away_batch`, with labels of the model's kind."""
     config, rows = model.config, len(input_ids)
     single = config.resolved_problem_type == SINGLE
     labels = torch.zeros(rows, *([] if single else [config.classes]), dtype=torch.long if single else torch.float32)
