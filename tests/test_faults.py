@@ -344,7 +344,7 @@ def assert_old_new_or_no_model(folder: Path, old: dict, new: dict) -> str:
 
 @pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("how", [slow("one_call_fails"), "all_later_calls_fail", "the_process_dies"])
+@pytest.mark.parametrize("how", [slow("one_call_fails"), slow("all_later_calls_fail"), "the_process_dies"])
 def test_an_export_that_breaks_anywhere_leaves_the_old_model_the_new_one_or_none(how, two_models, tmp_path):
     first, second = two_models
     write_model_to(tmp_path / "old", first)

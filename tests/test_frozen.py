@@ -6,6 +6,7 @@ from tempfile import TemporaryFile
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from safetensors.torch import load_file
 
 import hf_al
@@ -32,7 +33,7 @@ def run(data, folder: Path, model_type: str, encoder: Path, **values) -> dict[st
     [
         ("al_lstm", {"gradient_accumulation_steps": 2}),
         ("al_transformer", {"offload": True}),
-        ("al_encoder", {"max_seq_length": 12}),
+        slow("al_encoder", {"max_seq_length": 12}),
     ],
 )
 def test_cached_states_train_like_computed_ones(model_type, values, few_tweets, encoder_folder, tmp_path):

@@ -84,7 +84,9 @@ def serving(folder: Path, exit: int | str = "adaptive", http: str = "auto", **li
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+        # No idle connection is closed while another thread is given it: httpcore's pool does that above its limit.
+        limits = httpx.Limits(keepalive_expiry=None)
+        with httpx.Client(base_url=address, timeout=60, trust_env=False, limits=limits) as client:
             yield client
     finally:
         server.should_exit = True

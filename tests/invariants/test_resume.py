@@ -128,7 +128,7 @@ STOPS = {
 @pytest.mark.parametrize(
     ("objective", "stop"),
     [
-        *(slow("associated", stop) if "step" not in stop else ("associated", stop) for stop in STOPS),
+        *(("associated", stop) if stop == "between_updates_of_step_20" else slow("associated", stop) for stop in STOPS),
         ("al_ce", "after_the_fourth_save"),
         slow("al_ce", "between_updates_of_step_20"),
         ("backprop", "after_the_first_save"),
