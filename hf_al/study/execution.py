@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,7 +107,8 @@ def carry_out_study(study: Study, results: Results, jobs: int, keep_models: bool
     try:
         with quiet():
             if jobs > 1 and next_run([]):
-                in_processes(next_run, jobs, done)
+                with Workers(_work, jobs) as workers:
+                    workers.carry_out(next_run, lambda run, row: done(row))
             while run := next_run([]):  # with several jobs, none is left
                 done(carry_out(run))
     except KeyboardInterrupt as stop:
@@ -221,40 +222,6 @@ def measured(report: dict[str, Any], train: Any, test: Any) -> dict[str, Any]:
         "train seconds": round(report["speed"]["train_seconds"], 1),
         "data": {"rows": report["data"]["rows"], "fingerprint": report["data"]["fingerprint"]},
     }
-
-
-# --- several at a time
-
-
-def in_processes(
-    next_run: Callable[[Collection[Run]], Run | None], jobs: int, done: Callable[[dict[str, Any]], None]
-) -> None:
-    """Carries out the runs in processes of their own, which end with this call, however it ends.
-
-    Args:
-        next_run: gives the run to begin, by those that are running; None if there is none now.
-        jobs: how many at the same time.
-        done: called with each row as soon as it is there.
-
-    Raises:
-        OSError: what a run raised, or a process that died.
-    """
-    running: dict[Connection, Run] = {}
-
-    def give(pipes: Iterable[Connection]) -> None:
-        for pipe in pipes:
-            run = None if pipe in running else next_run(running.values())
-            if run is not None:
-                running[pipe] = run
-                pipe.send(run)
-
-    with Workers(_work, jobs) as workers:
-        give(workers.pipes)
-        while running:
-            for pipe, row in workers.answers(running):
-                del running[pipe]
-                done(row)
-            give(workers.pipes)
 
 
 def _work(pipe: Connection) -> None:

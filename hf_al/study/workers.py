@@ -6,12 +6,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
+Task = TypeVar("Task")
 GRACE = 20.0  # seconds for a process to write a checkpoint and end
 
 
@@ -22,7 +23,7 @@ class Workers:
         count: processes.
 
     Attributes:
-        pipes: one to each process.
+        running: the tasks that are under way, by the pipe to their process.
 
     SIGTERM ends this process like Ctrl-C does: the others write a checkpoint first. Both end it while it waits for an
     answer, so that no write is left half done; the second one ends it at once.
@@ -30,8 +31,8 @@ class Workers:
 
     def __init__(self, work: Callable[[Connection], None], count: int):
         self.work, self.count = work, count
-        self.pipes: list[Connection] = []
-        self.processes: dict[Connection, BaseProcess] = {}
+        self.processes: dict[Connection, BaseProcess] = {}  # by the pipe to each
+        self.running: dict[Connection, Any] = {}
         self.is_waiting, self.asked_to_end = False, 0  # by which signal
 
     def __enter__(self) -> "Workers":
@@ -44,33 +45,59 @@ class Workers:
                 process.start()
                 there.close()  # or its end would not be seen
                 self.processes[here] = process
-                self.pipes.append(here)
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def answers(self, busy: Mapping[Connection, Any]) -> Iterator[tuple[Connection, Any]]:
-        """Waits until a busy process says something; then what each has said.
+    def carry_out(
+        self,
+        next_task: Callable[[Collection[Task]], Task | None],
+        heard: Callable[[Task, Any], Any],
+        sent: Callable[[Task], Any] = lambda task: task,
+    ) -> None:
+        """Gives the processes tasks until there are none.
 
         Args:
-            busy: pipe -> the task, named by its `str` in messages.
+            next_task: gives the task to begin, by those that are running; None if there is none now. Named by its `str`
+                in messages.
+            heard: called with a task and what its process says. What it returns is the reply; None if that was its
+                last word.
+            sent: what a process gets of a task.
 
         Raises:
             ChildProcessError: a process died.
             Exception: one that it sent.
         """
+        self._give(next_task, sent)
+        while self.running:
+            for pipe, said in self._answers():
+                task = self.running.pop(pipe)
+                if (reply := heard(task, said)) is not None:
+                    self.running[pipe] = task
+                    pipe.send(reply)
+            self._give(next_task, sent)
+
+    def _give(self, next_task: Callable[[Collection[Task]], Task | None], sent: Callable[[Task], Any]) -> None:
+        for pipe in self.processes:
+            task = None if pipe in self.running else next_task(self.running.values())
+            if task is not None:
+                self.running[pipe] = task
+                pipe.send(sent(task))
+
+    def _answers(self) -> Iterator[tuple[Connection, Any]]:
+        """Waits until a busy process says something; then what each has said."""
         failed = []  # raised when what others have done is kept
-        for pipe in self._wait(busy):
+        for pipe in self._wait():
             assert isinstance(pipe, Connection)
             try:
                 answer = pipe.recv()
             except EOFError:
-                self.processes[pipe].join()
+                process = self.processes[pipe]
+                process.join()
                 raise ChildProcessError(
-                    f"The process of {busy[pipe]} ended with status {self.processes[pipe].exitcode}, perhaps for lack "
-                    "of memory. What is finished is kept: the same command goes on. Pass fewer --jobs if memory is "
-                    "short."
+                    f"The process of {self.running[pipe]} ended with status {process.exitcode}, perhaps for lack of "
+                    "memory. What is finished is kept: the same command goes on. Pass fewer --jobs if memory is short."
                 ) from None
             if isinstance(answer, Exception):
                 failed.append(answer)
@@ -79,12 +106,12 @@ class Workers:
         if failed:
             raise failed[0]
 
-    def _wait(self, busy: Iterable[Connection]) -> list[Any]:
+    def _wait(self) -> list[Any]:
         self.is_waiting = True
         try:
             if self.asked_to_end:
                 self._end(self.asked_to_end)
-            return wait(list(busy))
+            return wait(list(self.running))
         finally:
             self.is_waiting = False
 
@@ -94,7 +121,7 @@ class Workers:
         self.asked_to_end = number
 
     def __exit__(self, *error: object) -> None:
-        for pipe in self.pipes:
+        for pipe in self.processes:
             pipe.close()  # which ends a process that has nothing to do
         for process in self.processes.values():
             if any(error):

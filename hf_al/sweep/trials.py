@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -172,35 +173,26 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
         KeyboardInterrupt: with a note on how to go on.
         OSError: a disk that refuses, a process that died.
     """
-    running: dict[Connection, Trial] = {}
 
-    def give(pipe: Connection) -> None:
-        trial = _next_trial(sweep, studies, running.values())
-        if trial is not None:
-            running[pipe] = trial
-            pipe.send(trial.flags)
+    def heard(trial: Trial, said: tuple[str, Any]) -> bool | None:
+        what, value = said
+        if what == "evaluations":
+            for number, metric in value:
+                trial.asked.report(metric, number)
+            return trial.asked.should_prune()
+        _finish(studies[trial.arm], trial, what, value)
+        if not keep_models:
+            clear(Path(trial.flags["output_dir"]))
+        _say(sweep, studies, trial)
+        return None
 
     missing = sum(max(0, sweep.trials - len(finished(study))) for study in studies.values())
+    workers = Workers(_work, min(jobs, missing))
     try:
-        with quiet(__name__), Workers(_work, min(jobs, missing)) as workers:
-            for pipe in workers.pipes:
-                give(pipe)
-            while running:
-                for pipe, (what, value) in workers.answers(running):
-                    asked = running[pipe].asked
-                    if what == "evaluations":
-                        for number, metric in value:
-                            asked.report(metric, number)
-                        pipe.send(asked.should_prune())
-                        continue
-                    trial = running.pop(pipe)
-                    _finish(studies[trial.arm], trial, what, value)
-                    if not keep_models:
-                        clear(Path(trial.flags["output_dir"]))
-                    _say(sweep, studies, trial)
-                    give(pipe)
+        with quiet(__name__), workers:
+            workers.carry_out(partial(_next_trial, sweep, studies), heard, lambda trial: trial.flags)
     except (KeyboardInterrupt, SystemExit) as stop:
-        for trial in running.values():  # this start does not count: it did not end its process
+        for trial in workers.running.values():  # this start does not count: it did not end its process
             trial.asked.set_user_attr("starts", trial.asked.user_attrs.get("starts", 1) - 1)
         done = sum(len(finished(study)) for study in studies.values())
         stop.add_note(f"{done} finished trials are kept in {sweep.output_dir}. The same command goes on.")
