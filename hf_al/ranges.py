@@ -43,6 +43,9 @@ def check_ranges(args: Any) -> None:
     for name in from_zero.split():
         if not all(v >= 0 and math.isfinite(v) for v in numbers(getattr(args, name))):
             raise ValueError(f"Expected {name} to be 0 or more, got {getattr(args, name)}.")
+    for name in ("seed", "validation_seed", "label_noise_seed"):
+        if getattr(args, name) >= 2**32:
+            raise ValueError(f"Expected {name} below 2**32, got {getattr(args, name)}.")
     for name in ("adam_beta1", "adam_beta2", "validation_fraction", "label_noise"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"Expected {name} in [0, 1), got {getattr(args, name)}.")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hf_al.atomic import alone_at
 from hf_al.study import execution
 from hf_al.study.intervals import packed, points_apart, unpacked
-from hf_al.study.page import draw, in_short, tables, write_page
+from hf_al.study.page import draw, in_short, tables, verdict, write_page
 from hf_al.study.plan import read_study
 from hf_al.study.results import Results
 from hf_al.study.runs import Key, all_runs, planned
@@ -372,7 +372,7 @@ def test_of_several_baselines_the_best_by_validation_is_the_one(place):
 
 
 def test_settings_that_all_fail_are_not_chosen_from(place, pretended):
-    place.write(tune={"lstm": {"learning_rate": [0.001, 0.01]}})
+    place.write(tune={"lstm": {"learning_rate": [0.001, 0.01, 0.1]}})
     failed = {"error": "diverged", "seconds": 1.0, "hf_al": "0"}
 
     def given(key):
@@ -383,8 +383,8 @@ def test_settings_that_all_fail_are_not_chosen_from(place, pretended):
     assert place.run()[0] == 0
     assert [key.arm for key in pretended if key.seed == 2] == ["backprop"]
     page = (place.folder / "out" / "study_tiny.md").read_text()
-    assert "| al_ce | none (failed, failed) |" in page
-    assert "| backprop | learning_rate=0.001 (0.5000, 0.5000) * |" in page
+    assert "| al_ce | none (failed, failed, failed) |" in page
+    assert "| backprop | learning_rate=0.001 (0.5000, 0.5000, 0.5000) * |" in page
     assert "| al_ce | 0 |" in page
 
 
@@ -394,7 +394,9 @@ def test_a_seed_that_failed_is_counted_and_compared_on_no_set(place):
     rows = {key: row(key, right=(1, 0, 0, 0) if key.seed == 2 else (1, 1, 1, 0)) for key in planned(study, {})}
     failed = Key("other", "lstm", "al_ce", 2)
     rows[failed] = {**failed._asdict(), "error": "diverged"}
-    line = Summary(study, rows).table("lstm", ["mine", "other"])[0]
+    summary = Summary(study, rows)
+    assert in_short(summary)[0].endswith("; some seeds failed and do not count: al_ce.")
+    line = summary.table("lstm", ["mine", "other"])[0]
     assert line["seeds"] == "2, 1 failed"
     assert line["test"] == 0.75
     assert line["minus baseline, points (95 %)"] == "+0.00 (+0.00 to +0.00)"
@@ -428,8 +430,8 @@ def test_every_arm_is_tuned_alike_and_other_seeds_get_its_best_setting(place, pr
     assert summary.rows[Key("mine", "lstm", "al_ce", 1)]["test"] == 0.25
     assert summary.table("lstm", ["mine"])[0]["seeds"] == "2"
     page = (place.folder / "out" / "study_tiny.md").read_text()
-    assert "| al_ce | learning_rate=0.01, weight_decay=0.1 (0.6000, 0.6000, 0.6000, 0.7000) * |" in page
-    assert "| backprop | learning_rate=0.001, weight_decay=0.1 (0.6000, 0.7000, failed, failed) * |" in page
+    assert "| al_ce | learning_rate=0.01, weight_decay=0.1 (0.6000, 0.6000, 0.6000, 0.7000) |" in page
+    assert "| backprop | learning_rate=0.001, weight_decay=0.1 (0.6000, 0.7000, failed, failed) |" in page
     assert "- Failed: mine lstm, backprop, learning_rate=0.01, weight_decay=0.0, seed 1: diverged" in page
 
 
@@ -462,6 +464,17 @@ def test_each_arm_is_compared_with_its_own_baseline(place):
     assert lines["al_ce 2"]["test"] == 0.75
     assert lines["al_ce 2"]["seeds"] == "2"
     assert lines["al_ce 2"]["std"] == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.1, 0.2, "ahead of the baseline"), (-0.4, 0.1, "at most 0.5 points behind"), (-1, -0.1, "behind"),
+        (-0.4, -0.1, "behind, by at most 0.5 points"), (-0.6, 0.1, "too close to tell"),
+    ],
+)  # fmt: skip
+def test_an_interval_has_one_verdict(low, high, said):
+    assert verdict(low, high) == said
 
 
 def test_the_page_says_in_short_who_is_ahead_and_who_is_behind(place, tmp_path):
@@ -561,6 +574,7 @@ MISTAKES = {
     "no_question": ({"question": ""}, ["got no question"]),
     "seed_twice": ({"seeds": [1, 1]}, ["Expected each of seeds once", "got 1 2 times"]),
     "seeds_of_words": ({"seeds": ["one"]}, ["Expected a list of whole numbers from 0 as seeds", "['one']"]),
+    "seeds_of_any_size": ({"seeds": [1, 2**32]}, ["Expected seed below 2**32, got 4294967296."]),
     "name_with_a_slash": ({"name": "a/b"}, ["Expected a name of letters", "'a/b'"]),
     "baseline_that_is_no_arm": ({"baseline": "backprob"}, ["Expected an arm as baseline", "Did you mean backprop?"]),
     "no_other_arm": ({"arms": {"backprop": {"objective": "backprop"}}}, ["Expected arms beside the baseline"]),
@@ -578,7 +592,7 @@ MISTAKES = {
         {"arms": {**STUDY["arms"], "x": {"objective": "al_ce"}}}, ["Expected arms that differ", "'al_ce' and 'x'"],
     ),
     "what_the_study_decides": ({"common": {"seed": 1}}, ["Expected no seed in common", "it is decided for all runs"]),
-    "no_recipe": ({"architectures": ["gru"]}, ["Expected the recipe", "mine_gru.yaml, found none"]),
+    "no_recipe": ({"architectures": ["gru"]}, ["Expected the recipe", "mine_gru.yaml, found none. Fix recipes, sets"]),
     "no_data": ({"sets": ["theirs"]}, ["Expected one folder for theirs in", "found none"]),
     "tuning_another_architecture": (
         {"tune": {"lstn": {}}}, ["Expected architectures in tune of", "Did you mean lstm?"],
@@ -592,10 +606,14 @@ MISTAKES = {
     "tuning_what_an_arm_says": (
         {"tune": {"lstm": {"objective": ["al_ce", "supcon"]}}}, ["Expected objective in tune of", "got it in both"],
     ),
+    "tuning_one_value_by_two_names": (
+        {"tune": {"lstm": {"learning_rate": ["0.001", 0.001]}}}, ["Expected a list of different values"],
+    ),
     "looking_inside_perhaps": ({"inside": "perhaps"}, ["Expected true or false as inside", "got 'perhaps'"]),
     "tuning_no_mapping": ({"tune": ["learning_rate"]}, ["Expected a mapping of architectures to arguments as tune"]),
     "screen_alone": ({"screen": 1}, ["Expected screen and best_of together"]),
     "screen_of_another_seed": ({"screen": 7, "best_of": 1}, ["Expected screen to be one of several seeds", "got 7"]),
+    "screen_of_a_truth": ({"screen": True, "best_of": 1}, ["Expected screen to be one of several seeds", "got True"]),
     "best_of_all": ({"screen": 1, "best_of": 1}, ["Expected at least two arms beside the baselines", "got 1"]),
     "several_baselines_without_screen": (
         {"arms": {**STUDY["arms"], "x": {}}, "baseline": ["backprop", "x"]}, ["Expected screen with several baselines"],
@@ -642,6 +660,24 @@ def test_results_of_another_kind_are_a_mistake(content, place):
     (place.folder / "study.json").write_text(content)
     assert_mistake(place.run(), "Expected the results of a study in")
     assert (place.folder / "study.json").read_text() == content
+
+
+WHOLE = {**row(Key("mine", "lstm", "al_ce", 1)), "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        *([[{n: v for n, v in WHOLE.items() if n != name}], f"KeyError: '{name}'"] for name in ("right", "machine")),
+        ([WHOLE, {**WHOLE, "test": 0.1}], "two rows of the same run"),
+        ([{**WHOLE, "seed": "1"}], "TypeError: the seed '1'"),
+        ([{**WHOLE, "right": ""}], "right and wrong answers that are not 4"),
+        ([{**WHOLE, "right": "no"}], "non-hexadecimal"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_whole_are_a_mistake(rows, said, place):
+    (place.folder / "study.json").write_text(json.dumps({"defaults": {}, "rows": rows}))
+    assert_mistake(place.run("--only_page"), "Expected the results of a study in", said)
 
 
 # --- the studies that come with hf_al

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from hf_al.atomic import alone_at
 from hf_al.sweep.plan import read_sweep
-from hf_al.sweep.trials import carry_out, finished, open_studies
+from hf_al.sweep.trials import _next_trial, carry_out, finished, open_studies
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 ARMS = {"ours": {"objective": "al_ce"}, "theirs": {"objective": "backprop"}}
@@ -162,12 +162,13 @@ def test_trials_side_by_side_keep_to_the_budget(asked, shell):
 
 @pytest.mark.slow
 def test_a_trial_that_fails_counts_and_says_why(asked, shell):
-    path = asked(trials=2, arms={"ours": {"learning_rate": 1e38}}, search={"pooling": ["mean", "max"]})
+    path = asked(trials=4, arms={"ours": {"learning_rate": 1e38}}, search={"hidden_size": [8, 400_000]})
     status, _, err = shell("sweep", *flags(path))
     assert status == 0, err
     trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
     assert (trials["state"] == "fail").all()
-    assert trials["error"].str.contains("finite").all()
+    assert trials["error"].str.contains("finite|fits the").all()
+    assert trials["error"].str.contains("fits the").any()
 
 
 @pytest.mark.parametrize(
@@ -176,12 +177,15 @@ def test_a_trial_that_fails_counts_and_says_why(asked, shell):
         ({"recipe": "other.yaml"}, "Expected the recipe"),
         ({"trials": 0}, "Expected a whole number from 1 as trials"),
         ({"arms": {"a": {"objective": "al_ec"}}}, "Did you mean al_ce?"),
-        ({"arms": {"a": {"learning_rate": 1e-3}}}, "Expected learning_rate in search or in the arm 'a'"),
+        ({"arms": {"a": {"learning_rate": 1e-3}}}, "Expected learning_rate in search of"),
+        ({"common": {"learning_rate": 1e-3}}, "or in arms and common, got it in both"),
+        ({"seed": 2**32}, "Expected seed below 2**32"),
         ({"search": {"learning_rat": [1e-3, 1e-2]}}, "Unknown argument 'learning_rat'"),
         ({"search": {"learning_rate": {"low": 0.0, "high": 0.1, "log": True}}}, "above 0 for log: true"),
         ({"search": {"learning_rate": {"low": -1.0, "high": 0.1}}}, "Expected learning_rate above 0, got -1.0"),
         ({"search": {"num_blocks": {"low": 1, "high": 4.0}}}, "Expected num_blocks as int"),
-        ({"search": {"pooling": ["mean"]}}, "Expected two or more plain values"),
+        ({"search": {"pooling": ["mean"]}}, "Expected two or more different plain values"),
+        ({"search": {"pooling": ["mean", "mean"]}}, "Expected two or more different plain values"),
         ({"common": {"streaming": True}}, "Expected no streaming in a study or a sweep"),
         ({"searches": SEARCH, "search": None}, "Did you mean search?"),
     ],
@@ -206,6 +210,27 @@ def asked_again(path: Path, **search) -> Path:
     values = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**values, "search": {**values["search"], **search}}))
     return path
+
+
+def test_trials_whose_database_was_removed_are_not_gone_on_with(asked):
+    path = asked(trials=1, arms={"ours": ARMS["ours"]})
+    old = path.parent / "out" / "trials" / "ours" / "0" / "checkpoints"
+    old.mkdir(parents=True)
+    trial = _next_trial(read_sweep(str(path), path.parent / "out", str(path.parent / "data")), studies_of(path), [])
+    assert trial.flags["output_dir"] == str(old.parent)
+    assert not old.exists()
+
+
+def test_a_database_that_refuses_is_one_message(asked, shell):
+    path = asked(trials=1, arms={"ours": ARMS["ours"]})
+    studies_of(path)
+    with closing(sqlite3.connect(path.parent / "out" / "sweep.db")) as database:
+        database.execute("create trigger full before insert on trials begin insert into disk values (1); end")
+        database.commit()
+    said = shell("sweep", *flags(path))
+    assert_mistake(
+        said, "sweep.db to take the results of trials, got: ", "no such table: main.disk", "command goes on."
+    )
 
 
 def test_two_sweeps_do_not_share_a_folder(asked, shell):

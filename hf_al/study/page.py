@@ -22,14 +22,19 @@ COLUMNS = (
     "the seeds; *train* is the accuracy on at most 2,000 training rows, *drop* how far validation fell from the chosen "
     "step to the last one, *seconds* the training time of a run. The difference to the baseline is in points of test "
     "accuracy, over the seeds that both have, with the 95 % interval of a paired bootstrap over seeds and test rows; "
-    "one seed is too few for an interval, and with three it may miss the true difference somewhat more often than one "
-    "time in twenty."
+    "one seed is too few for an interval, and with two or three it may miss the true difference somewhat more often "
+    "than one time in twenty."
 )
 
 MARGIN = 0.5  # points of test accuracy
+VERDICTS = (
+    "ahead of the baseline", f"at most {MARGIN} points behind", f"behind, by at most {MARGIN} points", "behind",
+    "too close to tell",
+)  # fmt: skip
 SETTINGS = (
     "The best setting of each arm on each set, by validation with seed {}; in brackets, validation with each setting, "
-    "in the order of the heading. A star marks an end of the search: beyond it there may be better ones."
+    "in the order of the heading. A star marks an end of a search of three or more numbers: beyond it there may be "
+    "better ones."
 )
 
 # Of the plot, in points of accuracy: beyond FAR, the axis is linear up to LINEAR and then logarithmic
@@ -68,6 +73,15 @@ def kinds_tuned(study: Study) -> list[str]:
     return [kind for kind in study.architectures if len(study.tune[kind]) > 1]
 
 
+def verdict(low: float, high: float) -> str:
+    """What an interval of points ahead of the baseline says."""
+    if low > 0:
+        return VERDICTS[0]
+    if low > -MARGIN:
+        return VERDICTS[1] if high >= 0 else VERDICTS[2]
+    return VERDICTS[3] if high < 0 else VERDICTS[4]
+
+
 def in_short(summary: Summary) -> list[str]:
     """For each architecture, what the intervals over the sets together say of the arms."""
     study, lines = summary.study, []
@@ -75,16 +89,14 @@ def in_short(summary: Summary) -> list[str]:
         sets = summary.pooled(kind)
         found = {arm: summary.difference(kind, arm, sets) for arm in study.baselines}
         known = {arm: ends for arm, ends in found.items() if ends is not None and not math.isnan(ends[1])}
-        groups = {
-            "ahead of the baseline": [arm for arm, (_, low, _) in known.items() if low > 0],
-            f"at most {MARGIN} points behind": [arm for arm, (_, low, _) in known.items() if -MARGIN < low <= 0],
-            "behind": [arm for arm, (_, _, high) in known.items() if high < 0],
-        }
-        decided = [arm for arms in groups.values() for arm in arms]
-        groups["too close to tell"] = [arm for arm in known if arm not in decided]
+        groups: dict[str, list[str]] = {what: [] for what in VERDICTS}
+        for arm, (_, low, high) in known.items():
+            groups[verdict(low, high)].append(arm)
         said = [f"{what}: {', '.join(arms)}" for what, arms in groups.items() if arms]
         if len(known) < len(found):
             said.append(f"{len(found) - len(known)} without an interval")
+        if failed := [arm for arm in study.arms if summary.failed(kind, arm, sets)]:
+            said.append(f"some seeds failed and do not count: {', '.join(failed)}")
         lines.append(f"- {kind}, by 95 % intervals over {', '.join(sets)}: {'; '.join(said)}.")
     return lines
 

@@ -196,7 +196,7 @@ def _settings(
             close = nearest(str(architecture), architectures)
             raise ValueError(f"Expected architectures in tune of {path}, got {architecture!r}.{close}")
         for name, choices in checked_arguments(path, f"tune of {architecture}", values).items():
-            if not isinstance(choices, list) or len({repr(choice) for choice in choices}) < max(2, len(choices)):
+            if not isinstance(choices, list) or len({str(choice) for choice in choices}) < max(2, len(choices)):
                 raise ValueError(
                     f"Expected a list of different values for {name} in tune of {path}, got {choices!r}. An argument "
                     "with one value goes into common."
@@ -242,7 +242,7 @@ def _check_screen(study: Study) -> None:
                 "screen and best_of, or name one baseline."
             )
         return
-    if screen not in study.seeds or len(study.seeds) < 2:
+    if type(screen) is not int or screen not in study.seeds or len(study.seeds) < 2:
         raise ValueError(f"Expected screen to be one of several seeds in {path}, got {screen!r} and {study.seeds}.")
     most = len(study.baselines) - 1
     if most < 1:

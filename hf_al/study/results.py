@@ -8,6 +8,7 @@ from ..atomic import write_atomically
 from .runs import Key, Run, defaults
 
 MOST_NAMED = 3  # rows in a message
+MEASURED = ("validation", "validation drop", "train", "test", "tests", "right", "train seconds", "data")
 
 
 class Results:
@@ -106,6 +107,18 @@ def key_of(row: dict[str, Any]) -> Key:
     return Key(row["set"], row["architecture"], row["arm"], row["seed"], row.get("setting", ""))
 
 
+def _check_row(key: Key, row: dict[str, Any]) -> None:
+    """Raises:
+    KeyError, TypeError, ValueError: a row that lacks something, or does not fit together.
+    """
+    for name in ("arguments", "seconds", "machine", "hf_al", *(() if "error" in row else MEASURED)):
+        row[name]
+    if type(key.seed) is not int:
+        raise TypeError(f"the seed {key.seed!r}")
+    if "error" not in row and len(bytes.fromhex(row["right"])) != -(-row["tests"] // 8):
+        raise ValueError(f"right and wrong answers that are not {row['tests']} in the row of {key}")
+
+
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, Any]]]:
     """The defaults when the rows were made, and the rows."""
     if not path.exists():
@@ -113,6 +126,10 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, An
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = {key_of(row): row for row in found["rows"]}
+        if len(rows) < len(found["rows"]):
+            raise ValueError("two rows of the same run")
+        for key, row in rows.items():
+            _check_row(key, row)
         known = [found["defaults"], *found["defaults"].values(), *(row["arguments"] for row in rows.values())]
         if not all(isinstance(values, dict) for values in known):
             raise TypeError("arguments that are no mapping")

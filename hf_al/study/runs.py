@@ -78,11 +78,13 @@ def all_runs(study: Study, output_dir: Path, data_dir: str | None = None) -> dic
         for architecture in study.architectures:
             recipe = study.recipes / f"{name}_{architecture}.yaml"
             if not recipe.is_file():
-                raise ValueError(f"Expected the recipe {recipe}, found none. Fix the sets in {study.path}.")
+                raise ValueError(
+                    f"Expected the recipe {recipe}, found none. Fix recipes, sets or architectures in {study.path}."
+                )
             tried = study.tune[architecture].items()
             for (arm, given), (setting, values) in itertools.product(study.arms.items(), tried):
                 flags = {"config": str(recipe), **ALWAYS, **files, **study.common, **given, **values}
-                args = checked_run(flags, f"arm {arm!r} of {study.path} with {recipe}")
+                args = checked_run({**flags, "seed": max(study.seeds)}, f"arm {arm!r} of {study.path} with {recipe}")
                 for seed in study.seeds:
                     key = Key(name, architecture, arm, seed, setting)
                     runs[key] = _run(key, flags, args, output_dir, study.inside)

@@ -60,12 +60,13 @@ class Summary:
         return cells
 
     def _at_an_end(self, architecture: str, best: str) -> bool:
-        """Whether a number in this setting is the lowest or the highest of those that were tried."""
+        """Whether a number in this setting is the lowest or the highest of three or more that were tried."""
         settings = self.study.tune[architecture]
         chosen = settings[best]
         tried = {name: [setting[name] for setting in settings.values()] for name in chosen}
-        numbers = {name: values for name, values in tried.items() if all(isinstance(v, int | float) for v in values)}
-        return any(chosen[name] in (min(values), max(values)) for name, values in numbers.items())
+        numbers = [name for name, values in tried.items() if all(type(v) in (int, float) for v in values)]
+        several = [name for name in numbers if len(set(tried[name])) > 2]
+        return any(chosen[name] in (min(tried[name]), max(tried[name])) for name in several)
 
     def table(self, architecture: str, sets: Sequence[str]) -> list[dict[str, Any]]:
         """A line for each arm, as the mean over the sets: of the seeds that it has on all of them."""
@@ -95,9 +96,13 @@ class Summary:
 
     def _counted(self, architecture: str, arm: str, sets: Sequence[str], seeds: int) -> str:
         """How many seeds count, and how many failed on one of the sets."""
-        keys = (key for key in self.settled.keys() - self.rows.keys() if key.set in sets)
-        failed = {key.seed for key in keys if key[1:3] == (architecture, arm)}
+        failed = self.failed(architecture, arm, sets)
         return f"{seeds}, {len(failed)} failed" if failed else str(seeds)
+
+    def failed(self, architecture: str, arm: str, sets: Sequence[str]) -> set[int]:
+        """The seeds that failed on one of the sets."""
+        keys = (key for key in self.settled.keys() - self.rows.keys() if key.set in sets)
+        return {key.seed for key in keys if key[1:3] == (architecture, arm)}
 
     def _means(self, architecture: str, arm: str, sets: Sequence[str], seeds: list[int], what: str) -> list[float]:
         """For each seed the mean over the sets."""

@@ -79,8 +79,9 @@ def _spaces(path: str, given: Any) -> dict[str, Space]:
 def _space(where: str, given: Any) -> Space:
     """A list of choices, or the ends of a range."""
     if isinstance(given, list):
-        if len(given) < 2 or not all(v is None or isinstance(v, bool | int | float | str) for v in given):
-            raise ValueError(f"Expected two or more plain values to choose from as {where}, got {given}.")
+        plain = all(v is None or isinstance(v, bool | int | float | str) for v in given)
+        if not plain or len(set(map(str, given))) < max(2, len(given)):
+            raise ValueError(f"Expected two or more different plain values to choose from as {where}, got {given}.")
         return {"choices": given}
     keys = {"low", "high", "log"}
     if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= keys:
@@ -127,8 +128,8 @@ def _check(sweep: Sweep) -> None:
         both = sorted(flags.keys() & sweep.search.keys())
         if both:
             raise ValueError(
-                f"Expected {both[0]} in search or in the arm {arm!r} of {sweep.path}, got both: every arm has to "
-                "search the same ranges. Leave it out of the arm."
+                f"Expected {both[0]} in search of {sweep.path} or in arms and common, got it in both: every arm has to "
+                "search the same ranges. Leave one of them out."
             )
         for name, space in sweep.search.items():
             for value in space.get("choices") or _some(space):

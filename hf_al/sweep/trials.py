@@ -6,6 +6,7 @@ value so far is worse than the median of what completed trials had after as many
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..parsing import resolve
 from ..study.execution import clear, quiet, train_on
 from ..study.workers import Workers, answer_tasks
 from ..training.health import Diverged
+from ..training.memory import TooLarge
 from ..training.setup import check_model
 from .plan import Space, Sweep, file_name, is_whole
 
@@ -197,6 +199,12 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
         done = sum(len(finished(study)) for study in studies.values())
         stop.add_note(f"{done} finished trials are kept in {sweep.output_dir}. The same command goes on.")
         raise
+    except optuna.exceptions.StorageInternalError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise OSError(
+            f"Expected {sweep.output_dir / DATABASE} to take the results of trials, got: {reason}. Once it does, the "
+            "same command goes on."
+        ) from error
 
 
 def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterable[Trial]) -> Trial | None:
@@ -209,8 +217,10 @@ def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterabl
     asked = studies[arm].ask()
     chosen = {name: _suggested(asked, name, space) for name, space in sweep.search.items()}
     name = asked.user_attrs.get("folder", str(asked.number))
-    asked.set_user_attr("folder", name)
     folder = sweep.output_dir / "trials" / file_name(arm) / name
+    if "folder" not in asked.user_attrs:  # a new one: what lies there is of trials whose database was removed
+        shutil.rmtree(folder, ignore_errors=True)
+    asked.set_user_attr("folder", name)
     return Trial(arm, asked, {**sweep.arms[arm], **chosen, "output_dir": str(folder)})
 
 
@@ -269,7 +279,7 @@ def _work(pipe: Connection) -> None:
             return "done", carry_out(flags, report)
         except Pruned:
             return "pruned", None
-        except (Diverged, FloatingPointError) as error:
+        except (Diverged, FloatingPointError, TooLarge) as error:
             return "failed", str(error)
 
     with quiet(__name__), quiet():  # also what is said of a trial that starts anew

@@ -8,6 +8,10 @@ import torch
 SHORTAGES = ("can't allocate memory", "CUDA error: out of memory")  # where torch raises a plain RuntimeError
 
 
+class TooLarge(ValueError):
+    """A model or a batch needs more memory than there is."""
+
+
 @contextmanager
 def shortage_explained(where: Callable[[], str], kind: str, can_offload: bool) -> Iterator[None]:
     """Turns the errors of torch's and Python's allocators into one that says what to change.
@@ -18,7 +22,7 @@ def shortage_explained(where: Callable[[], str], kind: str, can_offload: bool) -
         can_offload: whether --offload is left to try.
 
     Raises:
-        ValueError: there was not enough memory.
+        TooLarge: there was not enough memory.
     """
     try:
         yield
@@ -34,4 +38,4 @@ def shortage_explained(where: Callable[[], str], kind: str, can_offload: bool) -
             advice[0] += " (with --gradient_accumulation_steps the batch stays the same)"
         if can_offload:
             advice.append("--offload")
-        raise ValueError(f"Ran out of memory at {where()}. Pass {', '.join(advice[:-1])} or {advice[-1]}.") from error
+        raise TooLarge(f"Ran out of memory at {where()}. Pass {', '.join(advice[:-1])} or {advice[-1]}.") from error

@@ -26,6 +26,7 @@ from ..modeling.modeling_al import ALForSequenceClassification
 from ..parsing import check_lists, check_model_keys
 from ..registration import MODEL_CLASSES
 from .local_step import block_randomness
+from .memory import TooLarge
 from .setup import make_config
 
 logger = logging.getLogger(__name__)
@@ -308,7 +309,7 @@ def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
     """Refuses a model whose training cannot fit this machine, before any memory is taken.
 
     Raises:
-        ValueError: weights, gradients and two moments of an optimizer that are more than the machine has.
+        TooLarge: weights, gradients and two moments of an optimizer that are more than the machine has.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
     learning = 0 if offload else sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -318,7 +319,7 @@ def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
         smaller = "a smaller hidden_size, num_blocks or vocabulary"
         if model.config.model_type == "al_encoder":
             smaller = "a smaller encoder, or --lora_r"
-        raise ValueError(
+        raise TooLarge(
             f"Expected a model whose training fits the {there / 2**30:.0f} GiB of this machine, got one of {count:,} "
             f"parameters, which needs {needed / 2**30:,.0f} GiB{state}. Pass {smaller}{more}."
         )
