@@ -10,7 +10,8 @@ from typing import Any
 from .arguments import PRETRAINED, TrainingArguments
 from .atomic import export
 from .early import check_model_name, check_output_dir
-from .flags import MODEL, add_copy, add_model, load_for_copy, positive, set_up_output
+from .flags import MODEL, add_copy, add_model, columns_of_run, load_for_copy, positive, set_up_output
+from .headers import columns_of
 from .parallel.launch import failing_once, is_launched
 from .parsing import FlagParser, add_training_flags, reader, resolve
 from .report import read_report, write_report
@@ -50,9 +51,19 @@ def run_grow(flags: Namespace, run: Callable[[dict[str, Any]], None]) -> None:
         )
     failing_once(lambda: check_model_name(name, values.get("model_revision")))
     if until is None:
-        run({**values, **failing_once(lambda: growth(name, values.get("model_revision"), add))})
+        run(failing_once(lambda: grown(values, name, values.get("model_revision"), add)))
     else:
         grow_until(values, name, until, run)
+
+
+def grown(values: dict[str, Any], name: str, revision: str | None, blocks: int) -> dict[str, Any]:
+    """The flags of a run that grows a model: `values`, those of `growth`, and columns that no flag names as in the run
+    of the model."""
+    flags = {**values, **growth(name, revision, blocks), "model_revision": revision}
+    args = resolve({**flags, "print_config": True})
+    columns = columns_of(args.train_file, args.csv_delimiter) if args.train_file else []
+    theirs = columns_of_run(name, columns)
+    return {**flags, **{flag: names for flag, names in theirs.items() if getattr(args, flag) is None}}
 
 
 def growth(name: str, revision: str | None, blocks: int) -> dict[str, Any]:
@@ -107,9 +118,9 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
             f"Expected grow_until above {first['frozen_blocks']}, the blocks of {name}, got {most}. Pass more."
         )
     if values["print_config"]:  # of the first run
-        run({**values, **first, "model_revision": revision})
+        run(grown(values, name, revision, 1))
         return
-    args = resolve({**values, **first, "model_revision": revision})
+    args = resolve(grown(values, name, revision, 1))
     _check_several_runs(args)
     folder = check_output_dir(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None:
@@ -123,7 +134,7 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
     for blocks in range(first["num_blocks"], most + 1):
         here = folder / f"blocks-{blocks}"
         if not (args.resume_from_checkpoint and (here / "report.json").is_file()):
-            run({**values, **growth(best, revision, 1), "model_revision": revision, "output_dir": str(here)})
+            run({**grown(values, best, revision, 1), "output_dir": str(here)})
         report = read_report(str(here))
         metric = report["metric"]
         before, now = (exit[metric] for exit in report["validation"][-2:])

@@ -12,6 +12,7 @@ from typing import Any
 
 from .arguments import TrainingArguments
 from .headers import check_columns, check_labelled, columns_of
+from .modeling.limits import REGRESSION
 from .values import names_in
 
 ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}  # of texts to classify
@@ -103,9 +104,16 @@ def check_exit(model: str, exit_block: int | str | None) -> None:
         values = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         exits = range(values["num_blocks"])
         is_calibrated = values.get("exit_thresholds") is not None
+        has_one = len(exits) == 1 or values.get("inference_only") or values.get("objective") == "backprop"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # for the loader to say
         return
     if exit_block == "adaptive":
+        if has_one or values.get("problem_type") == REGRESSION:
+            what = "one exit" if has_one else "regression, which has no probabilities"
+            raise ValueError(
+                f"Expected a classifier with several exits for --exit adaptive, got {model}: one of {what}. Leave "
+                "--exit out."
+            )
         if not is_calibrated:
             raise ValueError(
                 f"Expected a calibrated model with --exit adaptive, got {model}, which is not. Run hf-al calibrate "

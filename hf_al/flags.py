@@ -113,18 +113,21 @@ def check_labelled_file(flags: Namespace, split: str) -> None:
 
 
 def use_columns_of_run(flags: Namespace, columns: list[str]) -> None:
-    """Columns that no flag names are those that the model was trained on, where its report names them and the file has
-    them."""
-    if not columns:  # not known before the file is read
-        return
-    try:
-        trained = read_report(flags.model)["arguments"] or {}
-    except ValueError:
-        return  # a copy without its report, or a Hub id, which is not looked up for this
-    for flag in ("text_column_names", "label_column_name"):
-        names = trained.get(flag)
-        if names and getattr(flags, flag, names) is None and set(names_in(names)) <= set(columns):
+    """Columns that no flag names are those of the run that trained the model."""
+    for flag, names in columns_of_run(flags.model, columns).items():
+        if getattr(flags, flag, names) is None:
             setattr(flags, flag, names)
+
+
+def columns_of_run(model: str, columns: list[str]) -> dict[str, str]:
+    """By the name of their flag, the columns of text and label that a model was trained on, where its report names them
+    and they are among `columns`: those of a file, none if they are not known before it is read."""
+    try:
+        trained = read_report(model)["arguments"] or {}
+    except ValueError:
+        return {}  # a copy without its report, or a Hub id, which is not looked up for this
+    named = {flag: trained.get(flag) for flag in ("text_column_names", "label_column_name")}
+    return {flag: names for flag, names in named.items() if names and set(names_in(names)) <= set(columns)}
 
 
 def labelled(flags: Namespace, split: str) -> "Dataset":

@@ -83,7 +83,10 @@ def load_model(name: str, revision: str | None = None) -> tuple[ALForSequenceCla
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         file = folder / "tokenizer.json"
-        raise ValueError(f"Could not load the tokenizer of {name}, from {file}: {error}. Copy it again.") from error
+        if not file.exists():
+            raise ValueError(f"Expected {file}, found none. Save the tokenizer there, too.") from error
+        reason = last_line(error).rstrip(".")
+        raise ValueError(f"Could not load the tokenizer of {name}, from {file}: {reason}. Copy it again.") from error
     _check_bytes(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 import hf_al
 from hf_al.card import model_card
 from hf_al.data import tokenization
+from hf_al.early import check_exit
 from hf_al.exits import Trial, calibrate_exits, choose_thresholds, temperature
 from hf_al.loading import load_model
 from hf_al.modeling.blocks import ALBlock
@@ -490,7 +491,9 @@ def test_a_calibration_is_saved_with_the_model_but_not_with_one_for_inference_on
     assert torch.equal(answers(whole, batch).exit_blocks, answers(model, batch).exit_blocks)
     assert model.config.exit_thresholds is not None
     assert small.config.exit_temperatures is small.config.exit_thresholds is None
-    with pytest.raises(ValueError, match=r"Expected a calibrated model with exit='adaptive'.*hf-al calibrate"):
+    with pytest.raises(
+        ValueError, match=r"Expected a classifier with several exits for exit='adaptive'.*Leave exit out"
+    ):
         answers(small, batch)
 
 
@@ -499,13 +502,23 @@ def test_a_calibration_is_saved_with_the_model_but_not_with_one_for_inference_on
     [
         ({"exit": "adaptive"}, "Expected a calibrated model with exit='adaptive'.*hf-al calibrate"),
         ({"exit": 3}, r"Expected exit_block to be one of \[0, 1, 2\], got 3"),
+        ({"exit": True}, "Expected exit to be 'adaptive' or a number of a block, got True"),
+        ({"batch_size": 2.5}, "Expected batch_size to be a whole number from 1, got 2.5"),
+        ({"input_ids": torch.ones(7, dtype=torch.long)}, r"Expected input_ids of shape \(N, T\).*got \(7,\)"),
+        ({"input_ids": None}, r"Expected input_ids of shape \(N, T\)"),
         ({"exit": "early"}, "Expected exit to be 'adaptive' or a number of a block, got 'early'"),
-        ({"batch_size": 0}, "Expected batch_size to be at least 1, got 0"),
+        ({"batch_size": 0}, "Expected batch_size to be a whole number from 1, got 0"),
     ],
 )
 def test_an_exit_that_is_not_there_is_refused(options, said, classifier, make_batch):
     with pytest.raises(ValueError, match=said):
-        classifier().predict(make_batch()["input_ids"], **options)
+        classifier().predict(**{"input_ids": make_batch()["input_ids"], **options})
+
+
+def test_the_number_of_an_exit_may_be_one_of_numpy(classifier, make_batch):
+    model, batch = classifier(), make_batch()
+    found, expected = (model.predict(batch["input_ids"], exit=exit).logits for exit in (np.int64(1), 1))
+    assert torch.equal(found, expected)
 
 
 # --- answers, and the commands
@@ -589,3 +602,16 @@ def test_a_mistake_is_one_clear_line(argv, said, shell, tmp_path, monkeypatch):
 def test_adaptive_exits_of_a_model_that_is_not_calibrated_are_refused_before_it_is_loaded(trained, shell):
     result = shell("predict", str(trained[0]), "a text", "--exit=adaptive")
     assert_mistake(result, "Expected a calibrated model with --exit adaptive", "Run hf-al calibrate")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_blocks": 1}, "one of one exit"), ({"num_blocks": 3, "inference_only": True}, "one of one exit"),
+        ({"num_blocks": 3, "problem_type": "regression"}, "one of regression"),
+    ],
+)  # fmt: skip
+def test_adaptive_exits_of_a_model_that_cannot_be_calibrated_are_refused(values, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"several exits for --exit adaptive, got .*{said}.*Leave --exit out"):
+        check_exit(str(tmp_path), "adaptive")

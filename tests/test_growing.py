@@ -339,7 +339,9 @@ def test_growing_goes_on_with_the_run_that_was_stopped(grow, monkeypatch):
         (["--grow_until=3", "--resume_from_checkpoint=x"], "Expected resume_from_checkpoint=last with --grow_until"),
         (["--add_blocks=1", "--frozen_blocks=1"], "Expected no --frozen_blocks with hf-al grow, got one: it follows"),
         (["--add_blocks=1", "--objective=local_ce"], "Expected no --objective with hf-al grow"),
-        (["--add_blocks=1", "--hidden_size=32"], "Expected config values that fit the weights of"),
+        (["--add_blocks=1", "--hidden_size=32"], "Expected no other hidden_size than 16, that of"),
+        (["--add_blocks=1", "--bridge_activation=sigmoid"], "Expected no other bridge_activation than 'tanh', that of"),
+        (["--add_blocks=1", "--late_block=2", "--late_from=6"], "Expected no other late_block than None, that of"),
         (["--add_blocks=1", "--hiden_size=32"], "Unknown flag --hiden_size=32. Did you mean --hidden_size?"),
     ],
     ids=str,
@@ -387,6 +389,32 @@ def test_frozen_blocks_cannot_learn_other_labels(grow, small, shell, few_tweets,
     result = shell("grow", str(small), *flags, *FEW_STEPS)
     assert result[0] == 2
     assert "knows with freeze=blocks" in result[2]
+    assert "--num_blocks 3 --frozen_blocks 2 --freeze encoders." in result[2]
+
+
+def test_a_grown_model_reads_the_columns_of_its_run(shell, tmp_path, caplog):
+    """A pair stays a pair. Where the file has other columns, what is read instead is said."""
+    rows = "".join(
+        f"{word} is it,is it {word},{word},{other}\n" for word, other in (("good", "no"), ("bad", "yes")) * 9
+    )
+    (tmp_path / "rows.csv").write_text("text,more,label,mood\n" + rows)
+    (tmp_path / "others.csv").write_text((tmp_path / "rows.csv").read_text().replace("more", "else", 1))
+    small = ["--num_blocks=1", "--hidden_size=8", "--target_size=8", *FEW_STEPS]
+    names = ["--text_column_names=text,more", "--label_column_name=mood"]
+    data = f"--train_file={tmp_path / 'rows.csv'}"
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert shell("train", data, *names, *small, f"--output_dir={first}")[0] == 0
+    assert shell("grow", str(first), data, "--add_blocks=1", *FEW_STEPS, f"--output_dir={second}")[0] == 0
+    report = json.loads((second / "report.json").read_text())
+    assert report["data"]["pairs"]
+    assert set(json.loads((second / "config.json").read_text())["label2id"]) == {"no", "yes"}
+    assert "was trained on pairs" not in caplog.text
+    other = [f"--train_file={tmp_path / 'others.csv'}", "--label_column_name=mood", "--text_column_names=text"]
+    status, _, err = shell(
+        "grow", str(first), *other, "--add_blocks=1", *FEW_STEPS, f"--output_dir={tmp_path / 'third'}"
+    )
+    assert status == 0, err
+    assert "first was trained on pairs of texts, and these are single ones: see text_column_names." in caplog.text
 
 
 def test_freezing_that_leaves_nothing_to_learn_is_refused(small, few_tweets, tmp_path):

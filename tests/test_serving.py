@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import re
 import shlex
 import shutil
@@ -230,7 +231,7 @@ def test_overload_is_refused_at_once_and_the_server_recovers(calibrated, held):
         (b'{"text": ["late", "lost"]}', 422, "Expected text to be one text, got a list"),
         (b'{"texts": "late"}', 422, "Expected texts to be a list"),
         (b'{"texts": ["late", " "]}', 422, "Expected a text, got an empty one. This is texts[1]"),
-        (b'{"texts": ["late", 3]}', 422, "Expected a text, got int. This is texts[1]"),
+        (b'{"texts": ["late", 3]}', 422, "got int. This is texts[1]: leave it out, or send a string"),
         (b'{"texts": [null]}', 422, "Expected a text, got none. This is texts[0]"),
         (b'{"texts": ["\\ud800"]}', 422, "Expected text in UTF-8"),
         (b'{"texts": [["a", "b", "c"]]}', 422, "got a list of 3"),
@@ -306,6 +307,11 @@ def test_an_error_in_the_model_is_one_line_and_the_server_lives_on(calibrated, m
             response = client.post("/predict", json={"texts": ["one", "two"]})
         assert response.status_code == 500
         assert response.json() == {"error": "The model failed: RuntimeError. See the server's log."}
+        with monkeypatch.context() as patch:
+            patch.setattr(serving_app, "predict", lambda *args: [[{"label": "a", "score": math.nan, "exit": 0}]])
+            response = client.post("/predict", json={"text": "one"})
+        assert response.status_code == 500
+        assert response.json() == {"error": "The model failed: ValueError. See the server's log."}
         assert client.post("/predict", json={"texts": ["one", "two"]}).status_code == 200
 
 
@@ -315,6 +321,7 @@ def test_an_error_in_the_model_is_one_line_and_the_server_lives_on(calibrated, m
 def test_health_and_links(client):
     said = {"status": "ok", "model": "run", "exits": [0, 1], "exit": "adaptive", "numbers": []}
     assert client.get("/health").json() == said
+    assert client.head("/health").status_code == 200
     for link in client.get("/").json().values():
         assert client.get(link).status_code == (405 if link == "/predict" else 200)
     assert client.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]

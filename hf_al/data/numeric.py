@@ -60,7 +60,7 @@ def number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"Expected a number or nothing, got {str(value)[:40]!r}.") from None
     if abs(found) > LARGEST:
-        raise ValueError(f"Expected a finite number up to {LARGEST:.1g}, got {value!r}.")
+        raise ValueError(f"Expected a finite number up to {LARGEST:.1g}, got {str(value)[:40]!r}.")
     return found
 
 

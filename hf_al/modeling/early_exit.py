@@ -4,6 +4,7 @@ Legend: N texts, n of them in a batch, T tokens, D hidden size, C classes, A ent
 """
 
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import ModelOutput
 from .blocks import never_empty, truncate, walk
 from .encoders import Inputs
 from .late import of_length
-from .limits import MULTI
+from .limits import MULTI, REGRESSION
 from .objectives import Boundary
 
 
@@ -66,8 +67,15 @@ def predict_texts(
     """
     config, was_training = model.config, model.training
     thresholds = ways_out(model.config, exit)
-    if batch_size < 1:
-        raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}. Pass batch_size=64, for example.")
+    if not hasattr(batch_size, "__index__") or batch_size < 1:
+        raise ValueError(
+            f"Expected batch_size to be a whole number from 1, got {batch_size}. Pass batch_size=64, for example."
+        )
+    if getattr(input_ids, "ndim", None) != 2:
+        raise ValueError(
+            f"Expected input_ids of shape (N, T), a row for each text, got {tuple(getattr(input_ids, 'shape', ()))}. "
+            "Pass tokenizer(texts, padding=True, return_tensors='pt')['input_ids'], for example."
+        )
     stops = list(thresholds)
     starts = [0, *(stop + 1 for stop in stops[:-1])]
     runs = [model.model.blocks[start : stop + 1] for start, stop in zip(starts, stops, strict=True)]
@@ -230,13 +238,18 @@ def ways_out(config: Any, exit: int | str | None) -> dict[int, float | None]:
     Raises:
         ValueError: no such exit, or `"adaptive"` without calibration.
     """
-    if exit is None or isinstance(exit, int):
-        return {last_block(config, exit, False): None}
+    if exit is None or (hasattr(exit, "__index__") and not isinstance(exit, bool)):  # also those of NumPy
+        return {last_block(config, None if exit is None else index(exit), False): None}
     if exit != "adaptive":
         raise ValueError(
             f"Expected exit to be 'adaptive' or a number of a block, got {exit!r}. Leave it out for the last."
         )
     thresholds = config.exit_thresholds
+    if len(config.exits()) == 1 or config.resolved_problem_type == REGRESSION:
+        raise ValueError(
+            "Expected a classifier with several exits for exit='adaptive', got one of a single exit, or of regression. "
+            "Leave exit out."
+        )
     if thresholds is None:
         raise ValueError(
             "Expected a calibrated model with exit='adaptive', got one without exit_thresholds. Run hf-al calibrate on "

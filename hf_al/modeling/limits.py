@@ -113,7 +113,7 @@ def standard(name: str, values: list[float], deviations: str, advice: str) -> No
 
 def check_exits(config: Any, exits: int) -> None:
     """The values that `hf-al calibrate` sets. `exits`: how many the model has."""
-    again = "Run hf-al calibrate again, or leave it out."
+    again = f"Pass None for {', '.join(CALIBRATED)} (null in config.json), and run hf-al calibrate again."
     for name in ("exit_temperatures", "exit_thresholds"):
         values = getattr(config, name)
         if values is None:

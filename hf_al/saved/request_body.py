@@ -81,11 +81,12 @@ def _json_object(body: bytes) -> dict[str, Any]:
 
 
 def _texts(values: dict[str, Any], most: int) -> list[Texts]:
+    values = {name: value for name, value in values.items() if value is not None}
     if "text" in values and "texts" in values:
         raise Refused(422, "Expected text or texts, got both. Send one of them.")
     if "text" in values and isinstance(values["text"], list):
         raise Refused(422, f"Expected text to be one text, got a list. {EXAMPLE}")
-    texts = values.get("texts") if values.get("text") is None else [values["text"]]
+    texts = [values["text"]] if "text" in values else values.get("texts")
     if texts is None or texts == []:
         raise Refused(422, f"Expected a text, got none. {EXAMPLE}")
     if not isinstance(texts, list):
@@ -101,7 +102,7 @@ def _text(text: Any, where: str) -> Texts:
     try:
         texts = usable(text if isinstance(text, list) else [text])
     except RowError as error:
-        raise Refused(422, f"{error} This is {where}: leave it out, or give it words.") from None
+        raise Refused(422, f"{error} This is {where}: leave it out, or send a string with words.") from None
     longest = max(map(len, texts))
     if longest > LONGEST_TEXT:
         raise Refused(422, f"Expected at most {LONGEST_TEXT} characters in {where}, got {longest}. Send its beginning.")

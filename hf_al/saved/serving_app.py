@@ -1,6 +1,7 @@
 """The application that `hf-al serve` runs: answers in batches, its health, and metrics for Prometheus."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -83,6 +84,7 @@ def build(
         metrics.batch_size.observe(len(texts))
         chunks = predict(model, tokenizer, texts, limits.max_batch_size, options.exit, options.all_scores, most_tokens)
         answers = [found for chunk in chunks for found in chunk]
+        json.dumps(answers, allow_nan=False)  # not every weight is finite: ModelError, and not a response cut short
         for found in answers:
             metrics.texts.labels(found["exit"] if "exit" in found else found["exits"][-1]["block"]).inc()
         return answers
@@ -117,6 +119,7 @@ def build(
             metrics.requests.labels(status).inc()
             metrics.seconds.observe(time.perf_counter() - start)
 
+    @app.head(LINKS["health"], include_in_schema=False)
     @app.get(LINKS["health"])
     async def health() -> dict[str, Any]:
         return {

@@ -25,6 +25,7 @@ from ..modeling.limits import REGRESSION, SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parsing import check_lists, check_model_keys
 from ..registration import MODEL_CLASSES
+from ..report import read_report
 from .local_step import block_randomness
 from .memory import TooLarge
 from .setup import make_config
@@ -32,6 +33,11 @@ from .setup import make_config
 logger = logging.getLogger(__name__)
 
 BEFORE_THE_FIRST_STEP = -1
+ONLY_LEARNING = (  # config values that no answer depends on, or whose change would not fit the weights
+    "num_blocks", "objective", "associated_loss", "class_weights", "label_smoothing", "initialization",
+    "initializer_range", "code_scale", "embedding_std", "hidden_dropout_prob", "embedding_dropout_prob",
+    "bridge_dropout_prob", "attention_probs_dropout_prob", "lora_dropout",
+)  # fmt: skip
 OF_NEW_TOKENIZERS = ("tokenizer_type", "tokenizer_vocab_size", "min_frequency", "lowercase", "text_style")
 
 
@@ -87,7 +93,9 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
         if args.word_vectors == "auto":
             args.word_vectors = tokenization.automatic_vectors(args, tokenizer)
         model = build_model(args, tokenizer, data["train"])
-    _check_late(model.config, about["pairs"])
+    _check_late(args, model.config, about["pairs"])
+    if args.model_name_or_path and not about["pairs"] and _read_pairs(args.model_name_or_path):
+        logger.warning("%s was trained on pairs of texts, and these are single ones: see text_column_names.", name)
     if args.numeric_column_names:
         about["numbers"] = {"columns": args.numeric_column_names, "block": model.config.numeric_block}
     tokens = tokenization.tokenize(data, tokenizer, args)
@@ -107,13 +115,23 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
     return Start(model, tokenizer, tokens, stream, about)
 
 
-def _check_late(config: Any, pairs: bool) -> None:
+def _read_pairs(name: str) -> bool:
+    """Whether a model was trained on pairs of texts, as far as its folder says."""
+    try:
+        return bool(read_report(name)["data"].get("pairs"))
+    except ValueError:
+        return False
+
+
+def _check_late(args: TrainingArguments, config: Any, pairs: bool) -> None:
     """ValueError if no block would ever read late text."""
     block, start = config.late_block, config.late_from
     if block is not None and start is None and not pairs:
+        advice = "Pass late_from=64, for example, to have the rest of each text late."
+        if args.model_name_or_path:
+            advice = "Name both of their columns in --text_column_names."
         raise ValueError(
-            f"Expected pairs of texts with late_block={block}, whose second text is late, got single texts. Pass "
-            "late_from=64, for example, to have the rest of each text late."
+            f"Expected pairs of texts with late_block={block}, whose second text is late, got single texts. {advice}"
         )
     if start is not None and start >= config.max_position_embeddings:
         raise ValueError(
@@ -235,6 +253,8 @@ def continue_model(
         _check_frozen(args, saved.config, names if not keeps_labels else [])
     anew = {"class_weights": None, "label_mean": None, "label_deviation": None}
     labels = {} if keeps_labels else {**anew, **_label_values(data["train"])}
+    if saved.config.exit_thresholds is not None:
+        logger.info("The calibration of %s is left out: run hf-al calibrate on the new model.", name)
     config = _config(args, {**saved.config.uncalibrated().to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
     model = new_model(config, args.seed, args.offload)
@@ -326,13 +346,21 @@ def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
 
 
 def _check_frozen(args: TrainingArguments, saved: ALConfig, others: list[str]) -> None:
-    """Refuses to freeze blocks whole that have yet to learn. `others`: labels that the saved model does not have."""
+    """Refuses to freeze blocks whole that have yet to learn, or whose answers would change. `others`: labels that the
+    saved model does not have."""
     name, blocks = args.model_name_or_path, saved.num_blocks
     if others:
         raise ValueError(
             f"Expected labels that {name} knows with freeze=blocks, {some(saved.label_names, 8)}, got "
-            f"{some(others, 8)}: the blocks that are frozen cannot learn others. Pass --freeze encoders, or data with "
-            "those labels."
+            f"{some(others, 8)}: the blocks that are frozen cannot learn others. Pass data with those labels, or hf-al "
+            f"train --model_name_or_path {name} --num_blocks {args.model.get('num_blocks', blocks)} --frozen_blocks "
+            f"{args.frozen_blocks} --freeze encoders."
+        )
+    moved = [n for n, v in args.model.items() if n not in ONLY_LEARNING and v != getattr(saved, n, v)]
+    if moved:
+        raise ValueError(
+            f"Expected no other {moved[0]} than {getattr(saved, moved[0])!r}, that of {name}, with freeze=blocks, got "
+            f"{args.model[moved[0]]!r}: the exits of frozen blocks would answer otherwise. Leave it out."
         )
     if args.frozen_blocks > blocks:
         raise ValueError(
