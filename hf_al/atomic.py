@@ -36,17 +36,14 @@ def alone_at(path: Path) -> Iterator[None]:
     """
     file = path.absolute().with_name(f".{path.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(file).acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"Expected nobody else at work on {path}, found another process. Wait for it, or pass another name."
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def fsync(path: Path) -> None:

@@ -54,8 +54,8 @@ def evaluate(
         The metrics of the last exit, `examples`, and `exits`: the metrics of every exit with its `block`.
 
     Raises:
-        ValueError: ambiguous columns, empty texts, missing labels or labels that the model lacks, or another ending of
-            `predictions`.
+        ValueError: no model there, a model object without its tokenizer, ambiguous or missing columns, empty texts,
+            missing labels or labels that the model lacks, or another ending of `predictions`.
     """
     if predictions is not None:
         check_ending("predictions", predictions)
@@ -102,7 +102,7 @@ def answer_exits(
     """One pass over labelled text. Arguments and errors are those of `evaluate`."""
     rows, data, labels = labelled_tokens(model.config, tokenizer, dataset, text_column_names, label_column_name)
     collator = Collator(tokenizer.pad_token_id, model.config.classes)
-    stage = Stage(model, place(model.config.units), 0, device_of(model), collator)
+    stage = Stage(model, place(model.config.units), device_of(model), collator)
     logits = stage.evaluate(data, batch_size, show_progress)
     return ExitAnswers(logits, labels, rows, token_lengths(data))
 

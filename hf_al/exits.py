@@ -71,7 +71,7 @@ def calibrate_exits(
 
     Raises:
         ValueError: a model with one exit or for regression, rows that `evaluate` would refuse, a rule that does not
-            exist, or a target that cannot be reached.
+            exist, a drop or a speedup that cannot be, or a target that cannot be reached.
     """
     config = model.config
     _check(config, max_accuracy_drop, target_speedup, rule)

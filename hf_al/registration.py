@@ -36,7 +36,8 @@ def register_architecture(
         classifier: a subclass of [`ALForSequenceClassification`] that names `config` and `model`.
 
     Raises:
-        ValueError: a `model_type` that transformers knows already, or that the classes do not agree on.
+        ValueError: a `model_type` that transformers knows already, a model or classifier that does not name `config`,
+            a model without `encoder_class`, or a classifier of another model.
     """
     for owner in (model, classifier):
         if owner.config_class is not config:

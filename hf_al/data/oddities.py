@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +64,6 @@ def _text_hashes(data: Dataset, unknown: int | None) -> Iterator[int | None]:
 
 def _token_chunks(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens of many rows in one array, with the places where a row begins and ends."""
-    for start in range(0, len(data), 10_000):
-        tokens = data.with_format("arrow")[start : start + 10_000]["input_ids"]
-        for chunk in tokens.chunks if isinstance(tokens, pa.ChunkedArray) else [tokens]:
+    for rows in data.with_format("arrow").iter(10_000):
+        for chunk in rows["input_ids"].chunks:
             yield chunk.offsets.to_numpy(), chunk.values.to_numpy()

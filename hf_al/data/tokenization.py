@@ -199,9 +199,8 @@ def _unigram(args: TrainingArguments, train: Dataset) -> models.Model:
     return models.Unigram(special + pieces, unk_id=SPECIAL.index(UNK), byte_fallback=False)
 
 
-def _texts(train: Dataset, rows: int = 1000) -> Iterator[list[str]]:
-    for start in range(0, len(train), rows):
-        batch = train[start : start + rows]
+def _texts(train: Dataset) -> Iterator[list[str]]:
+    for batch in train.iter(1000):
         yield [*batch["text"], *batch.get("text_pair", [])]
 
 
@@ -242,8 +241,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokens_digest(data: Dataset) -> str:
     """A digest of the tokens, labels and numbers of a tokenized split: what a resumed run must find again."""
     digest = hashlib.sha256(repr(data.features["label"]).encode())
-    for start in range(0, len(data), 10_000):
-        rows = data.with_format("arrow")[start : start + 10_000]
+    for rows in data.with_format("arrow").iter(10_000):
         digest.update(pc.list_value_length(rows["input_ids"]).to_numpy().tobytes())
         digest.update(pc.list_flatten(rows["input_ids"]).to_numpy().tobytes())
         digest.update(repr(rows["label"].to_pylist()).encode())

@@ -62,8 +62,8 @@ def predict_texts(
         [`ALPredictOutput`], in the order of the texts.
 
     Raises:
-        ValueError: an exit that does not exist, `"adaptive"` for a model that is not calibrated, or batches of less
-            than one text.
+        ValueError: an exit that does not exist, `"adaptive"` for a model that is not calibrated, batches of less than
+            one text, `input_ids` of another shape, or `numeric_values` that do not fit the model.
     """
     config, was_training = model.config, model.training
     thresholds = ways_out(model.config, exit)

@@ -128,9 +128,10 @@ class LstmEncoder(Encoder):
 
     def __init__(self, config, index: int):
         super().__init__()
-        width = _encoder_input_size(config, index)
-        self.embeddings = Embeddings(config, width) if index in (0, config.late_block) else None
         self.is_first = index == (1 if config.embedding_block else 0)
+        reads_rows = index == 0 or self.is_first
+        width = (config.embedding_size or config.hidden_size) if reads_rows else config.hidden_size
+        self.embeddings = Embeddings(config, width) if index in (0, config.late_block) else None
         self.carry_state = config.carry_state
         layers = config.layers_per_block if index > 0 or not config.embedding_block else 0
         self.output_size = config.hidden_size if layers else width
@@ -320,10 +321,3 @@ class TransformerEncoder(Encoder):
         if output_attentions:
             out["attentions"] = tuple(attentions)
         return out
-
-
-def _encoder_input_size(config, index: int) -> int:
-    """Width of what block `index` of an LSTM model reads: embedding rows in block 0 and right after an embedding
-    block."""
-    reads_rows = index == 0 or (index == 1 and config.embedding_block)
-    return (config.embedding_size or config.hidden_size) if reads_rows else config.hidden_size

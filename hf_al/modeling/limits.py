@@ -1,6 +1,6 @@
 """What config values may be. Without torch, so that `hf-al train` answers a mistake before that is imported.
 
-A config is anything with the values as attributes. Those that it lacks, or that are None, are not checked.
+A config is anything with the values as attributes. `check_shared` passes over those that it lacks or that are None.
 """
 
 import difflib

@@ -199,7 +199,8 @@ class ALModel(ALPreTrainedModel):
             tokens are cut.
 
         Raises:
-            ValueError: both `input_ids` and `inputs_embeds`, or neither; `numeric_values` that do not fit the model.
+            ValueError: both `input_ids` and `inputs_embeds`, or neither; no `input_ids` where late text is that of
+                pairs; `numeric_values` that do not fit the model.
         """
         inputs: Inputs = {}
         if input_ids is not None and inputs_embeds is None:
@@ -307,8 +308,9 @@ class ALForSequenceClassification(ALPreTrainedModel):
                 their own units, NaN where one is missing; all are missing if None.
 
         Raises:
-            ValueError: an exit that does not exist, training an inference-only model, or attentions of a model that
-                has none; in the backward pass, a loss made of logits in training mode without labels.
+            ValueError: an exit that does not exist, or one in training; what `prepare_inputs` refuses; training an
+                inference-only model, or attentions of a model that has none; in the backward pass, a loss made of
+                logits in training mode without labels.
         """
         config = self.config
         if labels is not None and config.problem_type is None:  # from the labels, as transformers' own classifiers do

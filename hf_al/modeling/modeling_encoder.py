@@ -45,8 +45,9 @@ class ALEncoderForSequenceClassification(ALForSequenceClassification):
             values: those of [`ALEncoderConfig`]: `num_blocks` or `cuts`, `objective`, `num_labels`, ...
 
         Raises:
-            ValueError: an encoder that cannot be cut, values that do not fit it, or weights that are pickled or not
-                finite.
+            ValueError: an encoder that cannot be cut, or weights that are pickled or not finite.
+            StrictDataclassError: (of huggingface_hub) values that do not fit it.
+            OSError: nothing there.
         """
         source: Any = encoder
         is_name = isinstance(encoder, str)

@@ -26,9 +26,9 @@ Losses = dict[str, Tensor]
 def cut(boundary: Boundary, owner: nn.Module | None = None) -> Boundary:
     """The boundary as the next unit sees it: no gradient flows back through it (sg[.] in the equations).
 
-    The only place where hf_al detaches. A tensor that shares memory with a parameter or buffer of `owner`, the block
-    that it leaves (a decoder that travels forward, a view of a weight), is copied: an update changes it in place, and
-    the next block must see it as it was before this batch's update.
+    The only place where a gradient between blocks is cut. A tensor that shares memory with a parameter or buffer of
+    `owner`, the block that it leaves (a decoder that travels forward, a view of a weight), is copied: an update changes
+    it in place, and the next block must see it as it was before this batch's update.
     """
     kept: set[int | None] = set()
     if owner is not None and not torch.compiler.is_compiling():  # nothing is updated inside one graph

@@ -239,7 +239,7 @@ class Neighbours(Alone):
         except (ValueError, OSError) as raised:
             error = raised
         self._ask("set", f"{name}/{self.process}", json.dumps(error is not None))
-        failures = [p for p in self._processes() if json.loads(self._get(f"{name}/{p}", p))]
+        failures = [p for p in range(self.main + 1) if json.loads(self._get(f"{name}/{p}", p))]
         if failures and self.process != (self.main if self.main in failures else failures[-1]):
             end_unreported()  # to the main process, or the last one that failed
         if error is not None:
@@ -249,7 +249,7 @@ class Neighbours(Alone):
     def gather(self, value: Any) -> list[Any]:
         name = self._name("gather")
         self._ask("set", f"{name}/{self.process}", json.dumps(value))
-        return [json.loads(self._get(f"{name}/{p}", p)) for p in self._processes()]
+        return [json.loads(self._get(f"{name}/{p}", p)) for p in range(self.main + 1)]
 
     def pass_on(self, rows: list[Any]) -> list[Any] | None:
         name = self._name("rows")
@@ -295,9 +295,6 @@ class Neighbours(Alone):
         return {**self.count, **{f"waited_{what}": seconds for what, seconds in self.waited.items()}}
 
     # --- below
-
-    def _processes(self) -> range:
-        return range(self.main + 1)
 
     def _name(self, kind: str) -> str:
         """The key of the next word of its kind, equal in all processes: they exchange the same words in one order."""

@@ -10,9 +10,9 @@ import math
 import sys
 import zlib
 from argparse import Namespace
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import tee
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,38 +67,31 @@ def predict(
         ValueError: an exit that does not exist, or `"adaptive"` for a model that is not calibrated.
     """
     ways_out(model.config, exit_block)  # refuses what cannot be done, at once
-    return _predict_chunks(model, tokenizer, rows, batch_size, exit_block, all_scores, most_tokens)
 
+    def chunks() -> Iterator[list[dict[str, Any]]]:
+        model.eval()
+        done = 0
+        for chunk in _chunks(rows, batch_size * CHUNK_BATCHES):
+            answers: list[dict[str, Any]] = [
+                {"row": done + i, "error": row.reason} if isinstance(row, Unusable) else {}
+                for i, row in enumerate(chunk)
+            ]
+            usable = [i for i, row in enumerate(chunk) if not isinstance(row, Unusable)]
+            ids = _token_ids(model, tokenizer, [chunk[i] for i in usable])  # type: ignore[misc]
+            numbers = _numbers(model, [chunk[i] for i in usable])  # type: ignore[misc]
+            size = batch_size
+            if most_tokens is not None:
+                size = max(1, min(batch_size, most_tokens // max(map(len, ids), default=1)))
+            if isinstance(exit_block, str):
+                answered = _adaptive(model, ids, numbers, size, exit_block, all_scores)
+            else:
+                answered = _every_exit(model, ids, numbers, size, exit_block, all_scores)
+            for i, answer in answered:
+                answers[usable[i]] = answer
+            done += len(chunk)
+            yield answers
 
-def _predict_chunks(
-    model: ALForSequenceClassification,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Texts | Unusable],
-    batch_size: int,
-    exit_block: int | str | None,
-    all_scores: bool,
-    most_tokens: int | None,
-) -> Iterator[list[dict[str, Any]]]:
-    model.eval()
-    done = 0
-    for chunk in _chunks(rows, batch_size * CHUNK_BATCHES):
-        answers: list[dict[str, Any]] = [
-            {"row": done + i, "error": row.reason} if isinstance(row, Unusable) else {} for i, row in enumerate(chunk)
-        ]
-        usable = [i for i, row in enumerate(chunk) if not isinstance(row, Unusable)]
-        ids = _token_ids(model, tokenizer, [chunk[i] for i in usable])  # type: ignore[misc]
-        numbers = _numbers(model, [chunk[i] for i in usable])  # type: ignore[misc]
-        size = batch_size
-        if most_tokens is not None:
-            size = max(1, min(batch_size, most_tokens // max(map(len, ids), default=1)))
-        if isinstance(exit_block, str):
-            answered = _adaptive(model, ids, numbers, size, exit_block, all_scores)
-        else:
-            answered = _every_exit(model, ids, numbers, size, exit_block, all_scores)
-        for i, answer in answered:
-            answers[usable[i]] = answer
-        done += len(chunk)
-        yield answers
+    return chunks()
 
 
 def _every_exit(
@@ -224,30 +217,22 @@ def predict_file(flags: Namespace) -> None:
         names = ", ".join(model.config.numeric_columns)
         logger.warning("The model also reads %s, which lines of text do not have: each counts as its mean.", names)
     total, errors = 0, 0
-    given: deque[Texts | Unusable] = deque()  # rows that have no answer yet
     bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())
     with bar, _source(flags) as stream:
         numeric = model.config.numeric_columns or ()
         rows = read_rows(stream, kind, flags.text_column_names, flags.id_column, flags.csv_delimiter, numeric)
-        chunks = predict(
-            model, tokenizer, _remembered(rows, given), flags.batch_size, flags.exit_block, flags.all_scores
-        )
+        rows, asked = tee(rows)  # which keeps those that have no answer yet
+        chunks = predict(model, tokenizer, rows, flags.batch_size, flags.exit_block, flags.all_scores)
         extra = ["id"] * (flags.id_column is not None) + ["text", "text_pair"] * flags.with_text
         known = columns(model.config, flags.exit_block, flags.all_scores, extra)
         with answers_to(flags.output, known) as write:
             for answers in chunks:
-                answers = [{**_asked(given.popleft(), flags), **answer} for answer in answers]
+                answers = [{**_asked(next(asked), flags), **answer} for answer in answers]
                 write(answers)
                 total += len(answers)
                 errors += sum("error" in answer for answer in answers)
                 bar.update(len(answers))
     logger.info("%d %s, %s with an error.", total, "row" if total == 1 else "rows", errors or "none")
-
-
-def _remembered(rows: Iterable[Texts | Unusable], given: deque[Texts | Unusable]) -> Iterator[Texts | Unusable]:
-    for row in rows:
-        given.append(row)
-        yield row
 
 
 def _asked(row: Texts | Unusable, flags: Namespace) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Results:
         """Keeps the row of a run, at once.
 
         Args:
-            row: with `arguments` as they were given to the run.
+            row: as `carry_out` returns it; its `arguments` are added here.
 
         Raises:
             ValueError: it comes from other data than the rows of the same set.

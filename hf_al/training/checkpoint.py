@@ -247,19 +247,14 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
     return opened
 
 
-def load_checkpoint(
-    path: Path,
-    blocks: dict[int, nn.Module],
-    optimizers: BlockOptimizers | None,
-    manifest: dict[str, Any] | None = None,
-) -> None:
+def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockOptimizers | None) -> None:
     """Loads weights, and optimizer state unless `optimizers` is None, into `blocks`; reads only their files.
 
     Raises:
         Damaged: a file that is missing or not as it was written; earlier blocks have already been loaded.
         ValueError: tensors that are not those of the blocks, or another format.
     """
-    manifest = manifest or open_checkpoint(path)
+    manifest = open_checkpoint(path)
     for k, block in blocks.items():
         load_block(path, k, block, optimizers, manifest)
 

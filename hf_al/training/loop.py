@@ -87,17 +87,18 @@ def train(
 
     Args:
         args: the run.
-        datasets: the split train and optionally validation and test, with columns text, label and, for pairs,
-            text_pair; loaded from the data arguments if None.
+        datasets: the splits train, validation (needed with `streaming`) and test, with columns as the column arguments
+            name them, else guessed; loaded from the data arguments if None.
         on_evaluation: called in the main process after each evaluation, with the name of the metric that chooses the
             checkpoint and the history of report.json so far. What it raises ends the run.
 
     Raises:
-        ValueError: arguments or data that cannot work, with what to do instead; the output folder is as it was.
+        ValueError: arguments or data that cannot work, with what to do instead: before the first step, and the output
+            folder is as it was. Later: a tracker that cannot start, training that diverges, or too little memory.
         OSError: a disk that is full or refuses; the last checkpoint is kept.
         ConnectionError: a process that is gone, or silent for `args.ddp_timeout` seconds.
-        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM (status 143): the step is finished and saved first. Status 2 in
-            processes that end because another one raised.
+        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM (status 143), SIGHUP (129): the step is finished and saved first.
+            Status 2 in processes that end because another one raised.
     """
     at_ends = partial(shortage_explained, lambda: "the start or the end of the run", "model")
     with progress_bars(shown=not args.disable_tqdm), at_ends(can_offload=not args.offload):
@@ -177,7 +178,7 @@ class Run:
         wire = WIRES[args.wire_dtype]
         offload = Offload(blocks, self.optimizers, device, plan.output_dir) if args.offload else None
         self.stage = Stage(
-            model, plan.placement, number, device, collator, self.optimizers, transport, wire, args.bf16, offload
+            model, plan.placement, device, collator, self.optimizers, transport, wire, args.bf16, offload
         )
         if args.torch_compile:
             self.stage.compile()

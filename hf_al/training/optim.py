@@ -90,7 +90,7 @@ class BlockOptimizers:
 
     def __init__(
         self,
-        blocks: dict[int, nn.Module],
+        blocks: dict[int, Any],
         units: Iterable[range],
         args: TrainingArguments,
         total_steps: int,
@@ -102,7 +102,7 @@ class BlockOptimizers:
         self.names: dict[int, dict[str, nn.Parameter]] = {}
         self.by_unit: dict[range, list[torch.optim.Optimizer]] = {}
         self.plateaus: dict[int, ReduceLROnPlateau] = {}  # by the last block of a unit
-        self.embeddings = [rows for k in blocks if (rows := _input_embeddings(blocks[k])) is not None]
+        self.embeddings = [rows for block in blocks.values() if (rows := block.encode.input_embeddings()) is not None]
         for table in self.embeddings:
             table.sparse = args.embedding_optimizer == "sparse_adam"
         frozen = [table.weight for table in self.embeddings if args.embedding_learning_rate_factor == 0]
@@ -254,8 +254,3 @@ class BlockOptimizers:
             self.plateaus[k].optimizer.param_groups[0]["lr"] = value
         else:
             setattr(self.plateaus[k], entry, value if entry == "best" else int(value))
-
-
-def _input_embeddings(block: Any) -> nn.Embedding | None:
-    rows: nn.Embedding | None = block.encode.input_embeddings()
-    return rows

@@ -53,7 +53,6 @@ class Stage:
     Args:
         model: the classifier; the blocks of this stage are on `device`, unless they are offloaded.
         placement: which stage owns which units.
-        number: which stage this process is.
         device: where it computes.
         collator: rows -> tensors.
         optimizers: None for a stage that only evaluates.
@@ -68,7 +67,6 @@ class Stage:
         self,
         model: ALForSequenceClassification,
         placement: Placement,
-        number: int,
         device: torch.device,
         collator: Collator,
         optimizers: BlockOptimizers | None = None,
@@ -79,8 +77,8 @@ class Stage:
     ):
         self.model, self.device, self.collator, self.optimizers = model, device, collator, optimizers
         self.transport, self.wire, self.bf16 = transport, wire, bf16
-        self.unit_of = {unit[-1]: unit for unit in placement.units(number)}  # by its last block
-        self.blocks = {k: model.model.blocks[k] for k in placement.blocks(number)}
+        self.unit_of = {unit[-1]: unit for unit in placement.units(transport.number)}  # by its last block
+        self.blocks = {k: model.model.blocks[k] for k in placement.blocks(transport.number)}
         self.offload = offload
         self.frozen: dict[int, FrozenStates] = {}  # by block
         self.trace = Trace()
@@ -101,7 +99,7 @@ class Stage:
     @torch.no_grad()
     def _throw_away(self, rows: int, tokens: int, boundary: Boundary | None) -> Boundary:
         inputs = self._throw_away_inputs(rows, tokens)
-        boundary = self._start(inputs["labels"]) if boundary is None else boundary
+        boundary = self.model.model.initial_boundary(inputs["labels"]) if boundary is None else boundary
         for _, out in self._local_steps(boundary, inputs, (0, 0, 0, 0)):
             boundary = out.boundary
         return boundary
@@ -161,7 +159,7 @@ class Stage:
         losses: Losses = {}
         for micro_batch, (inputs, weight) in enumerate(parts):
             message = Message("train", step, micro_batch, *inputs["attention_mask"].shape)
-            boundary = self.transport.receive(message, partial(self._start, inputs["labels"]))
+            boundary = self.transport.receive(message, partial(self.model.model.initial_boundary, inputs["labels"]))
             lap("receive", step)
             for block, out in self._local_steps(boundary, inputs, (seed, step, micro_batch, self.transport.replica)):
                 lap(f"forward {block.index}", step)
@@ -266,9 +264,6 @@ class Stage:
                 if block.index == max(self.blocks) and block.index != last:
                     self.transport.send(message, out.boundary)
                 yield block, out
-
-    def _start(self, labels: Tensor) -> Boundary:
-        return self.model.model.initial_boundary(labels)
 
     def _local_steps(
         self, boundary: Boundary, inputs: dict[str, Tensor], key: tuple[int, int, int, int]

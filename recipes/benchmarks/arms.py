@@ -82,7 +82,7 @@ def stage_of(model: Any, placement: Placement, transport: Alone, args: TrainingA
     number, blocks = transport.number, model.model.blocks
     own = {k: blocks[k] for k in placement.blocks(number)}
     optimizers = BlockOptimizers(own, placement.units(number), args, total_steps=1_000_000)
-    return Stage(model, placement, number, CPU, Collator(0, model.config.classes), optimizers, transport, *wire)
+    return Stage(model, placement, CPU, Collator(0, model.config.classes), optimizers, transport, *wire)
 
 
 def first_half(model: Any, placement: Placement, rows: int) -> Boundary:

@@ -86,7 +86,7 @@ def loop_step(
     blocks = dict(enumerate(model.model.blocks))
     optimizers = BlockOptimizers(blocks, units, args, total_steps=1_000_000)
     offload = Offload(blocks, optimizers, device, offload_to) if offload_to else None
-    stage = Stage(model, place(units), 0, device, Collator(0, CLASSES), optimizers, bf16=bf16, offload=offload)
+    stage = Stage(model, place(units), device, Collator(0, CLASSES), optimizers, bf16=bf16, offload=offload)
     if torch_compile:
         stage.compile()
     steps = [micro_batches(np.arange(batch) + batch * n, accumulation) for n in range(len(data) // batch)]

@@ -59,7 +59,7 @@ def after_steps(model, device: str, offload: bool = False, micro_batches: int = 
     units, blocks = model.config.units, dict(enumerate(model.model.blocks))
     optimizers = BlockOptimizers(blocks, units, hf_al.TrainingArguments(output_dir="unused", **values), 10)
     moved = Offload(blocks, optimizers, torch.device(device), Path("/tmp")) if offload else None
-    stage = Stage(model, place(units), 0, torch.device(device), Collator(0, 3), optimizers, bf16=bf16, offload=moved)
+    stage = Stage(model, place(units), torch.device(device), Collator(0, 3), optimizers, bf16=bf16, offload=moved)
     data, left = few_rows(), {}
     rows = np.arange(4 * micro_batches)
     steps = ((n, cut(rows + 8 * (n % 2), micro_batches)) for n in range(4))

@@ -51,7 +51,7 @@ def own_loop(model, data, optimizers_class=BlockOptimizers, parts: int = 1, **va
     blocks = dict(enumerate(model.model.blocks))
     optimizers = optimizers_class(blocks, model.config.units, args, STEPS)
     collator = Collator(model.config.pad_token_id, model.config.classes)
-    stage = Stage(model.train(), place(model.config.units), 0, torch.device("cpu"), collator, optimizers)
+    stage = Stage(model.train(), place(model.config.units), torch.device("cpu"), collator, optimizers)
     steps = ((step, micro_batches(rows, parts)) for step, rows in enumerate(batches()))
     for step, inputs in stage.batches(data, steps):
         stage.train_batch(inputs, step, SEED)

@@ -55,7 +55,7 @@ def rows_of_tokens(config, count: int = 23) -> Dataset:
 
 def evaluate(model, data: Dataset, batch_size: int) -> dict[int, np.ndarray]:
     collator = Collator(model.config.pad_token_id, model.config.classes)
-    stage = Stage(model, place(model.config.units), 0, torch.device("cpu"), collator)
+    stage = Stage(model, place(model.config.units), torch.device("cpu"), collator)
     return stage.evaluate(data, batch_size)
 
 
