@@ -131,7 +131,7 @@ def test_whatever_ends_a_replica_ends_the_others_in_time(when, how, run_flags, t
     last = {
         "killed": "ended with status -9",
         "stopped": "still busy",
-        "memory": "ValueError: Ran out of memory at step",
+        "memory": "TooLarge: Ran out of memory at step",
     }
     assert last[how] in said[0]
     for words in said[1:]:

@@ -101,7 +101,7 @@ def test_a_stage_without_memory_says_what_to_change(when, run_flags, tmp_path):
         "while saving": (r"step \d+ of 60", "per_device_train_batch_size"),
         "in an evaluation": ("the evaluation after step 44", "per_device_eval_batch_size"),
     }.get(when, ("the start or the end of the run", "hidden_size"))
-    assert re.search(rf"ValueError: Ran out of memory at {where}\. Pass a smaller --{advice}", said[victim])
+    assert re.search(rf"TooLarge: Ran out of memory at {where}\. Pass a smaller --{advice}", said[victim])
     assert said[victim].splitlines()[-1].endswith(" or --offload.")
     assert "SystemExit" in said[1 - victim].splitlines()[-1]
 
