@@ -51,18 +51,16 @@ def run_grow(flags: Namespace, run: Callable[[dict[str, Any]], None]) -> None:
         )
     failing_once(lambda: check_model_name(name, values.get("model_revision")))
     if until is None:
-        run(failing_once(lambda: grown(values, name, values.get("model_revision"), add)))
+        run(failing_once(lambda: with_columns({**values, **growth(name, values.get("model_revision"), add)})))
     else:
         grow_until(values, name, until, run)
 
 
-def grown(values: dict[str, Any], name: str, revision: str | None, blocks: int) -> dict[str, Any]:
-    """The flags of a run that grows a model: `values`, those of `growth`, and columns that no flag names as in the run
-    of the model."""
-    flags = {**values, **growth(name, revision, blocks), "model_revision": revision}
+def with_columns(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run that grows a model, with the columns that none of them names as in the run of the model."""
     args = resolve({**flags, "print_config": True})
     columns = columns_of(args.train_file, args.csv_delimiter) if args.train_file else []
-    theirs = columns_of_run(name, columns)
+    theirs = columns_of_run(flags["model_name_or_path"], columns)
     return {**flags, **{flag: names for flag, names in theirs.items() if getattr(args, flag) is None}}
 
 
@@ -117,10 +115,11 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
         raise ValueError(
             f"Expected grow_until above {first['frozen_blocks']}, the blocks of {name}, got {most}. Pass more."
         )
+    flags = with_columns({**values, **first, "model_revision": revision})
     if values["print_config"]:  # of the first run
-        run(grown(values, name, revision, 1))
+        run(flags)
         return
-    args = resolve(grown(values, name, revision, 1))
+    args = resolve(flags)
     _check_several_runs(args)
     folder = check_output_dir(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None:
@@ -134,7 +133,8 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
     for blocks in range(first["num_blocks"], most + 1):
         here = folder / f"blocks-{blocks}"
         if not (args.resume_from_checkpoint and (here / "report.json").is_file()):
-            run({**grown(values, best, revision, 1), "output_dir": str(here)})
+            flags = {**values, **growth(best, revision, 1), "model_revision": revision, "output_dir": str(here)}
+            run(with_columns(flags))
         report = read_report(str(here))
         metric = report["metric"]
         before, now = (exit[metric] for exit in report["validation"][-2:])

@@ -122,6 +122,8 @@ def use_columns_of_run(flags: Namespace, columns: list[str]) -> None:
 def columns_of_run(model: str, columns: list[str]) -> dict[str, str]:
     """By the name of their flag, the columns of text and label that a model was trained on, where its report names them
     and they are among `columns`: those of a file, none if they are not known before it is read."""
+    if not columns:
+        return {}
     try:
         trained = read_report(model)["arguments"] or {}
     except ValueError:

@@ -146,6 +146,15 @@ def find_report(name: str, revision: str | None = None) -> dict[str, Any]:
     return read_report(str(Path(path).parent))
 
 
+def reads_pairs(name: str, revision: str | None = None) -> bool:
+    """Whether a model was trained on pairs of texts. Its report says so; a copy without one is taken for one of single
+    texts."""
+    try:
+        return bool(find_report(name, revision)["data"].get("pairs"))
+    except ValueError:
+        return False
+
+
 def rows_used(report: dict[str, Any]) -> str:
     """Equal for two runs that trained, validated and tested on the same rows; how texts became tokens has no part."""
     data = report["data"]

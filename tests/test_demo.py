@@ -122,7 +122,7 @@ def pairs(few_tweets, tmp_path_factory):
 
 
 def test_a_model_of_pairs_asks_for_both_texts(pairs, trained, tmp_path):
-    from hf_al.saved.demo import reads_pairs
+    from hf_al.report import reads_pairs
     from hf_al.saved.demo_page import build
 
     assert (reads_pairs(str(pairs), None), reads_pairs(str(trained[0]), None)) == (True, False)

@@ -29,8 +29,8 @@ class ALEncoderConfig(ALConfig):
             Set by `hf-al prune`.
         lookahead (`int`, defaults to 0): layers through which the bridge of a block reads what leaves the block: copies
             of those that follow it in the encoder, which start from the pretrained weights and learn with the block.
-            They cost their compute and memory in training and for an earlier exit; a block
-            that ends with the last layer of the encoder has none.
+            They cost their compute and memory in training and for an earlier exit; a block that ends with the last
+            layer of the encoder has none.
         lora_r (`int`, defaults to 0): rank of LoRA matrices; above 0, they are all that learns of the encoder (needs
             the package `peft`). `save_pretrained(..., inference_only=True)` and `to_encoder()` merge them.
         lora_alpha (`int`, defaults to 16): LoRA's product is scaled by `lora_alpha / lora_r`.

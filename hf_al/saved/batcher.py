@@ -31,7 +31,11 @@ class Overloaded(Exception):
 
 
 class ModelError(Exception):
-    """The model failed on a batch; the message is for whoever sent the texts."""
+    """The model failed. The message is for whoever sent the texts: it names the kind of error only, whose text may name
+    files of this machine."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(f"The model failed: {type(error).__name__}. See the server's log.")
 
 
 @dataclass(eq=False)
@@ -103,10 +107,9 @@ class Batcher:
                     raise
                 except BaseException as error:  # a panic inside tokenizers is no Exception, and the thread has to go on
                     logger.exception("The model failed on a batch of %d.", len(batch))
-                    name = type(error).__name__  # its text may name files of this machine
                     for waiting in batch:
                         if not waiting.answer.done():
-                            waiting.answer.set_exception(ModelError(f"The model failed: {name}. See the server's log."))
+                            waiting.answer.set_exception(ModelError(error))
                 else:
                     for waiting, answer in zip(batch, answers, strict=True):
                         if not waiting.answer.done():

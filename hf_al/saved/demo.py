@@ -12,7 +12,7 @@ from huggingface_hub import SpaceCard, SpaceCardData
 
 from ..early import check_is_new
 from ..loading import best_device, load_model
-from ..report import find_report
+from ..report import reads_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +71,6 @@ def demo(flags: Namespace) -> None:
         raise ValueError(f"Could not serve the page: {error}. Pass another --server_port or --server_name.") from None
     logger.info("Open %s in a browser; Ctrl-C ends it.", f"{address} or {public}" if public else address)
     page.block_thread()
-
-
-def reads_pairs(name: str, revision: str | None) -> bool:
-    """Whether a model was trained on pairs of texts. Its report says so; a copy without one is taken for one of texts,
-    and its page takes pairs, too."""
-    try:
-        return bool(find_report(name, revision)["data"].get("pairs"))
-    except ValueError:
-        return False
 
 
 def write_space(

@@ -1,7 +1,7 @@
 """The application that `hf-al serve` runs: answers in batches, its health, and metrics for Prometheus."""
 
 import asyncio
-import json
+import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +21,8 @@ from .batcher import Answer, Batcher, ModelError, Options, Overloaded
 from .prediction import predict
 from .request_body import SCHEMA, Refused, read_body
 from .rows import Texts
+
+logger = logging.getLogger(__name__)
 
 LINKS = {"predict": "/predict", "health": "/health", "metrics": "/metrics", "openapi": "/openapi.json"}
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
@@ -84,7 +86,6 @@ def build(
         metrics.batch_size.observe(len(texts))
         chunks = predict(model, tokenizer, texts, limits.max_batch_size, options.exit, options.all_scores, most_tokens)
         answers = [found for chunk in chunks for found in chunk]
-        json.dumps(answers, allow_nan=False)  # not every weight is finite: ModelError, and not a response cut short
         for found in answers:
             metrics.texts.labels(found["exit"] if "exit" in found else found["exits"][-1]["block"]).inc()
         return answers
@@ -106,7 +107,11 @@ def build(
         body = await _body(request, limits.max_body_kib)
         asked = read_body(body, model.config, exit, limits.max_waiting)
         answers = await _unless_gone(request, batcher.ask(asked.texts, asked.exit, asked.all_scores))
-        return JSONResponse({"answers": answers})
+        try:
+            return JSONResponse({"answers": answers})
+        except ValueError as error:  # not every weight is finite, and so not every score
+            logger.exception("The model gave scores that are no numbers.")
+            raise ModelError(error) from None
 
     @app.post(LINKS["predict"], openapi_extra={"requestBody": {"content": {"application/json": {"schema": SCHEMA}}}})
     async def predict_texts(request: Request) -> Response:

@@ -108,9 +108,7 @@ def key_of(row: dict[str, Any]) -> Key:
 
 
 def _check_row(key: Key, row: dict[str, Any]) -> None:
-    """Raises:
-    KeyError, TypeError, ValueError: a row that lacks something, or does not fit together.
-    """
+    """KeyError, TypeError or ValueError for a row that lacks something, or does not fit together."""
     for name in ("arguments", "seconds", "machine", "hf_al", *(() if "error" in row else MEASURED)):
         row[name]
     if type(key.seed) is not int:

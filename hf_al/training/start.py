@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..modeling.limits import REGRESSION, SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
 from ..parsing import check_lists, check_model_keys
 from ..registration import MODEL_CLASSES
-from ..report import read_report
+from ..report import reads_pairs
 from .local_step import block_randomness
 from .memory import TooLarge
 from .setup import make_config
@@ -94,7 +95,8 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
             args.word_vectors = tokenization.automatic_vectors(args, tokenizer)
         model = build_model(args, tokenizer, data["train"])
     _check_late(args, model.config, about["pairs"])
-    if args.model_name_or_path and not about["pairs"] and _read_pairs(args.model_name_or_path):
+    before = args.model_name_or_path
+    if before and not about["pairs"] and Path(before).is_dir() and reads_pairs(before):  # the Hub is not asked
         logger.warning("%s was trained on pairs of texts, and these are single ones: see text_column_names.", name)
     if args.numeric_column_names:
         about["numbers"] = {"columns": args.numeric_column_names, "block": model.config.numeric_block}
@@ -113,14 +115,6 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
 
     stream = StreamOrder(windows, encode, tokens["train"].features, batch, args.seed)
     return Start(model, tokenizer, tokens, stream, about)
-
-
-def _read_pairs(name: str) -> bool:
-    """Whether a model was trained on pairs of texts, as far as its folder says."""
-    try:
-        return bool(read_report(name)["data"].get("pairs"))
-    except ValueError:
-        return False
 
 
 def _check_late(args: TrainingArguments, config: Any, pairs: bool) -> None:
