@@ -225,12 +225,13 @@ def run(line: str, monkeypatch) -> None:
         step = ["--rounds=1", "--networks=lstm", "--threads=1"]
         accuracy = ["--objectives=al_ce", "--seeds=1", "--sets=tweets", *SHORT]
         encoders = ["--encoder=encoders/minilm", "--arms=al_ce:3:2"]
+        exits = ["--sets=tweets", "--seeds=1", "--depths=1", "--timed=16", "--rounds=1"]
         short = {
             "step.py": step,
             "accuracy.py": accuracy,
             "defaults.py": ["--seeds=1", "--sets=tweets", *SHORT],
             "memory.py": ["--batch=2", "--tokens=8", "--rounds=1", "--depths=1,2", f"--arms={MEMORY_ARMS}"],
-            "exits.py": ["--sets=tweets", "--seeds=1", "--depths=1", "--timed=16", "--rounds=1", *SHORT],
+            "exits.py": [*exits, "--learning_rates=1e-3", *SHORT],
             "serve.py": ["--set=tweets", "--seconds=3", "--clients=8", *SHORT],
             "throughput.py": ["--rounds=1", "--steps=1", "--rows=8", "--networks=lstm"],
             "encoders.py": [*encoders, "--seeds=1", "--sets=mine", "--learning_rates=1e-4", *SHORT],

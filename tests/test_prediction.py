@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -130,6 +131,16 @@ def test_exit_block_stops_there(classifier, tokenizer):
 def test_a_model_with_one_exit_answers_with_that_one(classifier, tokenizer):
     (answer,) = answers(classifier(objective="backprop"), tokenizer, [("thank you",)])
     assert [row["block"] for row in answer["exits"]] == [2]
+
+
+@pytest.mark.parametrize(("problem_type", "exit"), [*((kind, None) for kind in KINDS), (KINDS[0], "adaptive")])
+def test_a_model_whose_weights_are_not_finite_gives_no_answer(problem_type, exit, classifier, tokenizer):
+    model = classifier(problem_type)
+    if exit == "adaptive":
+        model.config.exit_temperatures, model.config.exit_thresholds = [1.0] * 3, [0.5, 0.5, None]
+    torch.nn.init.constant_(next(model.parameters()), math.nan)
+    with pytest.raises(ValueError, match="Expected a model that answers with numbers, got NaN"):
+        answers(model, tokenizer, [("thank you",)], exit_block=exit)
 
 
 def test_several_values_are_named(classifier, tokenizer):

@@ -64,7 +64,8 @@ def predict(
         left, whose answer it is, with calibrated scores.
 
     Raises:
-        ValueError: an exit that does not exist, or `"adaptive"` for a model that is not calibrated.
+        ValueError: an exit that does not exist, `"adaptive"` for a model that is not calibrated, or, with the first
+            answers, a model whose weights are not finite.
     """
     ways_out(model.config, exit_block)  # refuses what cannot be done, at once
 
@@ -178,9 +179,15 @@ def _padded(model: ALForSequenceClassification, ids: list[list[int]]) -> tuple[T
 
 
 def readings_of(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[str, Any]]:
-    """The answer of one exit for each text, with the scores of transformers' text-classification pipeline."""
+    """The answer of one exit for each text, with the scores of transformers' text-classification pipeline.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
     kind, names = config.resolved_problem_type, config.label_names
     logits_NC = logits_NC.float().cpu()
+    if not logits_NC.isfinite().all():
+        raise ValueError("Expected a model that answers with numbers, got NaN or infinity from it. Train it again.")
     if kind == REGRESSION:
         values = logits_NC.tolist()
         return [

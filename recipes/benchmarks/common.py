@@ -34,6 +34,11 @@ def series_parser(doc: str | None, sets: str, seeds: str, output_dir: str) -> ar
     return parser
 
 
+def chosen_rate(rows: list[dict[str, Any]], **key: Any) -> str:
+    """The learning rate with the best validation accuracy among the rows with these values."""
+    return max((row for row in rows if row.items() >= key.items()), key=lambda row: row["validation"])["learning rate"]
+
+
 def timing_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """The flags of a benchmark that times its arms in turns; `doc` is the help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import data_flags, kept_rows, series_parser, write_results
+from common import chosen_rate, data_flags, kept_rows, series_parser, write_results
 from datasets import load_dataset
 
 import hf_al
@@ -96,12 +96,6 @@ def read_test(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -
 def hits(row: dict[str, Any]) -> np.ndarray:
     """For each test row whether it was answered right."""
     return unpacked(row["right"], row["tests"])
-
-
-def chosen_rate(rows: list[dict[str, Any]], name: str, arm: str, seed: int) -> str:
-    """The rate with the best validation accuracy of the trials."""
-    trials = [row for row in rows if (row["set"], row["arm"], row["seed"]) == (name, arm, seed)]
-    return max(trials, key=lambda row: row["validation"])["learning rate"]
 
 
 def gap(rows: list[dict[str, Any]], name: str | None, arm: str, twin: str) -> tuple[float, float, float]:
@@ -182,10 +176,12 @@ def main() -> None:
             for rate in rates:
                 once(name, arm, rate, seeds[0])
             for seed in seeds:
-                once(name, arm, chosen_rate(rows, name, arm, seeds[0]), seed, test=True)
+                once(name, arm, chosen_rate(rows, set=name, arm=arm, seed=seeds[0]), seed, test=True)
             for folder in Path(known.output_dir).glob(f"{name}_{arm.replace(':', '_')}_*_*"):
                 shutil.rmtree(folder)  # 90 MB each
-    final = [row for row in rows if row["learning rate"] == chosen_rate(rows, row["set"], row["arm"], seeds[0])]
+    final = [
+        row for row in rows if row["learning rate"] == chosen_rate(rows, set=row["set"], arm=row["arm"], seed=seeds[0])
+    ]
     lines, ratios = summary(final, arms[0])
     print(table(lines, markdown=True))
     write_results(known.json, rows, ratios)

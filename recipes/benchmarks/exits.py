@@ -4,8 +4,9 @@
 
 Trains `recipes/{set}_{architecture}.yaml` with 6 blocks for each data set and seed, calibrates its exits on validation,
 and answers the test split with texts of all lengths, 32 at a time: by each exit, by all of them, and `adaptive`. Beside
-them, backpropagation models of fewer blocks, each trained by itself. Calls take turns when they are timed, on the first
-`--timed` texts of test. Rows that are already in the json are not computed again.
+them, backpropagation models of fewer blocks, each trained by itself. Every model tries each of `--learning_rates` with
+the first seed, and takes that with the best validation accuracy of the last exit. Calls take turns when they are timed,
+on the first `--timed` texts of test. Rows that are already in the json are not computed again.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import (
+    chosen_rate,
     data_flags,
     interleaved,
     kept_rows,
@@ -51,17 +53,23 @@ def run(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -> dict
     argv = [
         "--config", str(RECIPES / f"{name}_{known.architecture}.yaml"), *data_flags(known.data_dir, name), *cap,
         f"--num_blocks={blocks}", f"--objective={objective}", f"--seed={row['seed']}", "--overwrite_output_dir",
-        f"--output_dir={known.output_dir}/{name}_{objective}_{blocks}_{row['seed']}", "--plots=false", *more,
+        f"--learning_rate={row['learning rate']}", "--plots=false",
+        f"--output_dir={known.output_dir}/{name}_{objective}_{blocks}_{row['seed']}", *more,
     ]  # fmt: skip
     args = parse_arguments(argv)
     result = hf_al.train(args)
     model, tokenizer = result.model.eval(), result.tokenizer
     data = sources.load_text_datasets(args)
-    row = {**row, "train seconds": result.report["speed"]["train_seconds"], "tests": len(data["test"])}
+    row = {
+        **row,
+        "validation": result.report["validation"][-1]["accuracy"],
+        "train seconds": result.report["speed"]["train_seconds"],
+        "tests": len(data["test"]),
+    }
     if len(model.config.exits()) > 1:
         drop = DROPS.get(name, DROP)
         calibrated = calibrate_exits(model, tokenizer, data["validation"], drop, rule=known.rule)
-        row["validation"] = {key: calibrated[key] for key in ("accuracy", "last_accuracy", "speedup")}
+        row["calibration"] = {key: calibrated[key] for key in ("accuracy", "last_accuracy", "speedup")}
         row["thresholds"] = model.config.exit_thresholds
     return {**row, **answers(model, tokenizer, data["test"]), **times(model, tokenizer, data["test"]["text"], known)}
 
@@ -224,6 +232,7 @@ def main() -> None:
     parser = series_parser(__doc__, "sst2,banking77,ag_news,imdb", "1,2,3", "out/exits")
     parser.add_argument("--plot", metavar="FILE", help="where to draw them")
     parser.add_argument("--architecture", default="transformer", help="lstm or transformer (default: transformer)")
+    parser.add_argument("--learning_rates", default="1e-3,3e-3", help="tried with the first seed (default: 1e-3,3e-3)")
     parser.add_argument("--depths", default="1,2,3,4,6", help="of models by backpropagation, seed 1; empty: none")
     parser.add_argument("--rule", default="confidence", help="confidence, entropy or patience (default: confidence)")
     parser.add_argument("--timed", type=int, default=1024, help="texts that are timed (default: 1024)")
@@ -232,16 +241,25 @@ def main() -> None:
     set_up_output()
     rows, flags = kept_rows(known.json), " ".join([known.architecture, known.rule, str(known.timed), *more])
     seeds = [int(seed) for seed in known.seeds.split(",")]
-    plan = [(BLOCKS, "al_ce", seed) for seed in seeds]
-    plan += [(int(depth), "backprop", seeds[0]) for depth in known.depths.split(",") if depth]
-    for blocks, objective, seed in plan:
-        for name in known.sets.split(","):
-            key = {"set": name, "blocks": blocks, "objective": objective, "seed": seed, "flags": flags}
-            if not any(row.items() >= key.items() for row in rows):
-                rows.append(run(key, known, more))
-                print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
-                write_results(known.json, rows, {})
-    mine = [row for row in rows if row["flags"] == flags]
+    arms = [(BLOCKS, "al_ce", seeds)]
+    arms += [(int(depth), "backprop", seeds[:1]) for depth in known.depths.split(",") if depth]
+
+    def once(key: dict[str, Any]) -> None:
+        if not any(row.items() >= key.items() for row in rows):
+            rows.append(run(key, known, more))
+            print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
+            write_results(known.json, rows, {})
+
+    mine = []
+    for name in known.sets.split(","):
+        for blocks, objective, its_seeds in arms:
+            key = {"set": name, "blocks": blocks, "objective": objective, "flags": flags}
+            for rate in known.learning_rates.split(","):
+                once({**key, "seed": seeds[0], "learning rate": rate})
+            key["learning rate"] = chosen_rate(rows, seed=seeds[0], **key)
+            for seed in its_seeds:
+                once({**key, "seed": seed})
+            mine += [row for row in rows if row.items() >= key.items()]
     lines, ratios = summary(mine)
     print(table(lines, markdown=True))
     write_results(known.json, rows, ratios)
