@@ -142,6 +142,8 @@ def export(folder: Path) -> Iterator[Path]:
     with removed_if_broken(folder / f"export.{secrets.token_hex(4)}.tmp") as aside:
         yield aside
         for path in aside.rglob("*"):
+            if path.is_file():  # safetensors makes files that nobody but their owner may read
+                path.chmod(aside.stat().st_mode & 0o666)
             fsync(path)
         (folder / CONFIG).unlink(missing_ok=True)
         fsync(folder)

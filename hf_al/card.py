@@ -160,7 +160,7 @@ def picture(config: ALConfig, unit: str = "text") -> str:
 
 
 def _calibration(config: ALConfig) -> dict[str, Any] | None:
-    """How texts leave a calibrated model early: the rule, the expected speed-up, a table of the exits."""
+    """How texts leave a calibrated model early: the rule, the measured speed-up, a table of the exits."""
     if config.exit_temperatures is None or config.exit_thresholds is None:
         return None
     pairs = zip(config.exit_temperatures, config.exit_thresholds, strict=True)

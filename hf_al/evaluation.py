@@ -81,13 +81,18 @@ class ExitAnswers(NamedTuple):
         logits: (N, C) of each exit, by block.
         labels: class ids (N,), multi-hot rows (N, C), or values.
         rows: the text and label of each row, labels as ids or numbers.
-        lengths: tokens of each row (N,).
+        tokens: the same rows as ids of tokens.
     """
 
     logits: dict[int, np.ndarray]
     labels: np.ndarray
     rows: Dataset
-    lengths: np.ndarray
+    tokens: Dataset
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row (N,)."""
+        return token_lengths(self.tokens)
 
 
 def answer_exits(
@@ -104,7 +109,7 @@ def answer_exits(
     collator = Collator(tokenizer.pad_token_id, model.config.classes)
     stage = Stage(model, place(model.config.units), device_of(model), collator)
     logits = stage.evaluate(data, batch_size, show_progress)
-    return ExitAnswers(logits, labels, rows, token_lengths(data))
+    return ExitAnswers(logits, labels, rows, data)
 
 
 def labelled_tokens(

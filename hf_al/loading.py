@@ -6,6 +6,7 @@ transformers would find the same faults, but only after allocating memory for th
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -217,8 +218,10 @@ def read_header(file: Path) -> Shapes:
     """Names and shapes of the tensors in a safetensors file; reads only its header.
 
     Raises:
-        ValueError: a file that is missing, cut off or corrupt.
+        ValueError: a file that is missing, cut off, corrupt, or somebody else's.
     """
+    if file.is_file() and not os.access(file, os.R_OK):  # safetensors says that there is no such file
+        raise ValueError(f"Expected a file that may be read, got {file}, which is somebody else's. Change its mode.")
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

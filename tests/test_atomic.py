@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hf_al.atomic import export, replacing
 
@@ -56,6 +58,17 @@ def test_a_part_that_is_not_kept_is_removed(tmp_path):
     with pytest.raises(KeyError), replacing(tmp_path / "x"):
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+def test_all_files_of_an_export_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with export(tmp_path / "model") as aside:
+            save_file({"weight": torch.zeros(1)}, aside / "model.safetensors")
+            (aside / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
 
 
 def test_an_export_takes_no_file_of_the_users_for_its_own(tmp_path):

@@ -20,6 +20,7 @@ from hf_al.exits import Trial, calibrate_exits, choose_thresholds, temperature
 from hf_al.loading import load_model
 from hf_al.modeling.blocks import ALBlock
 from hf_al.modeling.early_exit import ExitRule, WaitingTexts
+from hf_al.modeling.limits import EXIT_RULES
 from hf_al.saved.prediction import predict
 from hf_al.saved.rows import Unusable
 from hf_al.training.measure import block_seconds
@@ -287,9 +288,12 @@ def by_the_book(logits, rule: str, thresholds, multi_label: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("config", [{}, MULTI_LABEL], ids=str)
-@pytest.mark.parametrize("rule", ["confidence", "entropy", "patience"])
-def test_texts_leave_by_the_rule(rule, config, classifier, make_batch):
-    model, batch = classifier(**config), make_batch(rows=40, tokens=9)
+@pytest.mark.parametrize(
+    ("model_type", "rule"),  # an untrained encoder gives all texts the same answer, which shows nothing of patience
+    [(m, rule) for m in hf_al.MODEL_CLASSES for rule in EXIT_RULES if (m, rule) != ("al_encoder", "patience")],
+)
+def test_texts_leave_by_the_rule(model_type, rule, config, classifier, make_batch):
+    model, batch = classifier(model_type, **config), make_batch(rows=40, tokens=9)
     if rule == "patience":
         calibrate_by_hand(model, [2, 2, None], rule)
     else:
@@ -422,6 +426,7 @@ def test_what_calibration_expects_is_what_happens_on_its_text(rule, config, clas
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     metrics = hf_al.evaluate(model, rows, tokenizer)
     found = calibrate_exits(model, tokenizer, rows, 0.05, rule=rule)
+    assert found["speedup"] == model.config.exit_speedup > 0  # measured
     assert found["accuracy"] >= found["last_accuracy"] - 0.05 - 1e-9
     assert found["last_accuracy"] == pytest.approx(metrics["accuracy"])
     assert found["examples"] == len(rows)
@@ -437,6 +442,15 @@ def test_what_calibration_expects_is_what_happens_on_its_text(rule, config, clas
     if not config:
         right = [answer["label"] == label for answer, label in zip(chunk, rows["label"], strict=True)]
         assert sum(right) / len(rows) == pytest.approx(found["accuracy"])
+
+
+def test_a_speedup_can_be_asked_for(classifier, tokenizer, few_tweets):
+    """With thresholds for every text to leave at the first exit, the most that there is would be gained."""
+    names = sorted(set(few_tweets["train"]["label"]))
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = classifier(vocab_size=len(tokenizer), max_position_embeddings=40, num_blocks=6, **labels)
+    found = calibrate_exits(model, tokenizer, few_tweets["validation"], 0.0, target_speedup=1.5)
+    assert found["expected_speedup"] >= 1.5
 
 
 @pytest.mark.parametrize(
@@ -552,7 +566,11 @@ def test_a_model_is_calibrated_from_the_command_line(trained, files, shell, tmp_
     model, tokenizer = load_model(str(folder))
     assert model.config.exit_thresholds == new["exit_thresholds"]
     report = json.loads(after["report.json"])
-    assert f"| 0 | {model.config.exit_temperatures[0]:.4f} |" in model_card(report, model, "me/mine", []).text
+    card = model_card(report, model, "me/mine", []).text
+    assert f"{model.config.exit_speedup} times as fast as the last exit where it was calibrated" in card
+    for k, (degrees, threshold) in enumerate(zip(new["exit_temperatures"], new["exit_thresholds"], strict=True)):
+        cells = [str(k), f"{degrees:.4f}", "" if threshold is None else f"{threshold:.4f}"]
+        assert "| " + " | ".join(cells) + " |" in card
 
     rows = tmp_path / "rows.csv"
     rows.write_text("text\nthank you so much\n\nwhich gate\n")

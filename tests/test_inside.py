@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 from hf_al.evaluation import ExitAnswers, answer_exits
 from hf_al.loading import load_model
@@ -43,10 +43,11 @@ def test_a_probe_reads_what_a_line_can_tell():
 
 
 def test_what_an_exit_gets_wrong_is_counted_by_length_and_beside_the_last_exit():
-    labels, lengths = np.array([0, 1, 0, 1]), np.array([3, 4, 8, 9])
+    labels = np.array([0, 1, 0, 1])
     first, last = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 0])
     logits = {0: np.eye(2)[first], 3: np.eye(2)[last]}
-    found = wrong_at(ExitAnswers(logits, labels, None, lengths))
+    tokens = Dataset.from_dict({"input_ids": [[0] * length for length in (3, 4, 8, 9)]})
+    found = wrong_at(ExitAnswers(logits, labels, None, tokens))
     assert found[0] == {"wrong": 0.5, "short": 0.5, "long": 0.5, "mended": 0.25, "spoilt": 0.25}
     assert found[3] == {"wrong": 0.5, "short": 0.0, "long": 1.0, "mended": 0.0, "spoilt": 0.0}
 

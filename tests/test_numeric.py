@@ -116,7 +116,7 @@ def test_texts_that_leave_early_keep_their_numbers(model, make_batch):
     sure = [sorted(logits.softmax(1).amax(1).tolist()) for logits in expected]
     model.config.exit_temperatures, model.config.exit_thresholds = [1.0] * 3, [sure[0][15], sure[1][11], None]
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    out = model.predict(ids, mask, exit="adaptive", batch_size=4, numeric_values=values)
+    out = model.predict(ids, mask, exit="adaptive", batch_size=4, numeric_values=values.tolist())
     assert len(out.exit_blocks.unique()) > 1
     for row, block in enumerate(out.exit_blocks.tolist()):
         torch.testing.assert_close(out.logits[row], expected[block][row], atol=1e-5, rtol=0)
@@ -183,6 +183,9 @@ def test_numbers_that_do_not_fit_the_model_are_refused(model, make_model, make_b
     batch = make_batch()
     with pytest.raises(ValueError, match=r"of shape \(4, 2\), a row for each text with age, price, got \(4, 3\)"):
         model(**batch, numeric_values=torch.zeros(4, 3))
+    for texts in (3, 5):
+        with pytest.raises(ValueError, match=rf"of shape \(4, 2\), .* got \({texts}, 2\)"):
+            model.predict(batch["input_ids"], numeric_values=torch.zeros(texts, 2))
     with pytest.raises(ValueError, match="Expected no numeric_values"):
         make_model("al_lstm")(**batch, numeric_values=torch.zeros(4, 2))
 

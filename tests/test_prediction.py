@@ -85,6 +85,8 @@ def test_a_text_without_a_token_is_answered(classifier):
     both = answers(model, tokenizer, [("!!!",), ("fine day",)])
     alone = [*answers(model, tokenizer, [("!!!",)]), *answers(model, tokenizer, [("fine day",)])]
     assert [answer["score"] for answer in both] == pytest.approx([answer["score"] for answer in alone])
+    nothing = answers(model, tokenizer, [("!!!",), ("?",)], most_tokens=1024)
+    assert [answer["score"] for answer in nothing] == pytest.approx([both[0]["score"]] * 2)
 
 
 def test_pairs_are_answered_as_the_pipeline_does(classifier, tokenizer):

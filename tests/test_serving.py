@@ -418,8 +418,10 @@ def test_the_clients_of_the_documentation_work(client, capsys, monkeypatch):
 
 def test_the_container_file_copies_what_there_is_and_starts_the_server():
     text = (ROOT / "recipes" / "serve" / "Dockerfile").read_text(encoding="utf-8")
-    for names in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
-        assert all((ROOT / name).exists() for name in names.split())
+    copied = [name for names in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for name in names.split()]
+    assert all((ROOT / name).exists() for name in copied)
+    ignored = (ROOT / "recipes" / "serve" / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == set(copied)
     (entry,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
     program, command, *argv = json.loads(entry)
     assert (program, command) == ("hf-al", "serve")

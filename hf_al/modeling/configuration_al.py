@@ -98,8 +98,8 @@ class ALConfig(PreTrainedConfig):
             softmax can be trusted. Set by `hf-al calibrate`, as are the next two.
         exit_thresholds (`list[float | None]`, *optional*): of each block; None where no text leaves early, and for the
             last one.
-        exit_speedup (`float`, *optional*): how many times faster texts are expected to be answered than by the last
-            exit.
+        exit_speedup (`float`, *optional*): how many times as fast as by the last exit texts were answered when these
+            were set.
         inference_only (`bool`, defaults to False): set by `save_pretrained(..., inference_only=True)`: the model has
             no training-only parameters (encode_target of every block, bridges of all blocks but the last).
     """

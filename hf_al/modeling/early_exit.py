@@ -15,6 +15,7 @@ from .blocks import never_empty, truncate, walk
 from .encoders import Inputs
 from .late import of_length
 from .limits import MULTI, REGRESSION
+from .numeric import checked_values
 from .objectives import Boundary
 
 
@@ -81,7 +82,7 @@ def predict_texts(
     runs = [model.model.blocks[start : stop + 1] for start, stop in zip(starts, stops, strict=True)]
     inputs, lengths_N = _padded_right(config, input_ids, attention_mask, token_type_ids)
     if numeric_values is not None:
-        inputs["numeric_values"] = numeric_values
+        inputs["numeric_values"] = checked_values(config, numeric_values, len(input_ids))
     logits_NC = torch.empty(len(input_ids), config.classes, device=input_ids.device)
     blocks_N = torch.empty(len(input_ids), dtype=torch.long, device=input_ids.device)
     temperatures = config.exit_temperatures or [1.0] * config.num_blocks

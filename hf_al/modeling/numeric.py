@@ -32,6 +32,24 @@ def check_reads(config: Any, index: int, encoder: nn.Module) -> None:
         )
 
 
+def checked_values(config: Any, values_NF: Any, texts: int) -> Tensor:
+    """Numbers in their own units (N, F), in float64: whole numbers and large ones keep what they differ by.
+
+    Raises:
+        ValueError: values for a model that reads none, or of another shape.
+    """
+    names = config.numeric_columns
+    if not names:
+        raise ValueError("Expected no numeric_values for a model without numeric_columns, got some.")
+    values_NF = torch.as_tensor(values_NF, dtype=torch.float64)
+    if values_NF.shape != (texts, len(names)):
+        raise ValueError(
+            f"Expected numeric_values of shape {(texts, len(names))}, a row for each text with {', '.join(names)}, got "
+            f"{tuple(values_NF.shape)}."
+        )
+    return values_NF
+
+
 def numeric_inputs(config: Any, values_NF: Tensor | None, mask_NT: Tensor) -> dict[str, Tensor]:
     """`numeric`, the standardised values (N, F) in float32; nothing for a model without such columns.
 
@@ -45,23 +63,16 @@ def numeric_inputs(config: Any, values_NF: Tensor | None, mask_NT: Tensor) -> di
         ValueError: values for a model that reads none, or of another shape.
     """
     names = config.numeric_columns
-    if not names:
-        if values_NF is not None:
-            raise ValueError("Expected no numeric_values for a model without numeric_columns, got some.")
+    if values_NF is not None:
+        values_NF = checked_values(config, values_NF, len(mask_NT))
+    elif not names:
         return {}
-    shape = (len(mask_NT), len(names))
-    if values_NF is None:
+    else:
         logger.warning_once(
             f"The model also reads the columns {', '.join(names)}, and got only text: each counts as its mean. Pass "
             "numeric_values, in that order."
         )
-        return {"numeric": torch.zeros(shape, device=mask_NT.device)}
-    values_NF = torch.as_tensor(values_NF, dtype=torch.float64)  # whole numbers and large ones keep what they differ by
-    if values_NF.shape != shape:
-        raise ValueError(
-            f"Expected numeric_values of shape {shape}, a row for each text with {', '.join(names)}, got "
-            f"{tuple(values_NF.shape)}."
-        )
+        return {"numeric": torch.zeros(len(mask_NT), len(names), device=mask_NT.device)}
     means_F, stds_F = (values_NF.new_tensor(row) for row in (config.numeric_means, config.numeric_stds))
     standard_NF = ((values_NF - means_F) / stds_F).nan_to_num(nan=0.0)
     return {"numeric": standard_NF.clamp(-FARTHEST, FARTHEST).float().to(mask_NT.device)}

@@ -82,7 +82,7 @@ def predict(
             numbers = _numbers(model, [chunk[i] for i in usable])  # type: ignore[misc]
             size = batch_size
             if most_tokens is not None:
-                size = max(1, min(batch_size, most_tokens // max(map(len, ids), default=1)))
+                size = max(1, min(batch_size, most_tokens // max(1, *map(len, ids))))
             if isinstance(exit_block, str):
                 answered = _adaptive(model, ids, numbers, size, exit_block, all_scores)
             else:

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE", help="where to draw them")
     parser.add_argument("--architecture", default="transformer", help="lstm or transformer (default: transformer)")
     parser.add_argument("--learning_rates", default="1e-3,3e-3", help="tried with the first seed (default: 1e-3,3e-3)")
-    parser.add_argument("--depths", default="1,2,3,4,6", help="of models by backpropagation, seed 1; empty: none")
+    parser.add_argument("--depths", default="1,2,3,4,6", help="of models by backpropagation, first seed; empty: none")
     parser.add_argument("--rule", default="confidence", help="confidence, entropy or patience (default: confidence)")
     parser.add_argument("--timed", type=int, default=1024, help="texts that are timed (default: 1024)")
     parser.add_argument("--rounds", type=int, default=7, help="timed turns (default: 7)")
