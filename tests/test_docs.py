@@ -266,6 +266,12 @@ def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, caps
         assert set(json.loads(results.read_text())) == {"machine", "rows", "ratios"}
     for answers in room.glob("*.jsonl"):
         assert len(answers.read_text(encoding="utf-8").splitlines()) == 60
+    if page == "exits":
+        ratios = json.loads((room / "out/exits.json").read_text())["ratios"]
+        assert ratios.keys() == {
+            "adaptive_over_full_throughput_tweets", "adaptive_accuracy_drop_points_tweets", "ece_tweets"
+        }  # fmt: skip
+        assert (room / "out/exits.png").read_bytes().startswith(b"\x89PNG")
     if page == "five_minutes":
         assert (room / "docs/images/five_minutes.png").read_bytes() != PLOT.read_bytes()
 

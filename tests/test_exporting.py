@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -150,6 +151,21 @@ def test_graphs_answer_as_the_model_does(format, model_type, config, make, token
 
 
 @pytest.mark.slow
+def test_programs_are_read_without_hf_al(make, tokenizer, tmp_path):
+    model = make("al_transformer", **ONE)
+    export_graphs(model, tokenizer, tmp_path, "mine", "torch_export", ())
+    batch = batches(model, [(3, 9)])[0]
+    torch.save(batch, tmp_path / "batch.pt")
+    code = (
+        "import sys; sys.modules['hf_al'] = sys.modules['transformers'] = None; import torch; "
+        "out = torch.export.load('block_0.pt2').module()(**torch.load('batch.pt')); torch.save(out, 'out.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+    found = torch.load(tmp_path / "out.pt")["logits"]
+    torch.testing.assert_close(found, model(**batch).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "objective"),
     [("al_lstm", name) for name in EVERY_OBJECTIVE]
@@ -204,7 +220,7 @@ def test_what_an_exporter_cannot_write_is_refused_and_nothing_is_kept(make, toke
 @pytest.fixture(scope="module")
 def exported(trained, files, few_tweets, tmp_path_factory):
     """A room with a model in out/mine that is sure of half of the texts after its first block, and its graphs in
-    out/onnx, made by the documented command: (the room, what the command printed)."""
+    out/onnx, made by the documented command for all exits: (the room, what the command printed)."""
     room = tmp_path_factory.mktemp("exported")
     shutil.copytree(trained[0], room / "out" / "mine", ignore=shutil.ignore_patterns("checkpoints"))
     shutil.copy(files / "test.csv", room)
@@ -218,7 +234,7 @@ def exported(trained, files, few_tweets, tmp_path_factory):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.chdir(room)
-        main(command.split())
+        main([*command.split(), "--exits=all"])
     return room, said.getvalue()
 
 
@@ -242,6 +258,7 @@ def test_accuracy_is_measured_on_the_files(exported, few_tweets):
     found = json.loads((room / "out" / "onnx" / "export.json").read_text())
     exits = evaluate(str(room / "out" / "mine"), few_tweets["test"])["exits"]
     assert found["measured_rows"] == 80
+    assert [row["block"] for row in found["blocks"]] == [row["block"] for row in found["exits"]] == [0, 1]
     for row in found["blocks"] + found["exits"]:
         assert row["metrics"]["accuracy"] == exits[row["block"]]["accuracy"]
         assert row["difference"] <= 1e-4
