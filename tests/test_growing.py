@@ -293,6 +293,13 @@ def run_until(grow, monkeypatch, verdicts: list[bool], *flags: str):
     return folder
 
 
+def test_each_new_block_is_trained_until_validation_stalls(grow):
+    """With a rate of next to nothing, validation stalls after the first epoch; the second one shows it."""
+    stalls = ["--max_steps=-1", "--num_train_epochs=9", "--early_stopping_patience=1", "--learning_rate=1e-12"]
+    folder = grow("best", "--grow_until=3", *stalls)
+    assert json.loads((folder / "blocks-3" / "report.json").read_text())["steps"] == 2 * 13
+
+
 def test_growing_stops_at_the_first_block_that_does_not_help(grow, small, texts, monkeypatch):
     folder = run_until(grow, monkeypatch, [True, False])
     assert sorted(path.name for path in folder.glob("blocks-*")) == ["blocks-3", "blocks-4"]
