@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import assert_mistake
+from conftest import assert_mistake, slow
 from hooks import hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +24,8 @@ from hf_al.study.runs import Key, all_runs, planned
 from hf_al.study.summary import Summary
 from hf_al.training.stage import Stage
 
-STUDIES = sorted((Path(__file__).parents[1] / "recipes" / "studies").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
 RECIPE = {
     "model_type": "al_lstm", "model": {"num_blocks": 2, "hidden_size": 16, "target_size": 12}, "word_vectors": "none",
     "max_steps": 4, "use_cpu": True,
@@ -77,9 +78,18 @@ def row(key: Key, validation: float = 0.5, right: tuple[int, ...] = (1, 0, 1, 0)
     bits = np.array(right)
     found = {
         "metric": "accuracy", "validation": validation, "validation drop": 0.0, "train": 0.9, "test": bits.mean(),
-        "tests": len(bits), "right": packed(bits), "train seconds": 3.0, "data": {"fingerprint": {"test": key.set}},
+        "tests": len(bits), "right": packed(bits), "train seconds": 3.0,
+        "data": {"rows": {"test": len(bits)}, "fingerprint": {"test": key.set}},
     }  # fmt: skip
-    machine = {"gpu": None, "processor": "p", "cores": 2, "threads": 1, "python": "3", "torch": "2"}
+    machine = {
+        "gpu": None,
+        "processor": "p",
+        "cores": 2,
+        "threads": 1,
+        "python": "3",
+        "torch": "2",
+        "transformers": "5",
+    }
     return {**key._asdict(), **found, "seconds": 4.0, "machine": machine, "hf_al": "0", **more}
 
 
@@ -471,6 +481,7 @@ def test_each_arm_is_compared_with_its_own_baseline(place):
     [
         (0.1, 0.2, "ahead of the baseline"), (-0.4, 0.1, "at most 0.5 points behind"), (-1, -0.1, "behind"),
         (-0.4, -0.1, "behind, by at most 0.5 points"), (-0.6, 0.1, "too close to tell"),
+        (0.04, 3, "at most 0.5 points behind"), (-0.46, 1, "too close to tell"),  # to a tenth of a point
     ],
 )  # fmt: skip
 def test_an_interval_has_one_verdict(low, high, said):
@@ -492,7 +503,9 @@ def test_the_page_says_in_short_who_is_ahead_and_who_is_behind(place, tmp_path):
     said = "ahead of the baseline: better; at most 0.5 points behind: alike; behind: worse; too close to tell: wild."
     assert in_short(summary) == [f"- lstm, by 95 % intervals over mine: {said}"]
     write_page(tmp_path / "page.md", summary)
-    assert said in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert said in page
+    assert "- mine: 400 rows for test; its fingerprints, as on model cards, begin with test `mine`." in page
     summary = Summary(study, {key: given(key) for key in planned(study, {}) if key.seed == 1})
     assert in_short(summary) == ["- lstm, by 95 % intervals over mine: 4 without an interval."]
 
@@ -693,6 +706,21 @@ def test_every_run_of_a_shipped_study_can_be_made(path, tmp_path, encoder_folder
     settings = sum(map(len, study.tune.values()))
     assert len(found) == len(study.sets) * settings * len(study.arms) * len(study.seeds)
     assert len({run.folder for run in found.values()}) == len(found)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [slow(p) if p.stem == "objectives" else p for p in STUDIES if p.with_suffix(".json").exists()],  # of 512 runs
+    ids=lambda path: path.stem,
+)
+def test_a_committed_page_is_that_of_its_rows(path, tmp_path, monkeypatch):
+    """Also: no default, recipe or yaml has changed since the runs were made."""
+    monkeypatch.chdir(ROOT)
+    study = read_study(str(path.relative_to(ROOT)))
+    results = Results(study.path.with_suffix(".json"), all_runs(study, tmp_path))
+    results.refuse_changed()
+    write_page(tmp_path / "page.md", Summary(study, results.rows))
+    assert (tmp_path / "page.md").read_text() == (ROOT / "model_cards" / f"study_{path.stem}.md").read_text()
 
 
 def test_data_that_a_study_cannot_use_is_refused_before_training(place, monkeypatch):

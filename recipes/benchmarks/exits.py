@@ -136,6 +136,13 @@ def drop(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
     return points_apart([last - early])
 
 
+def chance(row: dict[str, Any]) -> float:
+    """The calibration error that so many texts are expected to show if every probability is exactly right."""
+    _, confidence = np.asarray(row["reliability"]["after"])
+    texts = row["tests"] / len(confidence)  # in each bin
+    return float(np.sqrt(2 * confidence * (1 - confidence) / (np.pi * texts)).mean())
+
+
 def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A line for each set, and the ratios."""
     lines, ratios = [], {}
@@ -158,6 +165,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
                 "with tokenization": statistics.mean(row["throughput with tokenization"] for row in mine),
                 "ece": mean["ece"],
                 "ece without temperatures": statistics.mean(row["ece without temperatures"] for row in mine),
+                "ece of chance alone": statistics.mean(chance(row) for row in mine),
                 "left after": " ".join(f"{share:.0%}" for share in np.mean([row["left"] for row in mine], axis=0)),
             }
         )
