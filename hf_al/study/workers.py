@@ -23,7 +23,7 @@ class Workers:
         count: processes.
 
     Attributes:
-        running: the tasks that are under way, by the pipe to their process.
+        running: the tasks that are under way, by the pipe to their process; without one whose process died.
 
     SIGTERM ends this process like Ctrl-C does: the others write a checkpoint first. Both end it while it waits for an
     answer, so that no write is left half done; the second one ends it at once.
@@ -93,10 +93,10 @@ class Workers:
             try:
                 answer = pipe.recv()
             except EOFError:
-                process = self.processes[pipe]
+                process, task = self.processes[pipe], self.running.pop(pipe)
                 process.join()
                 raise ChildProcessError(
-                    f"The process of {self.running[pipe]} ended with status {process.exitcode}, perhaps for lack of "
+                    f"The process of {task} ended with status {process.exitcode}, perhaps for lack of "
                     "memory. What is finished is kept: the same command goes on. Pass fewer --jobs if memory is short."
                 ) from None
             if isinstance(answer, Exception):

@@ -193,18 +193,19 @@ def carry_out_sweep(sweep: Sweep, studies: dict[str, optuna.Study], jobs: int, k
     try:
         with quiet(__name__), workers:
             workers.carry_out(partial(_next_trial, sweep, studies), heard, lambda trial: trial.flags)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        for trial in workers.running.values():  # this start does not count: it did not end its process
-            trial.asked.set_user_attr("starts", trial.asked.user_attrs.get("starts", 1) - 1)
-        done = sum(len(finished(study)) for study in studies.values())
-        stop.add_note(f"{done} finished trials are kept in {sweep.output_dir}. The same command goes on.")
-        raise
     except optuna.exceptions.StorageInternalError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise OSError(
             f"Expected {sweep.output_dir / DATABASE} to take the results of trials, got: {reason}. Once it does, the "
             "same command goes on."
         ) from error
+    except BaseException as stop:
+        for trial in workers.running.values():  # this start does not count: it did not end its process
+            trial.asked.set_user_attr("starts", trial.asked.user_attrs.get("starts", 1) - 1)
+        if isinstance(stop, (KeyboardInterrupt, SystemExit)):
+            done = sum(len(finished(study)) for study in studies.values())
+            stop.add_note(f"{done} finished trials are kept in {sweep.output_dir}. The same command goes on.")
+        raise
 
 
 def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterable[Trial]) -> Trial | None:
