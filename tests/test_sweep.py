@@ -6,20 +6,24 @@ import sqlite3
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pandas as pd
 import pytest
 import yaml
 from conftest import assert_mistake
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from hf_al.atomic import alone_at
+from hf_al.sweep.outcome import draw
 from hf_al.sweep.plan import read_sweep
 from hf_al.sweep.trials import _next_trial, carry_out, finished, open_studies
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 ARMS = {"ours": {"objective": "al_ce"}, "theirs": {"objective": "backprop"}}
+PLOTS = ("slices", "importance", "together")
 SEARCH = {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}, "pooling": ["mean", "max"]}
 
 
@@ -95,6 +99,20 @@ def test_more_trials_go_on_with_those_that_are_done(asked, shell):
         assert len(after) == 3
         assert after[:1] == before[arm]
         assert len({t.params["learning_rate"] for t in finished(study)}) == 3
+
+
+def test_plots_are_drawn_of_four_different_values(tmp_path):
+    spaces = {
+        "learning_rate": FloatDistribution(1e-4, 1e-2, log=True), "num_blocks": IntDistribution(1, 4),
+        "pooling": CategoricalDistribution(["mean", "max"]),
+    }  # fmt: skip
+    study, sweep = optuna.create_study(direction="maximize"), SimpleNamespace(output_dir=tmp_path, search=spaces)
+    for i in range(6):
+        assert draw(sweep, "ours", study) == ([] if i < 4 else [f"{name}_ours.png" for name in PLOTS])
+        params = {"learning_rate": 10 ** (i / 4 - 4), "num_blocks": 1 + i % 4, "pooling": ["mean", "max"][i % 2]}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=0.5 + i * i / 100))
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 3
+    assert draw(SimpleNamespace(output_dir=tmp_path, search={"pooling": ()}), "ours", study) == ["slices_ours.png"]
 
 
 @pytest.mark.slow
