@@ -216,7 +216,9 @@ def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[st
     """What of the network and its training is not the same in both runs, the objective apart."""
     left_out = {"model.objective", *named("only", "showing", "output", "machine"), *named("section", "data")}
     runs = {"this model": report, "baseline": {**baseline, "arguments": shared_arguments(baseline["arguments"])}}
-    plain = TrainingArguments(model_type=report["model_type"]).to_dict()  # a run of an earlier version may lack some
+    decide = {name: report["arguments"].get(name) for name in ("encoder", "model_name_or_path")}
+    plain = TrainingArguments(model_type=report["model_type"], **decide).to_dict()
+    plain |= dict.fromkeys(decide)  # what a run of an earlier version may lack
     found = differences({name: {**plain, **flat_arguments(run)} for name, run in runs.items()})
     return [{"argument": name, **row} for name, row in found.items() if name not in left_out]
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
 # What earlier pushes may have left, by the names that hf_al writes: the repository may hold files of its owner's
 STALE = [
-    *WEIGHTS, *CHECKPOINTS, ".eval_results/hf_al.yaml", *(f"plots/{name}.png" for name in PLOTS), *CODE,
+    *WEIGHTS, *CHECKPOINTS, ".eval_results/hf_al.yaml", *(f"plots/{name}.png" for name in ("timeline", *PLOTS)), *CODE,
 ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def _create(api: HfApi, repo_id: str, private: bool) -> str:
     Raises:
         PublicRepository: `private`, and there is a public one, which `create_repo` would leave public without a word.
     """
-    found: str = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    found: str = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if private and not api.repo_info(found).private:
         raise PublicRepository(
             f"Expected a private repository (--private, hub_private_repo), got {found}, which exists and is public. "
@@ -235,9 +235,9 @@ def prepare(
     model, tokenizer = load_model(folder)
     model.save_pretrained(into, inference_only=inference_only)
     tokenizer.save_pretrained(into)
-    plots = sorted(path.stem for path in (Path(folder) / "plots").glob("*.png"))
-    if plots:
+    if (Path(folder) / "plots").is_dir():
         shutil.copytree(Path(folder) / "plots", into / "plots", ignore=shutil.ignore_patterns("*.tmp.png"))
+    plots = sorted(path.stem for path in (into / "plots").glob("*.png"))
     arguments = shared_arguments(report["arguments"])
     data = {**report["data"], "name": shared_name(report["data"]["name"])}
     report = {**report, "arguments": arguments, "data": data, "weights": weights_sha256(into)}

@@ -33,7 +33,7 @@ from .modeling.pretrained import load_pretrained
 from .own import hint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Of a Hub repository: config, weights, tokenizer, arguments of the run; no pickles
+# Of a Hub repository: config, weights, tokenizer, arguments of the run; no pickles. Nothing in folders: checkpoints
 WANTED = ["*.json", "training_config.yaml", "*.safetensors", "*.txt", "*.model"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MIXED = "Config and weights are from different models: copy both from one run."
@@ -176,7 +176,7 @@ def local_copy(name: str, revision: str | None) -> Path:
     if Path(name).exists():
         return Path(name)
     try:
-        copy = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+        copy = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=["*/*"]))
     except Exception as error:  # no network, no such repository, no permission to read it
         raise ValueError(
             f"Found no folder {name} here, and could not load a model of that name from the Hub: {last_line(error)}"

@@ -20,7 +20,7 @@ def import_own(names: str | None) -> None:
         ValueError: a module that is not there, or that fails when it is imported.
     """
     for name in names_in(names):
-        if Path(name).stem in sys.modules or name in sys.modules:
+        if _is_imported(name):
             continue
         try:
             _import(name)
@@ -29,6 +29,26 @@ def import_own(names: str | None) -> None:
                 f"Could not import {name}: {type(error).__name__}: {error}. Pass --import the name of a module, or its "
                 "file."
             ) from error
+
+
+def _is_imported(name: str) -> bool:
+    """Whether that module, or that file, was imported before.
+
+    Raises:
+        ValueError: a file whose module would take the place of another one.
+    """
+    if not name.endswith(".py"):
+        return name in sys.modules
+    other = sys.modules.get(Path(name).stem)
+    if other is None:
+        return False
+    where = getattr(other, "__file__", None)
+    if where is None or Path(where).resolve() != Path(name).resolve():
+        raise ValueError(
+            f"Expected a file whose module is not there yet, got {name}: {Path(name).stem} is {where or 'of Python'}. "
+            "Rename the file."
+        )
+    return True
 
 
 def _import(name: str) -> None:

@@ -53,6 +53,8 @@ def code_version() -> str:
     """The version of hf_al, with the commit if it is a git checkout: `0.1.0+g1a2b3c4`, `.dirty` if files differ."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        # hf_al may be installed in somebody else's repository
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -82,7 +82,7 @@ def convert(value: Any, kind: Any) -> Any:
                 if isinstance(value, str):  # a=1,b=true or {"a": 1}
                     value = yaml.safe_load(value if value.startswith("{") else "{" + value.replace("=", ": ") + "}")
                 return {k: _number(v) for k, v in dict(value).items()}
-        except (TypeError, ValueError, AttributeError, yaml.YAMLError):
+        except (TypeError, ValueError, AttributeError, OverflowError, yaml.YAMLError):
             continue
     raise TypeError(value)
 

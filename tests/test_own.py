@@ -92,6 +92,28 @@ def test_a_module_is_imported_once_and_from_the_working_folder(tmp_path, monkeyp
     assert os.environ["COUNTED"] == "x"
 
 
+def test_every_module_of_a_package_is_imported_and_no_file_is_taken_for_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    for name in (
+        "my_package/__init__.py",
+        "my_package/one.py",
+        "my_package/two.py",
+        "a/my_blocks.py",
+        "b/my_blocks.py",
+    ):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    try:
+        import_own("my_package.one,my_package.two,a/my_blocks.py")
+        assert {"my_package.one", "my_package.two", "my_blocks"} <= sys.modules.keys()
+        with pytest.raises(ValueError, match=r"got b/my_blocks\.py: my_blocks is .*a/my_blocks\.py\. Rename the file"):
+            import_own("a/my_blocks.py,b/my_blocks.py")
+    finally:
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+
+
 def test_modules_are_found_on_a_command_line():
     argv = ["train", "--import", "a", "--x", "--import_module=b,c", "--import=d", "--import"]
     assert named_in(argv) == ["a", "b,c", "d"]

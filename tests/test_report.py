@@ -16,7 +16,7 @@ from PIL import Image
 
 import hf_al
 from hf_al import plots, report
-from hf_al.card import shared_arguments
+from hf_al.card import _differing, shared_arguments
 from hf_al.training import checkpoint, record
 from hf_al.training.stage import Stage
 
@@ -343,6 +343,24 @@ def test_the_highest_memory_so_far_never_falls(content):
     figure = plots.memory({**content, "history": rows})
     (line,) = figure.axes[0].get_lines()
     assert line.get_ydata().tolist() == [700.0, 700.0]
+
+
+def test_the_version_of_code_in_a_repository_of_somebody_else_names_no_commit_of_it(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    (tmp_path / "report.py").touch()
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=one"], check=True)
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    assert "+g" not in report.code_version()
+    subprocess.run([*git, "add", "report.py"], check=True)
+    assert re.search(r"\+g[0-9a-f]{7,}\.dirty$", report.code_version())
+
+
+def test_runs_of_an_encoder_are_compared():
+    given = {"model_type": "al_encoder", "encoder": "user/encoder", "learning_rate": 1e-4}
+    ours = {"model_type": "al_encoder", "arguments": {**hf_al.TrainingArguments(**given).to_dict()}}
+    theirs = {**ours, "arguments": {**ours["arguments"], "learning_rate": 2e-4}}
+    assert [row["argument"] for row in _differing(ours, theirs)] == ["learning_rate"]
 
 
 def test_shared_arguments_name_no_folder_of_this_machine(tmp_path, monkeypatch):

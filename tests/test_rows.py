@@ -37,6 +37,12 @@ def test_an_empty_line_and_wrong_bytes_are_rows_with_a_reason():
     assert read(b"one\n\n \nbad \xff\ntwo\n") == [("one",), empty, empty, wrong, ("two",)]
 
 
+def test_utf_16_is_refused_line_by_line():
+    found = read("one\r\ntwo\r\n".encode("utf-16"))
+    assert all(isinstance(row, str) and row.startswith("!Expected") for row in found)
+    assert any("as of UTF-16. Save it as UTF-8" in row for row in found)
+
+
 def test_a_row_without_an_end_is_not_read_whole():
     long = b"x" * (3 * LONGEST_ROW)
     found = read(b"one\n" + long + b"\ntwo\n")

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -269,18 +270,33 @@ def test_names_of_a_data_set_are_kept_in_their_order():
     assert label_names(data["train"]) == ["world", "business", "art"]
 
 
-@pytest.mark.parametrize("form", ["names", "ids", "text"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the file open
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_numbers_too_long_for_a_column_of_numbers_stay_as_they_are(kind, tmp_path):
+    numbers = ["123456789012345678901", "123456789012345678902"]
+    rows = [f"t {i}\t{i % 2}\t{numbers[i % 2]}" for i in range(20)]
+    text = "\n".join(["text\tlabel\torder", *rows])
+    (tmp_path / f"a.{kind}").write_text(text if kind == "tsv" else text.replace("\t", ","))
+    found = sources.read_file(str(tmp_path / f"a.{kind}"))
+    assert set(found["order"]) == set(numbers)
+    assert found["label"][:2] == [0, 1]
+
+
+@pytest.mark.parametrize("form", ["names", "ids", "multi-hot", "multi-hot floats", "text"])
 def test_multi_label_rows_become_lists_of_ids(form):
     rows = [{"text": f"t {i}", "label": [["x", "y"], ["y"], ["z"], []][i % 4]} for i in range(40)]
     flags = {}
     if form == "ids":
         rows = [{**row, "label": ["xyz".index(name) for name in row["label"]]} for row in rows]
+    if form.startswith("multi-hot"):
+        number = float if form.endswith("floats") else int
+        rows = [{**row, "label": [number(name in row["label"]) for name in "xyz"]} for row in rows]
     if form == "text":
         rows = [{**row, "label": ", ".join(row["label"])} for row in rows]
         flags = {"problem_type": "multi_label_classification"}
     data = load(rows, **flags)
     assert problem_type_of(data["train"]) == "multi_label_classification"
-    assert label_names(data["train"]) == (["0", "1", "2"] if form == "ids" else ["x", "y", "z"])
+    assert label_names(data["train"]) == (["x", "y", "z"] if form in ("names", "text") else ["0", "1", "2"])
     for row in data["train"]:
         assert row["label"] == [[0, 1], [1], [2], []][int(row["text"].split()[1]) % 4]
 
@@ -299,6 +315,13 @@ def test_numbers_with_a_fraction_are_regression():
     assert problem_type_of(data["train"]) == "regression"
     by_text = {row["text"]: row["label"] for row in rows}
     assert all(row["label"] == by_text[row["text"]] for split in data.values() for row in split)
+
+
+def test_decimals_are_numbers():
+    rows = [{"text": f"t {i}", "label": Decimal(i) / 4} for i in range(40)]
+    assert problem_type_of(load(rows)["train"]) == "regression"
+    rows = [{"text": f"t {i}", "label": Decimal(f"{i % 2}.00")} for i in range(40)]
+    assert label_names(load(rows)["train"]) == ["0", "1"]
 
 
 def test_whole_numbers_are_regression_only_where_asked():

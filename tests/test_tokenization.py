@@ -214,6 +214,13 @@ def test_a_glove_file_is_words_and_rows(vectors):
     assert np.allclose(rows, [[1, 2, 3], [-1, 0.5, 0.01], [7, 8, 9], [4, 5, 6]])
 
 
+def test_a_word_of_a_glove_file_may_have_spaces_and_its_lines_the_ends_of_windows(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"the 1 2 3\r\n. . . 4 5 6\r\nat name@domain.com 7 8 9\r\n")
+    words, rows = read_word_vectors(str(tmp_path / "a.txt"))
+    assert words == ["the", ". . .", "at name@domain.com"]
+    assert rows.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
 def test_known_words_get_their_rows_and_padding_is_zero(vectors):
     tokenizer = build_tokenizer(arguments(min_frequency=1), toy("the flight xyzzy"))
     rows = embedding_rows(tokenizer, vectors, seed=0)

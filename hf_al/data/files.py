@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DownloadManager, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -50,18 +51,21 @@ def _where(file: Path, kind: str) -> dict[str, str]:
 
 def _loaded(file: Path, kind: str, options: dict[str, Any], names: list[str]) -> Dataset:
     """datasets takes the type of a column from the first 10,000 rows of a csv file, and refuses the file if a later
-    cell does not fit: a fraction after whole numbers, an empty cell. Then all cells are read as text, and a column
-    becomes one of numbers if all of it can."""
+    cell does not fit: a fraction after whole numbers, an empty cell, a number beyond 64 bits. Then all cells are read
+    as text, and a column becomes one of numbers if all of it can."""
     where = _where(file, kind)
     try:
         return load_dataset(READERS[kind], **where, **options)
     except DatasetGenerationError as error:
-        if not isinstance(error.__cause__, pa.ArrowInvalid) or READERS[kind] != "csv" or not all(names):
+        does_not_fit = isinstance(error.__cause__, (pa.ArrowInvalid, OverflowError))
+        if not does_not_fit or READERS[kind] != "csv" or not all(names):
             raise
     texts = Features(dict.fromkeys(names, Value("string")))
     data = load_dataset("csv", **where, **options, features=texts)
     for name in names:
-        for number in ("int64", "float64"):
+        column = data.with_format("arrow")[:][name]
+        is_long = pc.any(pc.match_substring_regex(column, r"^\s*[+-]?\d{16,}\s*$")).as_py()
+        for number in ("int64",) if is_long else ("int64", "float64"):  # a float would not tell long numbers apart
             with suppress(pa.ArrowInvalid):
                 data = data.cast_column(name, Value(number))
                 break

@@ -5,7 +5,8 @@ a float (regression), so that its feature alone tells the problem type and the n
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def guess_problem_type(rows: Dataset) -> str:
         return MULTI
     if feature in (Value("string"), Value("large_string")):
         _refuse_almost_numbers(rows["label"][:])
-    is_float = getattr(feature, "dtype", "").startswith("float")
+    is_float = getattr(feature, "dtype", "").startswith(("float", "decimal"))
     has_fraction = is_float and any(not _missing(v) and v != int(v) for v in rows["label"][:])
     return REGRESSION if has_fraction else SINGLE
 
@@ -79,7 +80,7 @@ def guess_problem_type(rows: Dataset) -> str:
 def _refuse_almost_numbers(labels: Any) -> None:
     """One cell that is not a number makes text of a whole column: a regression would become a classification."""
     numbers = {label for label in labels if _is_fraction(label)}
-    others = [row for row, label in enumerate(labels) if not _is_number(label)]
+    others = [row for row, label in enumerate(labels) if not is_number(label)]
     if len(numbers) > 10 and 0 < len(others) <= 0.1 * len(labels):
         raise ValueError(
             f"Expected labels that are all numbers, or names, got numbers and {labels[others[0]]!r} in row {others[0]} "
@@ -88,7 +89,8 @@ def _refuse_almost_numbers(labels: Any) -> None:
         )
 
 
-def _is_number(label: Any) -> bool:
+def is_number(label: Any) -> bool:
+    """Whether it is a finite number, or text that is one."""
     try:
         return math.isfinite(float(label))
     except (TypeError, ValueError):
@@ -96,7 +98,7 @@ def _is_number(label: Any) -> bool:
 
 
 def _is_fraction(label: Any) -> bool:
-    return _is_number(label) and float(label) != int(float(label))
+    return is_number(label) and float(label) != int(float(label))
 
 
 def written_labels(read: Dataset, encoded: Dataset, split: str) -> list[str] | list[list[str]] | list[float]:
@@ -139,12 +141,15 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
         _refuse_object(value)
         if class_names is not None and isinstance(value, int):
             return class_names[value]
-        if isinstance(value, float) and value == int(value):
+        if isinstance(value, (float, Decimal)) and value == int(value):
             value = int(value)  # 1.0 in one file and 1 in another are one class
         return str(value).strip()
 
+    labels = rows["label"][:]
+    if problem_type == MULTI and class_names is None and _is_multi_hot(labels):
+        return [[str(i) for i, is_on in enumerate(row) if is_on] for row in labels]
     result = []
-    for number, value in enumerate(rows["label"][:]):
+    for number, value in enumerate(labels):
         if problem_type == MULTI and value is not None:
             values = value if isinstance(value, list) else str(value).split(",")
             result.append([name(v) for v in values if not _missing(v)])
@@ -153,6 +158,13 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
         else:
             result.append([name(value)])
     return result
+
+
+def _is_multi_hot(labels: Sequence[Any]) -> bool:
+    """Whether each row has a 0 or a 1 for each class, as transformers' own models take them. (Read as ids, each row
+    would name the same classes.)"""
+    widths = {len(row) if isinstance(row, list) else 0 for row in labels}
+    return len(widths) == 1 and min(widths) > 1 and all(value in (0, 1) for row in labels for value in row)
 
 
 def _refuse_object(value: Any) -> None:
@@ -191,7 +203,7 @@ def _missing(value: Any) -> bool:
 
 def _sort_key(name: str) -> tuple[int, float, str]:
     """Sorts numbers by value, then words."""
-    return (0, float(name), name) if _is_number(name) else (1, 0.0, name)
+    return (0, float(name), name) if is_number(name) else (1, 0.0, name)
 
 
 def _with_labels(rows: Dataset, values: list, feature: Any) -> Dataset:

@@ -19,6 +19,7 @@ from ..arguments import TrainingArguments
 from ..early import GLOVE, check_word_vectors
 from ..values import capped
 from .files import writing_cache
+from .labels import is_number
 from .numeric import VALUES
 
 logger = logging.getLogger(__name__)
@@ -304,8 +305,11 @@ def read_word_vectors(name: str) -> tuple[list[str], np.ndarray]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                word, *values = line.decode().rstrip("\n").split(" ")
+                # of GloVe's own files, that of 840B has words with spaces
+                word, *values = line.decode().rstrip("\r\n").rsplit(" ", len(rows[0]) if rows else -1)
                 row = np.array(values, dtype=np.float32)
+                if " " in word and is_number(word.rpartition(" ")[2]):  # there is one too many
+                    row = np.array([np.nan])
             except ValueError:  # also for bytes that are not UTF-8
                 row = np.array([np.nan])
             if not np.isfinite(row).all() or len(row) < 2 or (rows and len(row) != len(rows[0])):

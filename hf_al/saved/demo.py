@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 import shutil
 import socket
 from argparse import Namespace
@@ -102,8 +103,9 @@ def write_space(
     needs = "".join(f"{package}=={version(package).split('+')[0]}\n" for package in ("torch", "transformers"))
     (folder / "requirements.txt").write_text(needs, encoding="utf-8")
     data = SpaceCardData(
-        title=short, sdk="gradio", sdk_version=gradio, app_file="app.py", models=[model_id] if model_id else None
-    )
+        title=short, sdk="gradio", sdk_version=gradio, python_version=".".join(platform.python_version_tuple()[:2]),
+        app_file="app.py", models=[model_id] if model_id else None,
+    )  # fmt: skip
     card = SpaceCard.from_template(data, template_str=README, name=short, model="this model" if local else name)
     card.save(folder / "README.md")
 
@@ -111,7 +113,7 @@ def write_space(
 def _read_examples(path: str, pairs: bool) -> list[list[str]]:
     """The lines of a file; for pairs, each has two texts with a tab between them."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected one text per line in {path}, got {error}. Check --examples.") from None
     texts = [line.strip() for line in lines if line.strip()]

@@ -152,6 +152,8 @@ def usable(texts: Iterable[Any]) -> Texts:
             raise RowError(f"Expected a text, got {type(text).__name__}.")
         if not text.strip():
             raise RowError("Expected a text, got an empty one.")
+        if "\0" in text:
+            raise RowError("Expected text in UTF-8, got characters of the code 0, as of UTF-16. Save it as UTF-8.")
         try:
             text.encode()
         except UnicodeEncodeError:
