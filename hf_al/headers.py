@@ -5,6 +5,7 @@ datasets: a mistake is answered at once.
 import csv
 import gzip
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,17 @@ def guess_delimiter(header: str) -> str:
 
 
 def _first_line(file: Path) -> str:
-    """The header of a csv file; empty if it cannot be read, which is for its reader to say."""
+    """The header of a csv file, its first line that is not blank; empty if it cannot be read, which is for its reader
+    to say."""
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            return stream.readline(2**20).decode("utf-8-sig").split("\r")[0]  # some lines end with that alone
+            for read in iter(partial(stream.readline, 2**20), b""):
+                lines = read.decode("utf-8-sig").split("\r")  # some lines end with that alone
+                if filled := [line for line in lines if line.strip(" \n")]:
+                    return filled[0]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error):
-        return ""
+        pass
+    return ""
 
 
 def check_once(columns: list[str], where: str = "") -> None:

@@ -88,6 +88,12 @@ def test_a_byte_order_mark_is_not_part_of_a_column_name(tmp_path):
     assert sources.read_file(str(tmp_path / "a.csv")).column_names == ["text", "label"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_blank_lines_before_the_header_do_not_count(end, tmp_path):
+    (tmp_path / "a.csv").write_bytes(end.join(["", "  ", "text;label", "a, b;1", "c;0", ""]).encode())
+    assert sources.read_file(str(tmp_path / "a.csv"))[:] == {"text": ["a, b", "c"], "label": [1, 0]}
+
+
 def test_files_become_splits(tmp_path):
     files = {split: write(tmp_path / f"{split}.csv", ROWS) for split in ("train", "validation", "test")}
     data = load_text_datasets(arguments(**{f"{split}_file": file for split, file in files.items()}))

@@ -18,7 +18,7 @@ from ..arguments import TrainingArguments
 from ..early import check_data_arguments
 from ..headers import check_named
 from ..modeling.limits import SINGLE
-from .columns import LABEL_NAMES, guess_label, guess_text
+from .columns import guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
 from .labels import encode_labels, is_list, label_names, noisy_labels, problem_type_of, written_labels
 from .numeric import VALUES, with_values
@@ -152,7 +152,7 @@ def _split(data: DatasetDict, split: str, name: str) -> Dataset:
 
 def _all_hidden(split: Dataset, args: TrainingArguments) -> bool:
     """Benchmarks publish test labels as -1."""
-    column = args.label_column_name or next((n for n in LABEL_NAMES if n in split.column_names), None)
+    column = args.label_column_name or guess_label(split.column_names)
     if column not in split.column_names or is_list(split.features[column]) or len(split) == 0:
         return False
     return set(split.unique(column)) == {-1}
