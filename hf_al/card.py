@@ -14,6 +14,7 @@ from .modeling.limits import MULTI, REGRESSION, SINGLE
 from .modeling.modeling_al import ALForSequenceClassification
 from .modeling.objectives import OBJECTIVES
 from .report import differences, energy, flat_arguments, numbers, split_sizes
+from .values import names_in
 
 PAIR = ("The crew was lovely!", "Everyone on board was kind.")
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -229,13 +230,15 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in named("path", "file", "any"):
         value = shown.get(name)  # a run of an earlier version may lack some
         if value:
-            shown[name] = Path(value).name if name in named("path", "file") else shared_name(value)
+            is_file = name in named("path", "file")
+            shown[name] = Path(value).name if is_file else ",".join(map(shared_name, names_in(value)))
     return shown
 
 
 def shared_name(name: str) -> str:
-    """A Hub id as it is, and of a folder or a file of this machine its name only."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    """A Hub id or a module as it is, and of a folder or a file of this machine its name only."""
+    path = Path(name)
+    return path.name if path.is_absolute() or path.exists() or path.suffix == ".py" else name
 
 
 def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:

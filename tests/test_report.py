@@ -372,3 +372,5 @@ def test_shared_arguments_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     assert names == ["mine", "tokenizer", "", "test.csv"]
     kept = shared_arguments(hf_al.TrainingArguments(dataset_name="user/data", encoder="user/encoder").to_dict())
     assert (kept["dataset_name"], kept["encoder"]) == ("user/data", "user/encoder")
+    own = shared_arguments({"import_module": "mine.blocks, elsewhere/a.py,/gone/b.py"})
+    assert own["import_module"] == "mine.blocks,a.py,b.py"
