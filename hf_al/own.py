@@ -32,7 +32,7 @@ def import_own(names: str | None) -> None:
 
 
 def _is_imported(name: str) -> bool:
-    """Whether that module, or that file, was imported before.
+    """Whether that module, or that file or a copy of it, was imported before.
 
     Raises:
         ValueError: a file whose module would take the place of another one.
@@ -43,7 +43,8 @@ def _is_imported(name: str) -> bool:
     if other is None:
         return False
     where = getattr(other, "__file__", None)
-    if where is None or Path(where).resolve() != Path(name).resolve():
+    files = [Path(path) for path in (name, where) if path is not None and Path(path).is_file()]
+    if len(files) < 2 or files[0].read_bytes() != files[1].read_bytes():
         raise ValueError(
             f"Expected a file whose module is not there yet, got {name}: {Path(name).stem} is {where or 'of Python'}. "
             "Rename the file."

@@ -95,15 +95,10 @@ def test_a_module_is_imported_once_and_from_the_working_folder(tmp_path, monkeyp
 def test_every_module_of_a_package_is_imported_and_no_file_is_taken_for_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
-    for name in (
-        "my_package/__init__.py",
-        "my_package/one.py",
-        "my_package/two.py",
-        "a/my_blocks.py",
-        "b/my_blocks.py",
-    ):
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).touch()
+    for folder, stems in {"my_package": ("__init__", "one", "two"), "a": ("my_blocks",), "b": ("my_blocks",)}.items():
+        Path(folder).mkdir()
+        for stem in stems:
+            Path(folder, f"{stem}.py").write_text(f"folder = {folder!r}")
     try:
         import_own("my_package.one,my_package.two,a/my_blocks.py")
         assert {"my_package.one", "my_package.two", "my_blocks"} <= sys.modules.keys()

@@ -1,5 +1,6 @@
 """Where labelled text comes from: files, splits, columns and labels, and every way in which they can be wrong."""
 
+import gc
 import gzip
 import hashlib
 import importlib.metadata
@@ -284,6 +285,7 @@ def test_numbers_too_long_for_a_column_of_numbers_stay_as_they_are(kind, tmp_pat
     text = "\n".join(["text\tlabel\torder", *rows])
     (tmp_path / f"a.{kind}").write_text(text if kind == "tsv" else text.replace("\t", ","))
     found = sources.read_file(str(tmp_path / f"a.{kind}"))
+    gc.collect()  # here, where the warning is expected
     assert set(found["order"]) == set(numbers)
     assert found["label"][:2] == [0, 1]
 
