@@ -217,9 +217,7 @@ def _differing(report: dict[str, Any], baseline: dict[str, Any]) -> list[dict[st
     """What of the network and its training is not the same in both runs, the objective apart."""
     left_out = {"model.objective", *named("only", "showing", "output", "machine"), *named("section", "data")}
     runs = {"this model": report, "baseline": {**baseline, "arguments": shared_arguments(baseline["arguments"])}}
-    decide = {name: report["arguments"].get(name) for name in ("encoder", "model_name_or_path")}
-    plain = TrainingArguments(model_type=report["model_type"], **decide).to_dict()
-    plain |= dict.fromkeys(decide)  # what a run of an earlier version may lack
+    plain = _defaults(report["arguments"])  # a run of an earlier version may lack some
     found = differences({name: {**plain, **flat_arguments(run)} for name, run in runs.items()})
     return [{"argument": name, **row} for name, row in found.items() if name not in left_out]
 
@@ -241,12 +239,17 @@ def shared_name(name: str) -> str:
     return path.name if path.is_absolute() or path.exists() or path.suffix == ".py" else name
 
 
-def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments that differ from the defaults, and all config values that were given."""
+def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of all arguments; some follow from others that a run was given."""
     decide = ("model_type", "encoder", "model_name_or_path", "eval_strategy", "eval_steps", "max_steps")
     filled = TrainingArguments(**{n: arguments[n] for n in decide if n in arguments}).to_dict()
     plain = {field.name: field.default for field in fields(TrainingArguments)}
-    defaults = {**filled, **{n: plain[n] for n in decide}}  # some follow from others
+    return {**filled, **{n: plain[n] for n in decide}}
+
+
+def _chosen(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments that differ from the defaults, and all config values that were given."""
+    defaults = _defaults(arguments)
     shown = {n: v for n, v in arguments.items() if n not in {"model", *named("only", "showing")} and v != defaults[n]}
     values = {**shown, **arguments["model"]}
     return [

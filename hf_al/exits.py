@@ -69,10 +69,10 @@ def calibrate_exits(
 
     Returns:
         `rule`, `examples`, `accuracy`, `last_accuracy` (of the last exit), `expected_speedup`, `speedup` (measured, on
-        up to 512 of the texts), and `exits`. For each,
-        its `block`, `temperature`, `threshold` (None: no text leaves early), `share` of the texts that leave,
-        `accuracy` on those (None if there are none), and its calibration error on all texts (15 bins of equal mass; of
-        several labels, of each), without the temperature as `ece_before` and with it as `ece`.
+        up to 512 of the texts), and `exits`. For each, its `block`, `temperature`, `threshold` (None: no text leaves
+        early), `share` of the texts that leave, `accuracy` on those (None if there are none), and its calibration error
+        on all texts (15 bins of equal mass; of several labels, of each), without the temperature as `ece_before` and
+        with it as `ece`.
 
     Raises:
         ValueError: a model with one exit or for regression, rows that `evaluate` would refuse, a rule that does not

@@ -4,6 +4,7 @@ keeps its promises."""
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -416,13 +417,18 @@ def labelled(few_tweets, multi_label: bool) -> Dataset:
     return rows.map(lambda row: {"label": [row["label"]]}) if multi_label else rows
 
 
+@pytest.fixture
+def of_tweets(classifier, tokenizer, few_tweets):
+    """A model with the words and the classes of a few tweets: of_tweets(num_blocks=6)."""
+    names = dict(enumerate(sorted(set(few_tweets["train"]["label"]))))
+    ids = {name: i for i, name in names.items()}
+    return partial(classifier, vocab_size=len(tokenizer), max_position_embeddings=40, id2label=names, label2id=ids)
+
+
 @pytest.mark.parametrize("rule", ["confidence", "entropy", "patience"])
 @pytest.mark.parametrize("config", [{}, MULTI_LABEL], ids=str)
-def test_what_calibration_expects_is_what_happens_on_its_text(rule, config, classifier, tokenizer, few_tweets):
-    rows = labelled(few_tweets, bool(config))
-    names = sorted(set(few_tweets["train"]["label"]))
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    model = classifier(vocab_size=len(tokenizer), max_position_embeddings=40, **labels, **config)
+def test_what_calibration_expects_is_what_happens_on_its_text(rule, config, of_tweets, tokenizer, few_tweets):
+    rows, model = labelled(few_tweets, bool(config)), of_tweets(**config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     metrics = hf_al.evaluate(model, rows, tokenizer)
     found = calibrate_exits(model, tokenizer, rows, 0.05, rule=rule)
@@ -444,12 +450,8 @@ def test_what_calibration_expects_is_what_happens_on_its_text(rule, config, clas
         assert sum(right) / len(rows) == pytest.approx(found["accuracy"])
 
 
-def test_a_speedup_can_be_asked_for(classifier, tokenizer, few_tweets):
-    """With thresholds for every text to leave at the first exit, the most that there is would be gained."""
-    names = sorted(set(few_tweets["train"]["label"]))
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    model = classifier(vocab_size=len(tokenizer), max_position_embeddings=40, num_blocks=6, **labels)
-    found = calibrate_exits(model, tokenizer, few_tweets["validation"], 0.0, target_speedup=1.5)
+def test_a_speedup_can_be_asked_for(of_tweets, tokenizer, few_tweets):
+    found = calibrate_exits(of_tweets(num_blocks=6), tokenizer, few_tweets["validation"], 0.0, target_speedup=1.5)
     assert found["expected_speedup"] >= 1.5
 
 

@@ -81,15 +81,8 @@ def row(key: Key, validation: float = 0.5, right: tuple[int, ...] = (1, 0, 1, 0)
         "tests": len(bits), "right": packed(bits), "train seconds": 3.0,
         "data": {"rows": {"test": len(bits)}, "fingerprint": {"test": key.set}},
     }  # fmt: skip
-    machine = {
-        "gpu": None,
-        "processor": "p",
-        "cores": 2,
-        "threads": 1,
-        "python": "3",
-        "torch": "2",
-        "transformers": "5",
-    }
+    versions = dict.fromkeys(("python", "torch", "transformers"), "3")
+    machine = {"gpu": None, "processor": "p", "cores": 2, "threads": 1, **versions}
     return {**key._asdict(), **found, "seconds": 4.0, "machine": machine, "hf_al": "0", **more}
 
 

@@ -62,9 +62,9 @@ def _loaded(file: Path, kind: str, options: dict[str, Any], names: list[str]) ->
             raise
     texts = Features(dict.fromkeys(names, Value("string")))
     data = load_dataset("csv", **where, **options, features=texts)
+    cells = data.with_format("arrow")[:]
     for name in names:
-        column = data.with_format("arrow")[:][name]
-        is_long = pc.any(pc.match_substring_regex(column, r"^\s*[+-]?\d{16,}\s*$")).as_py()
+        is_long = pc.any(pc.match_substring_regex(cells[name], r"^\s*[+-]?\d{16,}\s*$")).as_py()
         for number in ("int64",) if is_long else ("int64", "float64"):  # a float would not tell long numbers apart
             with suppress(pa.ArrowInvalid):
                 data = data.cast_column(name, Value(number))

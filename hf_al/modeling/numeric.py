@@ -63,16 +63,15 @@ def numeric_inputs(config: Any, values_NF: Tensor | None, mask_NT: Tensor) -> di
         ValueError: values for a model that reads none, or of another shape.
     """
     names = config.numeric_columns
-    if values_NF is not None:
-        values_NF = checked_values(config, values_NF, len(mask_NT))
-    elif not names:
+    if values_NF is None and not names:
         return {}
-    else:
+    if values_NF is None:
         logger.warning_once(
             f"The model also reads the columns {', '.join(names)}, and got only text: each counts as its mean. Pass "
             "numeric_values, in that order."
         )
         return {"numeric": torch.zeros(len(mask_NT), len(names), device=mask_NT.device)}
+    values_NF = checked_values(config, values_NF, len(mask_NT))
     means_F, stds_F = (values_NF.new_tensor(row) for row in (config.numeric_means, config.numeric_stds))
     standard_NF = ((values_NF - means_F) / stds_F).nan_to_num(nan=0.0)
     return {"numeric": standard_NF.clamp(-FARTHEST, FARTHEST).float().to(mask_NT.device)}

@@ -1,7 +1,6 @@
 """The application that `hf-al serve` runs: answers in batches, its health, and metrics for Prometheus."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -21,8 +20,6 @@ from .batcher import Answer, Batcher, ModelError, Options, Overloaded
 from .prediction import predict
 from .request_body import SCHEMA, Refused, read_body
 from .rows import Texts
-
-logger = logging.getLogger(__name__)
 
 LINKS = {"predict": "/predict", "health": "/health", "metrics": "/metrics", "openapi": "/openapi.json"}
 RETRY_AFTER = {"Retry-After": "1"}  # seconds

@@ -170,14 +170,13 @@ def _protocol(summary: Summary) -> list[str]:
 
 def _data(summary: Summary) -> list[str]:
     """A line for each data set: its rows, and what they can be recognised by. Nothing for one without a run."""
-    lines = []
-    for name in summary.study.sets:
-        found = [row["data"] for key, row in summary.all.items() if key.set == name and "data" in row]
-        for data in [one for i, one in enumerate(found) if one not in found[:i]]:
-            rows = ", ".join(f"{count:,} rows for {split}" for split, count in data["rows"].items())
-            prints = ", ".join(f"{split} `{digest[:8]}`" for split, digest in data["fingerprint"].items())
-            lines.append(f"- {name}: {rows}; its fingerprints, as on model cards, begin with {prints}.")
-    return lines
+    lines: dict[str, None] = {}
+    for key, row in sorted(summary.all.items(), key=lambda item: summary.study.sets.index(item[0].set)):
+        if "data" in row:
+            rows = ", ".join(f"{count:,} rows for {split}" for split, count in row["data"]["rows"].items())
+            prints = ", ".join(f"{split} `{digest[:8]}`" for split, digest in row["data"]["fingerprint"].items())
+            lines[f"- {key.set}: {rows}; its fingerprints, as on model cards, begin with {prints}."] = None
+    return list(lines)
 
 
 def _written(arguments: dict[str, Any]) -> str:
