@@ -42,13 +42,15 @@ def test_a_probe_reads_what_a_line_can_tell():
     assert probe(noise_ND[:200], labels[:200], noise_ND[200:], labels[200:]) < 0.65
 
 
-def test_what_an_exit_gets_wrong_is_counted_by_length_and_beside_the_last_exit():
+def test_what_an_exit_gets_wrong_is_counted_by_length_by_class_and_beside_the_last_exit():
     labels = np.array([0, 1, 0, 1])
-    first, last = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 0])
+    first, last = np.array([0, 0, 0, 1]), np.array([0, 1, 1, 0])
     logits = {0: np.eye(2)[first], 3: np.eye(2)[last]}
     tokens = Dataset.from_dict({"input_ids": [[0] * length for length in (3, 4, 8, 9)]})
     found = wrong_at(ExitAnswers(logits, labels, None, tokens))
-    assert found[0] == {"wrong": 0.5, "short": 0.5, "long": 0.5, "mended": 0.25, "spoilt": 0.25}
+    of_first, of_last = found[0].pop("classes"), found[3].pop("classes")
+    assert (of_first, of_last) == ({0: 0.0, 1: 0.5}, {0: 0.5, 1: 0.5})
+    assert found[0] == {"wrong": 0.25, "short": 0.5, "long": 0.0, "mended": 0.25, "spoilt": 0.5}
     assert found[3] == {"wrong": 0.5, "short": 0.0, "long": 1.0, "mended": 0.0, "spoilt": 0.0}
 
 

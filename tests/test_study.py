@@ -139,6 +139,7 @@ def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch
     assert not {"adam_beta1", "seed", "train_file"} & al["arguments"].keys()
     wrong = [block["exit"]["wrong"] for block in al["inside"]]
     assert wrong == pytest.approx([1 - right for right in al["test by exit"]])
+    classes = al["inside"][0]["exit"]["classes"]
     assert "exit" not in twin["inside"][0]
     assert "minus baseline" in out
     page = (place.folder / "out" / "study_tiny.md").read_text()
@@ -148,6 +149,7 @@ def test_a_study_keeps_a_row_for_each_run_and_does_none_twice(place, monkeypatch
         assert image in page
         assert (place.folder / "out" / "images" / image).stat().st_size > 5000
     assert "### lstm, mine, by block" in page
+    assert all(f"class {name}" in page for name in classes)
     kept = {path.name for path in (place.folder / "out" / "runs").glob("*/*")}
     assert kept == {"report.json"}
 

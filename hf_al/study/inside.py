@@ -48,14 +48,14 @@ def look_inside(
         Vetterli 2007) and `separation` (the share of the variance that lies between classes, 0 to 1). `probe`: the
         accuracy of logistic regression on these vectors. `gradient`: the norm of the gradient of the loss with respect
         to the encoder without its word vectors, if anything is left of it. `code`: spread, rank and separation of t_k
-        as in `code_health`, if there are target codes. `exit`: what `wrong_at` says, if the block has an exit. The
-        model is left in evaluation mode.
+        as in `code_health`, if there are target codes. `exit`: what `wrong_at` says, if the block has an exit, with
+        the names of the classes. The model is left in evaluation mode.
     """
     train_ND, train_labels = _pooled(model, tokenizer, train)
     test_ND, test_labels = _pooled(model, tokenizer, test)
     gradients = _gradients(model, tokenizer, train.select(range(min(GRADIENT_ROWS, len(train)))))
     codes = {row["block"]: row for row in code_health(model, torch.tensor(test_labels))}
-    exits = wrong_at(answers)
+    exits, names = wrong_at(answers), model.config.label_names
     rows = []
     for k in range(model.config.num_blocks):
         found: dict[str, Any] = {"block": k, **geometry(test_ND[k], test_labels)}
@@ -65,7 +65,8 @@ def look_inside(
         if k in codes:
             found["code"] = {name: codes[k][name] for name in ("spread", "rank", "separation")}
         if k in exits:
-            found["exit"] = exits[k]
+            classes = {names[label]: share for label, share in exits[k]["classes"].items()}
+            found["exit"] = {**exits[k], "classes": classes}
         rows.append(found)
     return rows
 
@@ -95,9 +96,10 @@ def probe(train_ND: np.ndarray, train_labels: np.ndarray, test_ND: np.ndarray, t
     return float(reader.fit(train_ND, train_labels).score(test_ND, test_labels))
 
 
-def wrong_at(answers: ExitAnswers) -> dict[int, dict[str, float]]:
+def wrong_at(answers: ExitAnswers) -> dict[int, dict[str, Any]]:
     """For each exit the share of texts that it gets wrong: `wrong` of all, `short` and `long` of the shorter and of the
-    longer half; `mended` of all texts what it gets wrong and the last exit right, `spoilt` the other way round."""
+    longer half, `classes` of the texts of each class; `mended` of all texts what it gets wrong and the last exit right,
+    `spoilt` the other way round."""
     wrong = {k: ~right(logits_NC, answers.labels, SINGLE) for k, logits_NC in answers.logits.items()}
     last = wrong[max(wrong)]
     order = np.argsort(answers.lengths, kind="stable")  # half of the texts may have the same, the longest length
@@ -112,6 +114,7 @@ def wrong_at(answers: ExitAnswers) -> dict[int, dict[str, float]]:
             "wrong": share(here),
             "short": share(here[~is_long]),
             "long": share(here[is_long]),
+            "classes": {int(label): share(here[answers.labels == label]) for label in np.unique(answers.labels)},
             "mended": share(here & ~last),
             "spoilt": share(last & ~here),
         }

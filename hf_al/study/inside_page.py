@@ -23,10 +23,13 @@ EXPLAINED = (
     "shorter and of the longer half of the texts; *mended*, of all texts, what it gets wrong and the last exit right, "
     "*spoilt* the other way round. Means over the seeds."
 )
+BY_CLASS = "Of the texts of each class, what the exits get wrong, in percent:"
+MOST_CLASSES, OF_CLASS = 12, "wrong of "  # columns of that table; how a class is named in what `_blocks` returns
 PANELS = {  # name: title, logarithmic axis
     "probe": ("probe, accuracy", False), "exit": ("exit, accuracy", False),
     "separation": ("separation of classes", False), "rank": ("effective rank", False),
     "variance": ("variance", True), "gradient": ("gradient norm", True),
+    "t separation": ("closest target codes", False), "t spread": ("spread of target codes", True),
 }  # fmt: skip
 
 
@@ -46,6 +49,8 @@ def inside_section(summary: Summary, images: Path) -> list[str]:
             for name in summary.study.sets:
                 lines += ["", f"### {architecture}, {name}, by block", ""]
                 lines += [table(block_rows(summary, architecture, name), markdown=True)]
+                if by_class := class_rows(summary, architecture, name):
+                    lines += ["", BY_CLASS, "", table(by_class, markdown=True)]
     return lines
 
 
@@ -67,6 +72,19 @@ def block_rows(summary: Summary, architecture: str, name: str) -> list[dict[str,
     return lines
 
 
+def class_rows(summary: Summary, architecture: str, name: str) -> list[dict[str, Any]]:
+    """A line for each arm and exit, as the mean over the seeds; none if that was not measured, or for too many
+    classes."""
+    lines = []
+    for arm in summary.study.arms:
+        for k, block in enumerate(_blocks(summary, architecture, name, arm)):
+            wrong = {what.removeprefix(OF_CLASS): value for what, value in block.items() if what.startswith(OF_CLASS)}
+            if 0 < len(wrong) <= MOST_CLASSES:
+                shares = {f"class {of}": f"{100 * value:.1f}" for of, value in wrong.items()}
+                lines.append({"arm": arm, "block": k, **shares})
+    return lines
+
+
 def _blocks(summary: Summary, architecture: str, name: str, arm: str) -> list[dict[str, float]]:
     """The numbers of each block of an arm, as the mean over its seeds; none if it has none."""
     runs = [
@@ -81,12 +99,15 @@ def _flat(block: dict[str, Any]) -> dict[str, float]:
     measured = ("probe", "separation", "rank", "variance", "gradient")
     found: dict[str, float] = {what: block[what] for what in measured if what in block}
     found |= {f"t {what}": value for what, value in block.get("code", {}).items()}
-    wrong = block.get("exit")
-    return found | ({"exit": 1 - wrong["wrong"], **wrong} if wrong else {})
+    if "exit" in block:
+        wrong = dict(block["exit"])
+        found |= {f"{OF_CLASS}{of}": share for of, share in wrong.pop("classes", {}).items()}
+        found |= {"exit": 1 - wrong["wrong"], **wrong}
+    return found
 
 
 def draw_inside(summary: Summary, architecture: str) -> "Figure | None":
-    """Over the blocks: a row of panels for each set, a line for each arm. None if nothing was measured."""
+    """Over the blocks: two rows of panels for each set, a line for each arm. None if nothing was measured."""
     study = summary.study
     found = {
         (name, arm): blocks
@@ -100,9 +121,10 @@ def draw_inside(summary: Summary, architecture: str) -> "Figure | None":
 
     arms = [arm for arm in study.arms if any(arm == there for _, there in found)]
     colours = colours_for(len(arms))
-    figure = Figure(figsize=(2.6 * len(PANELS), 2.5 * len(study.sets) + 0.6), dpi=110, layout="constrained")
-    axes = figure.subplots(len(study.sets), len(PANELS), squeeze=False, sharex=True)
-    for row, name in zip(axes, study.sets, strict=True):
+    columns, rows = len(PANELS) // 2, 2 * len(study.sets)
+    figure = Figure(figsize=(2.9 * columns, 2.4 * rows + 0.6), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for row, name in zip(axes.reshape(len(study.sets), -1), study.sets, strict=True):
         for ax, (what, (title, is_log)) in zip(row, PANELS.items(), strict=True):
             for arm, colour in zip(arms, colours, strict=True):
                 points = [(k, block[what]) for k, block in enumerate(found.get((name, arm), [])) if what in block]
