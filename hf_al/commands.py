@@ -191,7 +191,10 @@ def _calibrate_flags(parser: FlagParser) -> None:
         help="how much accuracy may be lost, as a share of the rows; as fast as possible (default: 0.002)",
     )
     goal.add_argument(
-        "--target_speedup", type=reader(float), metavar="X", help="how many times faster; as accurate as possible"
+        "--target_speedup",
+        type=reader(float),
+        metavar="X",
+        help="how many times as fast it is expected to be; as accurate as possible",
     )
     parser.add_argument("--rule", choices=EXIT_RULES, default=EXIT_RULES[0], help="by which texts leave early")
     add_machine_flags(parser)

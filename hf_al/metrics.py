@@ -29,6 +29,8 @@ def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, 
     Returns:
         A number from 0 (perfectly calibrated) to 1.
     """
+    _, which_N, counts = np.unique(confidence_N, return_inverse=True, return_counts=True)
+    correct_N = (np.bincount(which_N, correct_N) / counts)[which_N]  # or the order of rows alike would matter
     order = np.argsort(confidence_N, kind="stable")
     error = sum(abs(confidence_N[part].sum() - correct_N[part].sum()) for part in np.array_split(order, bins))
     return float(error / len(order))

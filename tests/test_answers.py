@@ -3,12 +3,14 @@
 import csv
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import assert_mistake
 from transformers import AutoModelForSequenceClassification
 
 from hf_al.saved.answers import columns, flat
+from hf_al.saved.prediction import answers_to
 
 TEXTS = ["thank you so much", "you lost my bag", "which gate"]
 
@@ -71,6 +73,28 @@ def test_tables_hold_what_the_json_lines_hold(ending, trained, rows, shell, tmp_
                 assert value == wanted[name] if ending == "parquet" else value == str(wanted[name])
     names = {"id", "text", "label", "score", "score_positive", "exit_0_label", "exit_1_score", "error"}
     assert names | {"exit_0_score_positive", "exit_1_score_positive"} <= table[0].keys()
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
+def test_any_text_comes_back_from_a_table(ending, tmp_path):
+    path, texts = tmp_path / f"answers.{ending}", ["a\rb", "a\r\nb", "a\nb", 'a "b", \t c', "plain"]
+    with answers_to(str(path), {"text": pa.string(), "score": pa.float64()}) as write:
+        write([{"text": text, "score": 0.5} for text in texts])
+    if ending == "parquet":
+        found = pq.read_table(path)["text"].to_pylist()
+    else:
+        with path.open(newline="") as file:
+            found = [row["text"] for row in csv.DictReader(file, delimiter="," if ending == "csv" else "\t")]
+    assert found == texts
+
+
+def test_the_answers_before_an_interruption_can_be_read(tmp_path):
+    opened = answers_to(str(tmp_path / "answers.parquet"), {"text": pa.string()})
+    opened.__enter__()([{"text": "so far"}])
+    stop = KeyboardInterrupt()
+    assert not opened.__exit__(KeyboardInterrupt, stop, None)
+    (kept,) = tmp_path.iterdir()
+    assert pq.read_table(pa.BufferReader(kept.read_bytes()))["text"].to_pylist() == ["so far"]
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,8 @@ def room(few_tweets, encoder_folder, tmp_path, monkeypatch):
         shutil.copy(tmp_path / f"{name}.csv", tmp_path / "FOLDER" / "mine")
     for name in ("recipes", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("encoders", "exits"):
-        (tmp_path / "recipes" / "benchmarks" / f"{name}.json").unlink()  # whose runs would be summed up
+    (tmp_path / "recipes/benchmarks/encoders.json").unlink()  # whose runs would be summed up
+    (tmp_path / "recipes/benchmarks/exits.json").write_text('{"rows": [], "ratios": {"ece_earlier": 0.5}}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -270,11 +270,34 @@ def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, caps
     if page == "exits":
         ratios = json.loads((room / "recipes/benchmarks/exits.json").read_text())["ratios"]
         assert ratios.keys() == {
-            "adaptive_over_full_throughput_tweets", "adaptive_accuracy_drop_points_tweets", "ece_tweets"
+            "adaptive_over_full_throughput_tweets", "adaptive_accuracy_drop_points_tweets", "ece_tweets", "ece_earlier"
         }  # fmt: skip
         assert (room / "docs/images/exits.png").read_bytes() != (ROOT / "docs/images/exits.png").read_bytes()
     if page == "five_minutes":
         assert (room / "docs/images/five_minutes.png").read_bytes() != PLOT.read_bytes()
+
+
+def test_the_table_of_exits_is_that_of_its_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+    found = json.loads((ROOT / "recipes/benchmarks/exits.json").read_text())
+    benchmark = runpy.run_path(str(ROOT / "recipes/benchmarks/exits.py"))
+    chosen = [row for row in found["rows"] if row["objective"] == "al_ce" and row["blocks"] == benchmark["BLOCKS"]]
+    for row in chosen:
+        same = {name: row[name] for name in ("set", "blocks", "objective", "flags")}
+        row["is chosen"] = row["learning rate"] == benchmark["chosen_rate"](chosen, seed=1, **same)
+    lines, ratios = benchmark["summary"]([row for row in chosen if row["is chosen"]])
+    assert ratios == found["ratios"]
+    names = {"SST-2": "sst2", "banking77": "banking77", "AG News": "ag_news", "IMDB": "imdb"}
+    table = re.findall(r"^\| (.+?)(?:,.*?)? \|(.* [\d.]+ \|.*)\|$", (ROOT / "docs/exits.md").read_text(), re.MULTILINE)
+    written = {names[name]: [cell.strip() for cell in cells.split("|")] for name, cells in table}
+    assert written == {
+        line["set"]: [
+            *(f"{line[name]:.3f}" for name in ("first exit", "last exit", "adaptive")), line["drop, points"],
+            *(f"{line[name]:.1f}" for name in ("times as fast", "with tokenization")),
+            *(f"{line[name]:.3f}" for name in ("ece", "ece without temperatures", "ece of chance alone")),
+        ]
+        for line in lines
+    }  # fmt: skip
 
 
 @pytest.mark.slow

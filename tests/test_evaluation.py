@@ -30,15 +30,17 @@ def softmax(logits):
 
 
 def slow_calibration_error(confidence, correct, bins=15):
-    """Sorted by confidence, cut into bins whose sizes differ by at most one, larger ones first."""
-    pairs = sorted(zip(confidence, correct, strict=True), key=lambda pair: pair[0])
+    """Sorted by confidence, cut into bins whose sizes differ by at most one, larger ones first. Of answers of the same
+    confidence, each counts as right as they are on average."""
+    hits = {one: [hit for other, hit in zip(confidence, correct, strict=True) if other == one] for one in confidence}
+    pairs = sorted((one, sum(hits[one]) / len(hits[one])) for one in confidence)
     error, start = 0.0, 0
     for i in range(bins):
         size = len(pairs) // bins + (1 if i < len(pairs) % bins else 0)
         members = pairs[start : start + size]
         start += size
         if members:
-            gap = sum(c for c, _ in members) / size - sum(bool(hit) for _, hit in members) / size
+            gap = sum(c for c, _ in members) / size - sum(hit for _, hit in members) / size
             error += size / len(pairs) * abs(gap)
     assert start == len(pairs)
     return error
@@ -89,8 +91,8 @@ def test_calibration_error_is_the_plain_definition(pairs):
     ("confidence", "accuracy", "expected"), [(1.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.8, 0.8, 0.0), (0.9, 0.5, 0.4)]
 )
 def test_known_calibration_errors(confidence, accuracy, expected):
-    """150 examples of one confidence, hits spread evenly, so that each of the 15 bins has the same share."""
-    correct = np.arange(150) % 10 < 10 * accuracy
+    """150 examples of one confidence, in any order: those that are right come first."""
+    correct = np.arange(150) < 150 * accuracy
     assert expected_calibration_error(np.full(150, confidence), correct) == pytest.approx(expected, abs=1e-9)
 
 

@@ -4,6 +4,7 @@ keeps its promises."""
 import json
 import math
 import shutil
+import time
 from functools import partial
 
 import numpy as np
@@ -450,9 +451,38 @@ def test_what_calibration_expects_is_what_happens_on_its_text(rule, config, of_t
         assert sum(right) / len(rows) == pytest.approx(found["accuracy"])
 
 
+def test_an_encoder_is_calibrated(classifier, tokenizer, few_tweets):
+    names = dict(enumerate(sorted(set(few_tweets["train"]["label"]))))
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
+    model = classifier("al_encoder", **sizes, id2label=names, label2id={name: i for i, name in names.items()})
+    found = calibrate_exits(model, tokenizer, few_tweets["validation"], 0.05)
+    assert model.config.exit_thresholds == [row["threshold"] for row in found["exits"]]
+    texts = [(text,) for text in few_tweets["validation"]["text"]]
+    (answers,) = predict(model, tokenizer, texts, batch_size=8, exit_block="adaptive")
+    shares = [sum(answer["exit"] == k for answer in answers) / len(texts) for k in range(3)]
+    assert shares == pytest.approx([row["share"] for row in found["exits"]])
+
+
 def test_a_speedup_can_be_asked_for(of_tweets, tokenizer, few_tweets):
     found = calibrate_exits(of_tweets(num_blocks=6), tokenizer, few_tweets["validation"], 0.0, target_speedup=1.5)
     assert found["expected_speedup"] >= 1.5
+
+
+def test_the_speedup_is_measured_and_one_that_falls_short_is_said(
+    of_tweets, tokenizer, few_tweets, monkeypatch, caplog
+):
+    """Here leaving early is expected to pay, but takes longer."""
+    model = of_tweets(num_blocks=6)
+    predict_by = model.predict
+
+    def slow_early(*args, exit=None, **kwargs):
+        time.sleep(0.3 if exit == "adaptive" else 0)
+        return predict_by(*args, exit=exit, **kwargs)
+
+    monkeypatch.setattr(model, "predict", slow_early)
+    found = calibrate_exits(model, tokenizer, few_tweets["validation"], target_speedup=1.5)
+    assert found["speedup"] < 1 < found["expected_speedup"]
+    assert "measured" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -569,7 +599,10 @@ def test_a_model_is_calibrated_from_the_command_line(trained, files, shell, tmp_
     assert model.config.exit_thresholds == new["exit_thresholds"]
     report = json.loads(after["report.json"])
     card = model_card(report, model, "me/mine", []).text
-    assert f"{model.config.exit_speedup} times as fast as the last exit where it was calibrated" in card
+    assert (
+        f"{model.config.exit_speedup} times as fast as the last exit where it was calibrated, without tokenization"
+        in card
+    )
     for k, (degrees, threshold) in enumerate(zip(new["exit_temperatures"], new["exit_thresholds"], strict=True)):
         cells = [str(k), f"{degrees:.4f}", "" if threshold is None else f"{threshold:.4f}"]
         assert "| " + " | ".join(cells) + " |" in card

@@ -184,6 +184,20 @@ def test_graphs_of_every_objective_answer_as_the_model_does(model_type, objectiv
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["al_lstm", "al_transformer", "al_encoder"])
+def test_int8_graphs_answer_about_as_the_model_does(model_type, make, tokenizer, tmp_path):
+    model = make(model_type, num_blocks=2)
+    (row,) = export_graphs(model, tokenizer, tmp_path, "mine", int8=True)["exits"]
+    answers, run = [], session(tmp_path / row["int8"]["file"])
+    for batch in batches(model, [(16, 9), (7, LONGEST)]):
+        types = model.model.prepare_inputs(**batch).get("token_type_ids", torch.zeros(1))
+        found = run({name: tensor.numpy() for name, tensor in {**batch, "token_type_ids": types}.items()})["logits"]
+        answers.append((found, model(**batch).logits.detach().numpy()))
+    ours, theirs = (np.concatenate(part) for part in zip(*answers, strict=True))
+    assert 0 < np.abs(ours - theirs).mean() < 0.15 * theirs.std(0).mean()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_graphs_of_every_pretrained_encoder_answer_as_it_does(name, tokenizer, tmp_path):
     model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=2, num_labels=3).eval()
@@ -314,8 +328,9 @@ def test_what_cannot_be_exported_is_one_message(trained, shell, tmp_path, monkey
     assert_mistake(shell("export", str(trained[0]), str(tmp_path / "out"), "--format=onnx"), said)
 
 
-def test_graphs_of_models_with_late_text_are_refused(make, shell, tmp_path):
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_graphs_of_models_with_late_text_are_refused(format, make, shell, tmp_path):
     make("al_transformer", late_block=1, late_from=4).save_pretrained(tmp_path / "late")
-    result = shell("export", str(tmp_path / "late"), str(tmp_path / "out"), "--format=onnx")
-    assert_mistake(result, "Expected a model without late text with --format onnx")
+    result = shell("export", str(tmp_path / "late"), str(tmp_path / "out"), f"--format={format}")
+    assert_mistake(result, f"Expected a model without late text with --format {format}")
     assert not (tmp_path / "out").exists()

@@ -27,6 +27,12 @@ def test_lines_may_end_as_on_old_macs(kind):
     assert read(b"text\rone\rtwo\r", kind)[-2:] == [("one",), ("two",)]
 
 
+@pytest.mark.parametrize("delimiter", [",", " ", "e", "o"])
+def test_the_end_of_a_file_is_no_row_whatever_the_delimiter(delimiter):
+    lines = "\n".join(delimiter.join(row) for row in (("id", "t", "l"), ("1", "fin", "x"), ("2", "bad", "y")))
+    assert list(read_rows(opened(lines.encode()), "csv", "t", delimiter=delimiter)) == [("fin",), ("bad",)]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_text():
     assert read(b"\xef\xbb\xbfone\ntwo") == [("one",), ("two",)]
     assert read(b"\xef\xbb\xbftext\none", "csv") == [("one",)]

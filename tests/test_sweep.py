@@ -189,6 +189,16 @@ def test_a_trial_that_fails_counts_and_says_why(asked, shell):
     assert trials["error"].str.contains("fits the").any()
 
 
+def test_values_that_only_fail_with_the_data_are_one_trial(asked, shell):
+    path = asked(trials=4, arms={"ours": {"objective": "al_ce"}}, search={"min_frequency": [1, 10_000]})
+    status, _, err = shell("sweep", *flags(path))
+    assert status == 0, err
+    trials = pd.read_parquet(path.parent / "out" / "trials.parquet").set_index("min_frequency")
+    assert (trials.loc[[10_000], "state"] == "fail").all()
+    assert trials.loc[[10_000], "error"].str.contains("Expected words").all()
+    assert (trials.loc[[1], "state"] == "complete").all()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

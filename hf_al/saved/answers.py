@@ -68,11 +68,14 @@ def writer(out: TextIO, path: str | None, known: dict[str, pa.DataType]) -> tupl
 
         return write_table, table.close
     if kind in KINDS:
-        cells = csv.DictWriter(out, list(known), extrasaction="ignore", delimiter=KINDS[kind], lineterminator="\n")
+        how: dict[str, Any] = {"extrasaction": "ignore", "delimiter": KINDS[kind], "lineterminator": "\n"}
+        cells = csv.DictWriter(out, list(known), **how)
+        quoted = csv.DictWriter(out, list(known), quoting=csv.QUOTE_ALL, **how)
         cells.writeheader()
 
         def write_cells(answers: list[dict[str, Any]]) -> None:
-            cells.writerows(map(flat, answers))
+            for row in map(flat, answers):  # the writer leaves a lone \r without quotes, and readers end the row there
+                (quoted if any("\r" in str(value) for value in row.values()) else cells).writerow(row)
             out.flush()
 
         return write_cells, out.flush

@@ -240,7 +240,7 @@ def _rows(content: str, kind: str) -> list[dict[str, Any]]:
         return [{"text": line} for line in lines if line.strip()]
     if kind == ".jsonl":
         return [dict(json.loads(line).items()) for line in lines if line.strip()]
-    delimiter = "\t" if kind == ".tsv" else max(",;\t", key=lines[0].count)
+    delimiter = "\t" if kind == ".tsv" else max(",;\t", key=next((line for line in lines if line.strip()), "").count)
     if not content.strip():
         return []
     header, *rows = [row for row in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter) if row]

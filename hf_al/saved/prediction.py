@@ -11,7 +11,7 @@ import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import tee
 from pathlib import Path
 from typing import Any, TextIO
@@ -82,7 +82,7 @@ def predict(
             numbers = _numbers(model, [chunk[i] for i in usable])  # type: ignore[misc]
             size = batch_size
             if most_tokens is not None:
-                size = max(1, min(batch_size, most_tokens // max(1, *map(len, ids))))
+                size = max(1, min(batch_size, most_tokens // max([1, *map(len, ids)])))
             if isinstance(exit_block, str):
                 answered = _adaptive(model, ids, numbers, size, exit_block, all_scores)
             else:
@@ -295,7 +295,12 @@ def answers_to(path: str | None, known: dict[str, pa.DataType]) -> Iterator[Writ
                     raise
                 raise ValueError(_unwritable(path, error)) from error
 
-        yield written
+        try:
+            yield written
+        except BaseException:
+            with suppress(Exception):  # what is there so far can be read
+                close()
+            raise
         close()
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # How files are opened. Lines may end as on any system; bytes that are not UTF-8 become lone surrogates, which `usable`
 # finds if they matter.
 AS_TEXT: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-END = "\0end of file"  # behind the last line of a csv file: in a cell of its own, unless a quote is still open
+END = "\0\0"  # behind the last line of a csv file: in a cell of its own, unless a quote is still open
 LONGEST_ROW = 2**20  # characters of a line, and of a csv cell
 LOOK_AHEAD = 100  # json lines that may lack the text before the column counts as wrong
 

@@ -92,7 +92,7 @@ class Workers:
             assert isinstance(pipe, Connection)
             try:
                 answer = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # the latter if it has not read its task
                 process, task = self.processes[pipe], self.running.pop(pipe)
                 process.join()
                 raise ChildProcessError(
@@ -116,9 +116,9 @@ class Workers:
             self.is_waiting = False
 
     def _end(self, number: int, frame: object = None) -> None:
-        if self.is_waiting or self.asked_to_end:
+        is_time, self.asked_to_end = self.is_waiting or self.asked_to_end, number
+        if is_time:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self.asked_to_end = number
 
     def __exit__(self, *error: object) -> None:
         for pipe in self.processes:
@@ -126,12 +126,15 @@ class Workers:
         for process in self.processes.values():
             if any(error):
                 process.terminate()
-        for process in self.processes.values():
-            process.join(GRACE)
-            process.kill()
-            process.join()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        try:
+            for process in self.processes.values():
+                process.join(GRACE)
+        finally:  # also by a second signal
+            for process in self.processes.values():
+                process.kill()
+                process.join()
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
 
 def answer_tasks(pipe: Connection, carry_out: Callable[[Any], Any]) -> None:

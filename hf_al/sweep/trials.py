@@ -26,8 +26,6 @@ from ..metrics import SMALLER_IS_BETTER, chosen_metric
 from ..parsing import resolve
 from ..study.execution import clear, quiet, train_on
 from ..study.workers import Workers, answer_tasks
-from ..training.health import Diverged
-from ..training.memory import TooLarge
 from ..training.setup import check_model
 from .plan import Space, Sweep, file_name, is_whole
 
@@ -274,13 +272,10 @@ def _work(pipe: Connection) -> None:
     def tried(flags: dict[str, Any]) -> tuple[str, Any]:
         try:
             check_model(resolve(flags))
-        except ValueError as error:  # values that do not go together
-            return "failed", str(error)
-        try:
             return "done", carry_out(flags, report)
         except Pruned:
             return "pruned", None
-        except (Diverged, FloatingPointError, TooLarge) as error:
+        except (ValueError, FloatingPointError) as error:  # it diverged, or its values do not go together
             return "failed", str(error)
 
     with quiet(__name__), quiet():  # also what is said of a trial that starts anew

@@ -50,7 +50,16 @@ def timing_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
 
 def kept_rows(path: str | None) -> list[dict[str, Any]]:
     """The rows that `write_results` wrote before, so that a series goes on after them."""
-    return json.loads(Path(path).read_text())["rows"] if path and Path(path).is_file() else []
+    return _kept(path)["rows"]
+
+
+def kept_ratios(path: str | None) -> dict[str, float]:
+    """The ratios that `write_results` wrote before: other calls may have been about other data sets."""
+    return _kept(path)["ratios"]
+
+
+def _kept(path: str | None) -> dict[str, Any]:
+    return json.loads(Path(path).read_text()) if path and Path(path).is_file() else {"rows": [], "ratios": {}}
 
 
 def interleaved(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:

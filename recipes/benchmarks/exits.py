@@ -4,9 +4,9 @@
 
 Trains `recipes/{set}_{architecture}.yaml` with 6 blocks for each data set and seed, calibrates its exits on validation,
 and answers the test split with texts of all lengths, 32 at a time: by each exit, by all of them, and `adaptive`. Beside
-them, backpropagation models of fewer blocks, each trained by itself. Every model tries each of `--learning_rates` with
-the first seed, and takes that with the best validation accuracy of the last exit. Calls take turns when they are timed,
-on the first `--timed` texts of test. Rows that are already in the json are not computed again.
+them, backpropagation models of each depth, trained by themselves. Every model tries each of `--learning_rates` with the
+first seed, and takes that with the best validation accuracy of the last exit. Calls take turns when they are timed, on
+the first `--timed` texts of test. Rows that are already in the json are not computed again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from common import (
     chosen_rate,
     data_flags,
     interleaved,
+    kept_ratios,
     kept_rows,
     paired_ratio,
     series_parser,
@@ -65,6 +66,7 @@ def run(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -> dict
         "validation": result.report["validation"][-1]["accuracy"],
         "train seconds": result.report["speed"]["train_seconds"],
         "tests": len(data["test"]),
+        "timed rounds": known.rounds,
     }
     if len(model.config.exits()) > 1:
         drop = DROPS.get(name, DROP)
@@ -241,7 +243,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE", help="where to draw them")
     parser.add_argument("--architecture", default="transformer", help="lstm or transformer (default: transformer)")
     parser.add_argument("--learning_rates", default="1e-3,3e-3", help="tried with the first seed (default: 1e-3,3e-3)")
-    parser.add_argument("--depths", default="1,2,3,4,6", help="of models by backpropagation, first seed; empty: none")
+    parser.add_argument("--depths", default="1,2,3,4,6", help="of models by backpropagation; empty: none")
     parser.add_argument("--rule", default="confidence", help="confidence, entropy or patience (default: confidence)")
     parser.add_argument("--timed", type=int, default=1024, help="texts that are timed (default: 1024)")
     parser.add_argument("--rounds", type=int, default=7, help="timed turns (default: 7)")
@@ -250,13 +252,13 @@ def main() -> None:
     rows, flags = kept_rows(known.json), " ".join([known.architecture, known.rule, str(known.timed), *more])
     seeds = [int(seed) for seed in known.seeds.split(",")]
     arms = [(BLOCKS, "al_ce", seeds)]
-    arms += [(int(depth), "backprop", seeds[:1]) for depth in known.depths.split(",") if depth]
+    arms += [(int(depth), "backprop", seeds) for depth in known.depths.split(",") if depth]
 
     def once(key: dict[str, Any]) -> None:
         if not any(row.items() >= key.items() for row in rows):
             rows.append(run(key, known, more))
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
-            write_results(known.json, rows, {})
+            write_results(known.json, rows, kept_ratios(known.json))
 
     mine = []
     for name in known.sets.split(","):
@@ -270,7 +272,7 @@ def main() -> None:
             mine += [row for row in rows if row.items() >= key.items()]
     lines, ratios = summary(mine)
     print(table(lines, markdown=True))
-    write_results(known.json, rows, ratios)
+    write_results(known.json, rows, {**kept_ratios(known.json), **ratios})
     if known.plot:
         plot(known.plot, mine)
 

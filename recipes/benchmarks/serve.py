@@ -1,6 +1,6 @@
 """`hf-al serve` under load, beside the same model behind a plain transformers pipeline.
 
-    python recipes/benchmarks/serve.py --set imdb --data_dir FOLDER --json out/serve.json
+    python recipes/benchmarks/serve.py --set imdb --data_dir FOLDER --json recipes/benchmarks/serve.json
 
 Trains `recipes/{set}_transformer.yaml` with 6 blocks, calibrates it on validation, and serves it three times, each time
 by a process with one thread for the model:
@@ -151,7 +151,8 @@ async def load(address: str, bodies: list[bytes], clients: int, seconds: float) 
         async def client() -> None:
             while time.monotonic() < end:
                 answer = await ask(session, address, next(following))
-                if time.monotonic() < end:  # or slow servers would be credited with what they do afterwards
+                is_late = time.monotonic() > end  # slow servers are not credited with what they do afterwards
+                if not is_late or answer.status != 200:
                     found.append(answer)
 
         await asyncio.gather(*(client() for _ in range(clients)))
