@@ -121,13 +121,22 @@ def test_bfloat16_works_too(model_type, way, classifier, make_batch):
         assert_each_is_of_its_exit(model, batch, out, tolerance=0.05)
 
 
-@pytest.mark.parametrize("model_type", ["al_transformer", slow("al_encoder")])
-def test_compiled_blocks_answer_the_same(model_type, classifier, make_batch):
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about parts of torch that it uses
+@pytest.mark.parametrize(
+    ("model_type", "backend"),  # inductor needs a C++ compiler
+    [
+        ("al_transformer", "eager"),
+        slow("al_transformer", "inductor"),
+        slow("al_encoder", "eager"),
+        slow("al_encoder", "inductor"),
+    ],
+)
+def test_compiled_blocks_answer_the_same(model_type, backend, classifier, make_batch):
     model, batch = classifier(model_type), make_batch(rows=24, tokens=9)
     half_leave(model, batch)
     plain = answers(model, batch, batch_size=5)
     for block in model.model.blocks:
-        block.encode.compile(dynamic=True, backend="eager")  # needs no C++ compiler
+        block.encode.compile(dynamic=True, backend=backend)
     compiled = answers(model, batch, batch_size=5)
     assert torch.equal(compiled.exit_blocks, plain.exit_blocks)
     torch.testing.assert_close(compiled.logits, plain.logits, atol=1e-5, rtol=1e-5)

@@ -34,6 +34,7 @@ def run(data, folder: Path, model_type: str, encoder: Path, **values) -> dict[st
         ("al_lstm", {"gradient_accumulation_steps": 2}),
         ("al_transformer", {"offload": True}),
         slow("al_encoder", {"max_seq_length": 12}),
+        slow("al_transformer", {"model": {**SMALL, "late_block": 1, "late_from": 6}}),
     ],
 )
 def test_cached_states_train_like_computed_ones(model_type, values, few_tweets, encoder_folder, tmp_path):
