@@ -171,7 +171,7 @@ class TrainingArguments:
     lr_scheduler_type: str = _arg(
         "linear", "A schedule of transformers (linear, cosine, constant, ...), or reduce_lr_on_plateau by each exit."
     )
-    lr_scheduler_kwargs: dict = _arg({}, "Further arguments for the schedule: num_cycles=2; factor=0.5,patience=1.")
+    lr_scheduler_kwargs: dict = _arg({}, "Further arguments for the schedule: min_lr=1e-5; factor=0.5,patience=1.")
     warmup_steps: float = _arg(0, "Warm-up: optimizer steps, or a share of all steps if below 1.")
     num_train_epochs: float = _arg(10.0, "Passes over train.")
     max_steps: int = _arg(-1, "Optimizer steps; if above 0, replaces num_train_epochs.")

@@ -13,7 +13,7 @@ from .early import check_model_name, check_output_dir
 from .flags import MODEL, add_copy, add_model, columns_of_run, load_for_copy, positive, set_up_output
 from .headers import columns_of
 from .parallel.launch import failing_once, is_launched
-from .parsing import FlagParser, add_training_flags, reader, resolve
+from .parsing import PER_BLOCK, FlagParser, add_training_flags, reader, resolve
 from .report import read_report, write_report
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
         run(flags)
         return
     args = resolve(flags)
-    _check_several_runs(args)
+    _check_several_runs(args, most > first["num_blocks"])
     folder = check_output_dir(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None:
         if Path(name).is_dir() and Path(name).resolve().is_relative_to(folder.resolve()):
@@ -146,8 +146,15 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
     logger.info("The best model, that of %s, is in %s.", best, folder)
 
 
-def _check_several_runs(args: TrainingArguments) -> None:
-    """Refuses what only one run can do."""
+def _check_several_runs(args: TrainingArguments, several: bool) -> None:
+    """Refuses what only one run can do, if there may be `several`."""
+    fixed = [name for name in PER_BLOCK if isinstance(getattr(args, name), list)]
+    fixed += ["placement"] if args.placement not in ("balanced", "equal") else []
+    if several and fixed:
+        raise ValueError(
+            f"Expected one {fixed[0]} for any number of blocks with --grow_until, got {getattr(args, fixed[0])}: each "
+            "run has a block more. Leave it out, or add the blocks one by one: --add_blocks 1."
+        )
     if is_launched():
         raise ValueError(
             "Expected no launcher with --grow_until, got one: each run starts its own processes. Pass --stages to "

@@ -344,6 +344,8 @@ def test_growing_goes_on_with_the_run_that_was_stopped(grow, monkeypatch):
         ([], "--add_blocks --grow_until is required"),
         (["--grow_until=2"], "Expected grow_until above 2, the blocks of "),
         (["--grow_until=3", "--resume_from_checkpoint=x"], "Expected resume_from_checkpoint=last with --grow_until"),
+        (["--grow_until=4", "--learning_rate=1e-3,1e-3,1e-3"], "Expected one learning_rate for any number of blocks"),
+        (["--grow_until=4", "--stages=2", "--placement=0-1,2"], "Expected one placement for any number of blocks"),
         (["--add_blocks=1", "--frozen_blocks=1"], "Expected no --frozen_blocks with hf-al grow, got one: it follows"),
         (["--add_blocks=1", "--objective=local_ce"], "Expected no --objective with hf-al grow"),
         (["--add_blocks=1", "--hidden_size=32"], "Expected no other hidden_size than 16, that of"),

@@ -179,6 +179,15 @@ def test_values_that_lie_close_together_are_not_taken_for_a_collapse(make_model)
     assert all(row["separation"] > 0.1 and row["closest"] is None for row in rows)
 
 
+def test_values_that_float32_cannot_tell_apart_are_no_collapse(make_model):
+    """As of a standardised count of views: most values are small beside the largest."""
+    labels = torch.tensor([0.0, 1.0, 2.0, 3.0, 1e3, 5e8, 9e8])
+    labels = (labels - labels.mean()) / labels.std()
+    model = make_model(problem_type="regression", num_labels=1)
+    assert all(row["separation"] > 0.1 for row in health.code_health(model, labels))
+    assert health.code_health(model, torch.full((7,), 5e8)) == []
+
+
 def test_thousands_of_classes_are_looked_at_by_some_of_them(make_model):
     model = make_model(num_labels=3000, num_blocks=1)
     (row,) = health.code_health(model, torch.zeros(1, dtype=torch.long))

@@ -380,3 +380,11 @@ def test_class_weights_are_not_divided_out_again(make_model):
 def test_regression_of_one_value_takes_flat_labels_and_columns(labels, make_model):
     config = make_model(num_labels=1, label_mean=[2.0], label_deviation=[0.5]).config
     assert label_loss(torch.zeros(3, 1), labels, config).item() == pytest.approx(8 / 3)
+
+
+def test_training_can_follow_what_inference_mode_has_computed(make_model, make_batch):
+    model, batch = make_model(class_weights=[1.0, 2.0, 3.0]), make_batch()
+    with torch.inference_mode():
+        model(**batch)
+    model(**batch).loss.backward()
+    assert model.get_input_embeddings().weight.grad is not None

@@ -344,10 +344,25 @@ def test_schedule_values_are_passed_on():
     assert make_schedule(args, 10)(5) == pytest.approx(0.25)
 
 
+def test_the_last_rate_of_a_schedule_is_the_one_that_was_asked_for(make_model):
+    """By transformers' names, whatever the peak is; the label side ends at the same share of its own."""
+    for kind, given in (("cosine_with_min_lr", "min_lr=1e-4"), ("polynomial", "lr_end=1e-4")):
+        args = arguments(lr_scheduler_type=kind, lr_scheduler_kwargs=given, learning_rate=1e-2)
+        assert 1e-2 * make_schedule(args, 20)(20) == pytest.approx(1e-4, rel=1e-6)
+    plateau = arguments(lr_scheduler_type="reduce_lr_on_plateau", learning_rate=1e-2,
+                        lr_scheduler_kwargs="min_lr=5e-3,patience=0,factor=0.1")  # fmt: skip
+    optimizers = optimizers_of(make_model(), plateau)
+    for _ in range(4):
+        optimizers.observe(dict.fromkeys(range(3), 0.5))
+    assert optimizers.learning_rates(9) == pytest.approx(dict.fromkeys(range(3), 5e-3))
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"speed": 3}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"mode": "max"}},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-5}, "learning_rate": [1e-3] * 3},
         {"lr_scheduler_type": "warmup_stable_decay"},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"factor": 2.0}},
     ],
@@ -360,6 +375,10 @@ def test_values_that_a_schedule_does_not_take_are_refused(values):
 def test_values_that_an_optimizer_does_not_take_are_refused(make_model):
     with pytest.raises(ValueError, match=r"Expected optim_args of torch's SGD, got .*speed"):
         optimizers_of(make_model(), arguments(optim="sgd", optim_args="speed=3"))
+    with pytest.raises(ValueError, match=r"Expected optim_args of torch's AdamW, got .*foreach"):
+        optimizers_of(make_model(), arguments(optim_args="foreach=true"))
+    with pytest.raises(ValueError, match=r"weight_decay has a flag of its own, --weight_decay"):
+        optimizers_of(make_model(), arguments(optim_args="weight_decay=0.5"))
 
 
 def test_each_block_and_side_has_its_own_values(make_model):

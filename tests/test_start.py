@@ -117,6 +117,32 @@ def test_a_regression_goes_on_as_a_classification(tmp_path):
     assert hf_al.train(args, topics("bread", "ball")).report["label_names"] == ["ball", "bread"]
 
 
+def test_a_regression_goes_on_with_whole_numbers(tmp_path):
+    halves = topics("bread", "ball").map(lambda row: {"label": 3.5 if row["label"] == "ball" else -1.25})
+    hf_al.train(arguments(tmp_path / "halves", max_steps=1), halves)
+    whole = topics("bread", "ball").map(lambda row: {"label": 3 if row["label"] == "ball" else -1})
+    for kind, names in ((None, ["value"]), ("single_label_classification", ["-1", "3"])):
+        args = arguments(
+            tmp_path / str(kind), model_name_or_path=str(tmp_path / "halves"), max_steps=1, problem_type=kind
+        )
+        assert hf_al.train(args, whole).report["label_names"] == names
+
+
+def test_several_labels_in_one_cell_stay_several(tmp_path):
+    rows = topics("bread", "ball").map(lambda row: {"label": f"{row['label']},new"})
+    several = {"problem_type": "multi_label_classification"}
+    first = hf_al.train(arguments(tmp_path / "first", max_steps=1, **several), rows).report
+    args = arguments(tmp_path / "second", model_name_or_path=str(tmp_path / "first"), max_steps=1)
+    second = hf_al.train(args, rows).report
+    for report in (first, second):
+        assert (report["problem_type"], report["label_names"]) == (
+            "multi_label_classification", ["ball", "bread", "new"]
+        )  # fmt: skip
+    others = rows.map(lambda row: {"label": row["label"].replace("new", "old")})
+    args = arguments(tmp_path / "third", model_name_or_path=str(tmp_path / "first"), max_steps=1)
+    assert hf_al.train(args, others).report["label_names"] == ["ball,old", "bread,old"]
+
+
 @pytest.mark.medium
 def test_the_arguments_of_the_caller_stay_as_they_are(saved, tmp_path):
     args = arguments(tmp_path / "run", model_name_or_path=str(saved), max_steps=1, model={})

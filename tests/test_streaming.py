@@ -65,6 +65,15 @@ def test_steps_are_the_same_wherever_reading_starts(order):
         assert tokens(order(50, 12), first, 60) == whole[first:]
 
 
+def test_a_place_whose_window_was_given_up_is_read_again(order):
+    """As for the checkpoint before one that turns out to be damaged."""
+    stream, whole = order(50, 4), tokens(order(50, 4), 0, 40)
+    known = stream.read_up_to(40)
+    assert stream.read_up_to(10) == known[:10]
+    assert stream.examples(10) == 40
+    assert tokens(stream, 10, 40) == whole[10:]
+
+
 def test_the_lengths_of_rows_are_known_ahead(order):
     stream = order(50, 12)
     ahead = stream.steps(0, 30)

@@ -347,6 +347,18 @@ def test_a_tracker_that_does_not_finish_does_not_lose_the_run(few_tweets, tmp_pa
     assert (tmp_path / "report.json").exists()
 
 
+def test_a_tracker_that_refuses_values_does_not_stop_the_run(few_tweets, tmp_path, monkeypatch, caplog):
+    from accelerate.tracking import TensorBoardTracker
+
+    def gone(self, values, step=None, **kwargs):
+        raise ConnectionError("server gone")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", gone)
+    hf_al.train(arguments(tmp_path, report_to="tensorboard"), few_tweets)
+    assert caplog.text.count("training goes on without them (ConnectionError: server gone)") == 1
+    assert (tmp_path / "report.json").exists()
+
+
 def test_no_tracker_leaves_no_log_folder(few_tweets, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_al"):
         hf_al.train(arguments(tmp_path), few_tweets)

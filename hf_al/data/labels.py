@@ -77,6 +77,24 @@ def guess_problem_type(rows: Dataset) -> str:
     return REGRESSION if has_fraction else SINGLE
 
 
+def known_problem_type(rows: Dataset, problem_type: str, names: list[str]) -> str | None:
+    """The problem type of a trained model, if labels can be meant as its own although they look like others: whole
+    numbers for regression, and for several labels text with no other names. None if they look like what they are.
+
+    Args:
+        rows: raw ones, with a column `label`.
+        problem_type, names: of the model.
+    """
+    labels, feature = rows["label"][:], rows.features["label"]
+    if is_list(feature) or isinstance(feature, ClassLabel):
+        return None
+    if problem_type == REGRESSION and all(is_number(label) and not isinstance(label, bool) for label in labels):
+        return REGRESSION
+    if problem_type == MULTI and {name for row in _names(rows, "train", MULTI) for name in row} <= {*names}:
+        return MULTI
+    return None
+
+
 def _refuse_almost_numbers(labels: Any) -> None:
     """One cell that is not a number makes text of a whole column: a regression would become a classification."""
     numbers = {label for label in labels if _is_fraction(label)}

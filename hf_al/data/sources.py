@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
@@ -20,7 +21,15 @@ from ..headers import check_named
 from ..modeling.limits import SINGLE
 from .columns import guess_label, guess_text
 from .files import read_file, stream_file, writing_cache
-from .labels import encode_labels, is_list, label_names, noisy_labels, problem_type_of, written_labels
+from .labels import (
+    encode_labels,
+    is_list,
+    known_problem_type,
+    label_names,
+    noisy_labels,
+    problem_type_of,
+    written_labels,
+)
 from .numeric import VALUES, with_values
 from .streaming import whole
 
@@ -44,7 +53,7 @@ def load_text_datasets(args: TrainingArguments, given: DatasetDict | None = None
 
 
 def load_with_fingerprints(
-    args: TrainingArguments, given: DatasetDict | None = None
+    args: TrainingArguments, given: DatasetDict | None = None, before: Any = None
 ) -> tuple[DatasetDict, dict[str, str]]:
     """The data of a run, and the `fingerprint` of each split as it was read: before validation is cut from train, and
     before limits.
@@ -52,6 +61,7 @@ def load_with_fingerprints(
     Args:
         args: the data arguments.
         given: raw splits to use instead of loading any.
+        before: config of the trained model that the run goes on from, which may tell what labels are.
 
     Raises:
         ValueError: no data named, a file that is missing or cannot be read, ambiguous columns, labels that are missing
@@ -67,7 +77,10 @@ def load_with_fingerprints(
     data = {name: named_columns(raw[name], *columns, name, args.numeric_column_names) for name in splits}
     for name in data:
         check_rows(data[name], name)
-    read, data = data, encode_labels(data, args.problem_type)
+    kind = args.problem_type
+    if kind is None and before is not None:
+        kind = known_problem_type(data["train"], before.resolved_problem_type, before.label_names)
+    read, data = data, encode_labels(data, kind)
     fingerprints = {n: fingerprint(rows, written_labels(rows, data[n], n)) for n, rows in read.items()}
     if "validation" not in data:
         train, validation = cut_validation(data["train"], args.validation_fraction, args.validation_seed)

@@ -194,7 +194,12 @@ class StreamOrder:
 
     def read_up_to(self, steps: int) -> list[str]:
         """What the rows are known by that so many steps need, to compare with a stream that is read again."""
-        return self.digests[: self._number_of_step(max(0, steps - 1)) + 1]
+        number = self._number_of_step(max(0, steps - 1))
+        if number not in self._raw:  # given up, on the way to a later checkpoint that turned out to be damaged
+            self.first_rows, self.first_steps, self.digests, self._raw, self._encoded = [0], [0], [], {}, {}
+            self._reader = iter(self.windows)
+            number = self._number_of_step(max(0, steps - 1))
+        return self.digests[: number + 1]
 
     def size(self) -> str:
         return f"a stream, in windows of {self.windows.size} rows"

@@ -91,7 +91,8 @@ def _constant(values: list[float], like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # or training could not use what inference has made
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def label_loss(logits_NC: Tensor, labels: Tensor, config) -> Tensor:

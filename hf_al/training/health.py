@@ -70,14 +70,17 @@ def code_health(model: ALForSequenceClassification, labels: Tensor, transport: A
     if len(labels) > MOST_LABELS:
         labels = labels[torch.linspace(0, len(labels) - 1, MOST_LABELS).long()]
     blocks = own_blocks(model)
-    received = transport.take()
     first_NC = first_target(labels.to(next(blocks[0].parameters()).device), model.config)
+    label_distances = torch.pdist(first_NC.double())
+    differ = label_distances > 0  # values far below the largest one are the same in float32
+    if not differ.any():
+        return []
+    received = transport.take()
     target_NV = received.get("target", first_NC).to(first_NC.device)  # offloaded weights are on the CPU
     # entries of a layer_norm code sum to zero
     directions = model.config.target_size - (model.config.label_activation == "layer_norm")
     possible = min(len(labels) - 1 if single else _rank(first_NC), directions)
-    label_distances = torch.pdist(first_NC.double())
-    first, second = torch.triu_indices(len(first_NC), len(first_NC), 1)  # the pairs in the order of pdist
+    first, second = torch.triu_indices(len(first_NC), len(first_NC), 1)[:, differ]  # the pairs in the order of pdist
     rows = []
     for block in blocks:
         target_NV = block.encode_target(target_NV)
@@ -87,7 +90,7 @@ def code_health(model: ALForSequenceClassification, labels: Tensor, transport: A
                 "--max_grad_norm 1."
             )
         spread = target_NV.std(0, correction=0).square().mean().sqrt().item()
-        distances = torch.pdist(target_NV.double()) / label_distances
+        distances = torch.pdist(target_NV.double())[differ] / label_distances[differ]
         closest = int(distances.argmin())
         typical = distances.square().mean().sqrt()
         separation = float(distances[closest] / typical) if typical > 0 else 0.0

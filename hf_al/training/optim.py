@@ -19,6 +19,8 @@ from ..modeling.blocks import PARTS
 LABEL_SIDE = ("encode_target", "decode_target")
 PLATEAU = "reduce_lr_on_plateau"
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+OWN_FLAGS = {"lr": "learning_rate", "weight_decay": "weight_decay"}  # optim_args that would have no effect
+RATES = ("min_lr", "lr_end")  # lr_scheduler_kwargs that are learning rates
 
 
 def of_block(value: Any, k: int) -> float:
@@ -37,11 +39,12 @@ def make_schedule(args: TrainingArguments, total_steps: int) -> Callable[[int], 
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total_steps)
     is_plain = args.lr_scheduler_type in ("constant", PLATEAU)
     name = "constant_with_warmup" if is_plain else args.lr_scheduler_type
-    options = None if is_plain else args.lr_scheduler_kwargs
     try:
-        schedule = get_scheduler(name, _unit_rate(), warmup, total_steps, scheduler_specific_kwargs=options)
+        options = _schedule_options(args)
+        specific = None if is_plain else options
+        schedule = get_scheduler(name, _unit_rate(), warmup, total_steps, scheduler_specific_kwargs=specific)
         if args.lr_scheduler_type == PLATEAU:
-            ReduceLROnPlateau(_unit_rate(), **args.lr_scheduler_kwargs)
+            ReduceLROnPlateau(_unit_rate(), "max", **options)
         factor = schedule.lr_lambdas[0]
         factor(0)
     except (TypeError, ValueError) as error:
@@ -50,6 +53,18 @@ def make_schedule(args: TrainingArguments, total_steps: int) -> Callable[[int], 
             "transformers' get_scheduler and torch's ReduceLROnPlateau say what each schedule takes."
         ) from None
     return lambda step: 1.0 if step + 1 == warmup else float(factor(step + 1 if step < warmup else step))
+
+
+def _schedule_options(args: TrainingArguments) -> dict[str, Any]:
+    """`lr_scheduler_kwargs` for a schedule over shares of the peak: what is a learning rate there becomes a share of
+    `learning_rate`. Parts with a peak of their own end at the same share of it."""
+    options = dict(args.lr_scheduler_kwargs)
+    for name in RATES:
+        if options.get(name):
+            if isinstance(args.learning_rate, list):
+                raise ValueError(f"{name} is a learning rate, but each block has one of its own")
+            options[name] /= args.learning_rate
+    return options
 
 
 def _unit_rate() -> torch.optim.Optimizer:
@@ -72,8 +87,11 @@ def make_optimizer(args: TrainingArguments, groups: list[dict[str, Any]]) -> tor
     }
     kind, defaults = kinds[args.optim]
     try:
+        for name, flag in OWN_FLAGS.items():
+            if name in args.optim_args:
+                raise ValueError(f"{name} has a flag of its own, --{flag}")
         return kind(groups, **{**defaults, **args.optim_args})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Expected optim_args of torch's {kind.__name__}, got {args.optim_args}: {error}.") from None
 
 
@@ -119,7 +137,7 @@ class BlockOptimizers:
             self.by_unit[unit] = self._make(unit)
             if args.lr_scheduler_type == PLATEAU:
                 self.plateaus[unit[-1]] = ReduceLROnPlateau(
-                    _unit_rate(), "max" if larger_is_better else "min", **args.lr_scheduler_kwargs
+                    _unit_rate(), "max" if larger_is_better else "min", **_schedule_options(args)
                 )
 
     def _make(self, unit: range) -> list[torch.optim.Optimizer]:

@@ -104,7 +104,7 @@ class Record:
             "peak_memory_mib": max(stage["memory"] for stage in stages),
         }
         self.progress.history.append(row)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+        self._track({k: v for k, v in row.items() if k != "step"}, step)
         return {"loss": round(sum(value for name, value in values.items() if name.startswith("loss")), 4)}
 
     def work_done(self) -> list[dict[str, Any]]:
@@ -134,12 +134,21 @@ class Record:
         progress.history.append({"step": progress.step, "validation": exits, "codes": codes})
         flat = {f"validation/{row['block']}/{n}": v for row in exits for n, v in row.items() if n != "block"}
         flat |= {f"codes/{row['block']}/{n}": row[n] for row in codes for n in ("spread", "rank", "separation")}
-        self.accelerator.log(flat, step=progress.step)
+        self._track(flat, progress.step)
         shown = " ".join(f"{row[metric]:.4f}" for row in exits)
         logger.info(
             "%s: validation %s by exit %s%s",
             self.plan.order.place(progress.step), metric, shown, " (best)" if better else "",
         )  # fmt: skip
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
+        """Tells the trackers. One that cannot be reached is no reason to stop training."""
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception as error:
+            self.warn(
+                [f"A tracker refuses values, and training goes on without them ({type(error).__name__}: {error})"]
+            )
 
     def warn(self, messages: list[str]) -> None:
         """Logs each warning once, even if its numbers change."""

@@ -80,7 +80,7 @@ def load(args: TrainingArguments, datasets: DatasetDict | None, windows: Windows
             windows, datasets = open_windows(args, sources.load_raw(args) if datasets is None else datasets)
         assert datasets is not None
         columns = sources.choose_columns(datasets["train"], args)
-    data, fingerprints = sources.load_with_fingerprints(args, datasets)
+    data, fingerprints = sources.load_with_fingerprints(args, datasets, saved[0].config if saved else None)
     about: dict[str, Any] = {"fingerprint": fingerprints, "pairs": "text_pair" in data["train"].column_names}
     name = args.tokenizer_source
     fields = {f.name: f.default for f in dataclasses.fields(args)}
