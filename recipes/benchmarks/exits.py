@@ -180,19 +180,19 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
 
 
 def plot(path: str, rows: list[dict[str, Any]]) -> None:
-    """A column for each set: accuracy over time, where texts leave, and whether the probabilities can be trusted."""
+    """A row for each set: accuracy over time, where texts leave, and whether the probabilities can be trusted."""
     from matplotlib.figure import Figure
 
     sets = list(dict.fromkeys(row["set"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(sets), 9.6), layout="constrained")
-    for column, name in zip(figure.subplots(3, len(sets), squeeze=False).T, sets, strict=True):
-        mine = [row for row in rows if row["set"] == name]
-        ours = [row for row in mine if "throughput" in row]
-        column[0].set_title(name)
-        draw_accuracy(column[0], ours, [row for row in mine if "throughput" not in row])
+    figure = Figure(figsize=(12.6, 3.2 * len(sets)), layout="constrained")
+    for row, name in zip(figure.subplots(len(sets), 3, squeeze=False), sets, strict=True):
+        mine = [found for found in rows if found["set"] == name]
+        ours = [found for found in mine if "throughput" in found]
+        row[0].set_title(name)
+        draw_accuracy(row[0], ours, [found for found in mine if "throughput" not in found])
         if ours:
-            draw_left(column[1], ours)
-            draw_reliability(column[2], ours)
+            draw_left(row[1], ours)
+            draw_reliability(row[2], ours)
     figure.savefig(path, dpi=150)
 
 
@@ -209,9 +209,9 @@ def draw_accuracy(axes: Any, ours: list[dict[str, Any]], alone: list[dict[str, A
         "backpropagation, a model each": [point(found, str(found[0]["blocks"] - 1)) for found in by_depth],
         "adaptive exit": [point(ours, "adaptive")] if ours else [],
     }
-    for (label, points), style in zip(groups.items(), ("o-", "s--", "*"), strict=True):
-        size = 14 if style == "*" else 5
-        axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, markersize=size)
+    for (label, points), style, size in zip(groups.items(), ("C0o-", "C1s--", "C2*"), (5, 5, 14), strict=True):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=size)
     axes.set(xlabel="milliseconds per text", ylabel="test accuracy")
     axes.set_xlim(left=0)
     axes.legend(fontsize=8)
