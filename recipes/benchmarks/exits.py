@@ -201,6 +201,7 @@ def plot(path: str, rows: list[dict[str, Any]]) -> None:
         if ours:
             draw_left(row[1], ours)
             draw_reliability(row[2], ours)
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -223,7 +224,6 @@ def draw_accuracy(axes: Any, ours: list[dict[str, Any]], alone: list[dict[str, A
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=size)
     axes.set(xlabel="milliseconds per text", ylabel="test accuracy")
     axes.set_xlim(left=0)
-    axes.legend(fontsize=8, loc="center right")
 
 
 def draw_left(axes: Any, ours: list[dict[str, Any]]) -> None:
