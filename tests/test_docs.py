@@ -273,6 +273,10 @@ def test_the_commands_of_a_page_run_in_their_order(page, room, monkeypatch, caps
             "adaptive_over_full_throughput_tweets", "adaptive_accuracy_drop_points_tweets", "ece_tweets", "ece_earlier"
         }  # fmt: skip
         assert (room / "docs/images/exits.png").read_bytes() != (ROOT / "docs/images/exits.png").read_bytes()
+    if page == "measured":
+        served = json.loads((room / "recipes/benchmarks/serve.json").read_text())
+        assert "serve_over_plain_pipeline_throughput" in served["ratios"]
+        assert [row["errors"] for row in served["rows"][:3]] == [0, 0, 0]
     if page == "five_minutes":
         assert (room / "docs/images/five_minutes.png").read_bytes() != PLOT.read_bytes()
 
