@@ -189,6 +189,7 @@ def test_a_trial_that_fails_counts_and_says_why(asked, shell):
     assert trials["error"].str.contains("fits the").any()
 
 
+@pytest.mark.slow
 def test_values_that_only_fail_with_the_data_are_one_trial(asked, shell):
     path = asked(trials=4, arms={"ours": {"objective": "al_ce"}}, search={"min_frequency": [1, 10_000]})
     status, _, err = shell("sweep", *flags(path))

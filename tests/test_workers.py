@@ -38,7 +38,7 @@ def test_a_process_that_dies_before_it_reads_its_task_is_one_message():
         workers.carry_out(lambda running: None if running else "a task", lambda task, said: None)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_second_signal_does_not_wait_for_the_others():
     handler, tasks = signal.getsignal(signal.SIGINT), [STAY]
