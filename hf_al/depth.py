@@ -13,6 +13,7 @@ from .early import check_model_name, check_output_dir
 from .flags import MODEL, add_copy, add_model, columns_of_run, load_for_copy, positive, set_up_output
 from .headers import columns_of
 from .parallel.launch import failing_once, is_launched
+from .parallel.placement import PLACEMENTS
 from .parsing import PER_BLOCK, FlagParser, add_training_flags, reader, resolve
 from .report import read_report, write_report
 
@@ -149,7 +150,7 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
 def _check_several_runs(args: TrainingArguments, several: bool) -> None:
     """Refuses what only one run can do, if there may be `several`."""
     fixed = [name for name in PER_BLOCK if isinstance(getattr(args, name), list)]
-    fixed += ["placement"] if args.placement not in ("balanced", "equal") else []
+    fixed += ["placement"] if args.placement not in PLACEMENTS else []
     if several and fixed:
         raise ValueError(
             f"Expected one {fixed[0]} for any number of blocks with --grow_until, got {getattr(args, fixed[0])}: each "

@@ -460,10 +460,8 @@ def test_what_calibration_expects_is_what_happens_on_its_text(rule, config, of_t
         assert sum(right) / len(rows) == pytest.approx(found["accuracy"])
 
 
-def test_an_encoder_is_calibrated(classifier, tokenizer, few_tweets):
-    names = dict(enumerate(sorted(set(few_tweets["train"]["label"]))))
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
-    model = classifier("al_encoder", **sizes, id2label=names, label2id={name: i for i, name in names.items()})
+def test_an_encoder_is_calibrated(of_tweets, tokenizer, few_tweets):
+    model = of_tweets("al_encoder")
     found = calibrate_exits(model, tokenizer, few_tweets["validation"], 0.05)
     assert model.config.exit_thresholds == [row["threshold"] for row in found["exits"]]
     texts = [(text,) for text in few_tweets["validation"]["text"]]

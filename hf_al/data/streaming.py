@@ -9,7 +9,7 @@ import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -125,15 +125,18 @@ class StreamOrder:
     features: Any
     batch_size: int
     seed: int
-    first_rows: list[int] = field(default_factory=lambda: [0])  # of each window that was read, and of the next one
-    first_steps: list[int] = field(default_factory=lambda: [0])
-    digests: list[str] = field(default_factory=list)  # of all rows up to the end of each window
-    _raw: dict[int, Dataset] = field(default_factory=dict)
-    _encoded: dict[int, tuple[Dataset, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._reader = iter(self.windows)
         self.lengths = StreamLengths(self)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Reads from the start."""
+        self._reader = iter(self.windows)
+        self.first_rows, self.first_steps = [0], [0]  # of each window that was read, and of the next one
+        self.digests: list[str] = []  # of all rows up to the end of each window
+        self._raw: dict[int, Dataset] = {}
+        self._encoded: dict[int, tuple[Dataset, np.ndarray]] = {}
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
         """(step, rows) of the optimizer steps `first` .. `last` - 1; reads on where needed."""
@@ -196,8 +199,7 @@ class StreamOrder:
         """What the rows are known by that so many steps need, to compare with a stream that is read again."""
         number = self._number_of_step(max(0, steps - 1))
         if number not in self._raw:  # given up, on the way to a later checkpoint that turned out to be damaged
-            self.first_rows, self.first_steps, self.digests, self._raw, self._encoded = [0], [0], [], {}, {}
-            self._reader = iter(self.windows)
+            self._begin()
             number = self._number_of_step(max(0, steps - 1))
         return self.digests[: number + 1]
 

@@ -11,6 +11,8 @@ from ..parsing import check_stages
 if TYPE_CHECKING:  # a placement can be checked without it
     from torch import nn
 
+PLACEMENTS = ("equal", "balanced")  # by name; else the blocks of each stage
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -79,7 +81,7 @@ def place(
         ValueError: more stages than units, or a list that does not name every block once, in order.
     """
     check_stages(num_stages, len(units))
-    if how not in ("equal", "balanced"):
+    if how not in PLACEMENTS:
         cuts = _given_cuts(how, units, num_stages)
     elif how == "equal" or seconds is None:
         cuts = _equal_cuts(len(units), num_stages)

@@ -142,13 +142,13 @@ class Record:
         )  # fmt: skip
 
     def _track(self, values: dict[str, Any], step: int) -> None:
-        """Tells the trackers. One that cannot be reached is no reason to stop training."""
-        try:
-            self.accelerator.log(values, step=step)
-        except Exception as error:
-            self.warn(
-                [f"A tracker refuses values, and training goes on without them ({type(error).__name__}: {error})"]
-            )
+        """Tells the trackers. One that cannot be reached is no reason to stop training, or to leave out the others."""
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:
+                said = f"The tracker {tracker.name} refuses values, and training goes on without them"
+                self.warn([f"{said} ({type(error).__name__}: {error})"])
 
     def warn(self, messages: list[str]) -> None:
         """Logs each warning once, even if its numbers change."""

@@ -4,7 +4,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,24 @@ def _kept(path: str | None) -> dict[str, Any]:
     return json.loads(Path(path).read_text()) if path and Path(path).is_file() else {"rows": [], "ratios": {}}
 
 
+def in_turns(arms: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, arm): every second round the other way round, so that a slow moment of a machine affects all equally."""
+    order = list(arms)
+    for number in range(rounds):
+        for arm in order if number % 2 else reversed(order):
+            yield number, arm
+
+
 def interleaved(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call. The arms take turns, so that a slow moment of a shared machine affects all equally."""
+    """Seconds of each call. The arms take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(warmup + rounds):
-        names = list(arms) if number % 2 else list(reversed(arms))
-        for name in names:
-            synchronise()
-            clock = time.perf_counter()
-            arms[name]()
-            synchronise()
-            if number >= warmup:
-                seconds[name].append(time.perf_counter() - clock)
+    for number, name in in_turns(arms, warmup + rounds):
+        synchronise()
+        clock = time.perf_counter()
+        arms[name]()
+        synchronise()
+        if number >= warmup:
+            seconds[name].append(time.perf_counter() - clock)
     return seconds
 
 

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from common import paired_ratio, timing_parser, write_results
+from common import in_turns, paired_ratio, timing_parser, write_results
 
 import hf_al
 from hf_al.messages import table
@@ -37,16 +37,15 @@ def main() -> None:
         runs = all_runs(study, Path(folder), known.data_dir)
         for name in study.sets:
             for kind in study.architectures:
-                keys = [Key(name, kind, arm, study.first_seed, next(iter(study.tune[kind]))) for arm in study.arms]
+                setting = next(iter(study.tune[kind]))
                 seconds: dict[str, list[float]] = {arm: [] for arm in study.arms}
-                for number in range(known.rounds):
-                    for key in keys if number % 2 else reversed(keys):  # a slow moment affects all equally
-                        seconds[key.arm].append(epoch_seconds(runs[key]))
+                for _, arm in in_turns(study.arms, known.rounds):
+                    seconds[arm].append(epoch_seconds(runs[Key(name, kind, arm, study.first_seed, setting)]))
                 for arm, times in seconds.items():
                     row = {"set": name, "architecture": kind, "arm": arm, "seconds": statistics.median(times)}
                     base = next(iter(study.baselines.get(arm, [arm])))
                     rows.append({**row, "over baseline": paired_ratio(times, seconds[base])})
-                print(table(rows[-len(keys) :], markdown=True), flush=True)
+                print(table(rows[-len(study.arms) :], markdown=True), flush=True)
     write_results(known.json, rows, {})
 
 

@@ -258,7 +258,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed turns (default: 7)")
     known, more = parser.parse_known_args()  # further flags are those of hf-al train
     set_up_output()
-    rows, flags = kept_rows(known.json), " ".join([known.architecture, known.rule, str(known.timed), *more])
+    rows, before = kept_rows(known.json), kept_ratios(known.json)
+    flags = " ".join([known.architecture, known.rule, str(known.timed), *more])
     seeds = [int(seed) for seed in known.seeds.split(",")]
     arms = [(BLOCKS, "al_ce", seeds)]
     arms += [(int(depth), "backprop", seeds) for depth in known.depths.split(",") if depth]
@@ -267,7 +268,7 @@ def main() -> None:
         if not any(row.items() >= key.items() for row in rows):
             rows.append(run(key, known, more))
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "right"}), flush=True)
-            write_results(known.json, rows, kept_ratios(known.json))
+            write_results(known.json, rows, before)
 
     mine = []
     for name in known.sets.split(","):
@@ -281,7 +282,7 @@ def main() -> None:
             mine += [row for row in rows if row.items() >= key.items()]
     lines, ratios = summary(mine)
     print(table(lines, markdown=True))
-    write_results(known.json, rows, {**kept_ratios(known.json), **ratios})
+    write_results(known.json, rows, {**before, **ratios})
     if known.plot:
         plot(known.plot, mine)
 

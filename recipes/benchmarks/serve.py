@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
-from common import data_flags, write_results
+from common import data_flags, in_turns, write_results
 
 import hf_al
 from hf_al.data import sources
@@ -241,9 +241,8 @@ def main() -> None:
         addresses = {"adaptive": adaptive, "full": full, "pipeline": plain}
         for address in addresses.values():
             asyncio.run(load(address, bodies, known.clients, min(2, known.seconds)))  # warm
-        for number in range(TURNS):
-            for arm in turns if number % 2 else reversed(turns):
-                turns[arm].append(asyncio.run(load(addresses[arm], bodies, known.clients, known.seconds / TURNS)))
+        for _, arm in in_turns(turns, TURNS):
+            turns[arm].append(asyncio.run(load(addresses[arm], bodies, known.clients, known.seconds / TURNS)))
         strained = overload(adaptive, bodies[:512])
     rows = [row_of(arm, found, known.seconds / TURNS) for arm, found in turns.items()]
     print(table(rows, markdown=True))
