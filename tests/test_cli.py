@@ -87,7 +87,7 @@ def test_every_public_name_is_there_in_the_command_line_too():
     assert set(hf_al.__all__) <= set(dir(hf_al)) | set(hf_al._LAZY)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_importing_the_package_registers_the_models():
     code = "import hf_al; from transformers import AutoConfig; print(AutoConfig.for_model('al_transformer').model_type)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

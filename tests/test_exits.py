@@ -143,7 +143,8 @@ def test_compiled_blocks_answer_the_same(model_type, backend, classifier, make_b
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about parts of torch that it uses
-@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_model_that_is_compiled_whole_answers_the_same(backend, classifier, make_batch):
     model, batch = classifier("al_lstm"), make_batch(rows=12, tokens=9)
     half_leave(model, batch)

@@ -26,6 +26,7 @@ from hf_al.training.stage import Stage
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
+LARGE = ("objectives", "inside")  # studies of so many runs that their pages take seconds
 RECIPE = {
     "model_type": "al_lstm", "model": {"num_blocks": 2, "hidden_size": 16, "target_size": 12}, "word_vectors": "none",
     "max_steps": 4, "use_cpu": True,
@@ -705,7 +706,7 @@ def test_every_run_of_a_shipped_study_can_be_made(path, tmp_path, encoder_folder
 
 @pytest.mark.parametrize(
     "path",
-    [slow(p) if p.stem == "objectives" else p for p in STUDIES if p.with_suffix(".json").exists()],  # of 512 runs
+    [slow(p) if p.stem in LARGE else p for p in STUDIES if p.with_suffix(".json").exists()],
     ids=lambda path: path.stem,
 )
 def test_a_committed_page_is_that_of_its_rows(path, tmp_path, monkeypatch):

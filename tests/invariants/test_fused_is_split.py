@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, OBJECTIVES
+from conftest import ARCHITECTURES, OBJECTIVES, slow
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import Trainer
 from transformers import TrainingArguments as HFTrainingArguments
@@ -123,7 +123,7 @@ def test_transformers_trainer_accumulates_as_our_loop_does(model_type, make_mode
     assert furthest(ours, theirs) == 0.0
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [slow(1), 2])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_one_optimizer_is_one_optimizer_a_block_with_dropout_on(model_type, objective, parts, make_model, data):

@@ -129,7 +129,7 @@ STOPS = {
     ("objective", "stop"),
     [
         *(("associated", stop) if stop == "between_updates_of_step_20" else slow("associated", stop) for stop in STOPS),
-        ("al_ce", "after_the_fourth_save"),
+        slow("al_ce", "after_the_fourth_save"),
         slow("al_ce", "between_updates_of_step_20"),
         ("backprop", "after_the_first_save"),
         slow("backprop", "between_updates_of_the_last_step"),
