@@ -20,7 +20,7 @@ from hooks import hook
 
 from hf_al import TrainingArguments
 from hf_al.data import sources, tokenization
-from hf_al.data.labels import label_names, problem_type_of
+from hf_al.data.labels import encode_labels, label_names, problem_type_of
 from hf_al.data.sources import load_text_datasets
 
 ROWS = [
@@ -307,6 +307,17 @@ def test_multi_label_rows_become_lists_of_ids(form):
     assert label_names(data["train"]) == (["x", "y", "z"] if form in ("names", "text") else ["0", "1", "2"])
     for row in data["train"]:
         assert row["label"] == [[0, 1], [1], [2], []][int(row["text"].split()[1]) % 4]
+
+
+def test_labels_that_could_be_ids_or_a_0_or_1_for_each_class_are_read_as_those_of_train():
+    of_train = Dataset.from_dict({"text": list("abcd"), "label": [[0], [1, 2], [0, 1, 2], [2, 0]]})
+    like_hot = Dataset.from_dict({"text": list("ab"), "label": [[0, 1], [1, 0]]})
+    encoded = encode_labels({"train": of_train, "test": like_hot}, None)
+    assert encoded["test"]["label"][:] == [[0, 1], [1, 0]]
+    assert encode_labels({"test": like_hot}, None, ["0", "1", "2"])["test"]["label"][:] == [[0, 1], [1, 0]]
+    assert encode_labels({"test": like_hot}, None, ["0", "1"])["test"]["label"][:] == [[1], [0]]
+    with pytest.raises(ValueError, match=r"a 0 or a 1 for each class in every row, .* \[0\] in row 0"):
+        encode_labels({"train": like_hot, "test": of_train}, None)
 
 
 def test_multi_label_names_of_a_data_set_are_kept():

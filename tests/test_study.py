@@ -22,6 +22,8 @@ from hf_al.study.plan import read_study
 from hf_al.study.results import Results
 from hf_al.study.runs import Key, all_runs, planned
 from hf_al.study.summary import Summary
+from hf_al.training.checkpoint import CannotResume
+from hf_al.training.memory import TooLarge
 from hf_al.training.stage import Stage
 
 ROOT = Path(__file__).parents[1]
@@ -436,8 +438,8 @@ def test_every_arm_is_tuned_alike_and_other_seeds_get_its_best_setting(place, pr
     assert summary.rows[Key("mine", "lstm", "al_ce", 1)]["test"] == 0.25
     assert summary.table("lstm", ["mine"])[0]["seeds"] == "2"
     page = (place.folder / "out" / "study_tiny.md").read_text()
-    assert "| al_ce | learning_rate=0.01, weight_decay=0.1 (0.6000, 0.6000, 0.6000, 0.7000) |" in page
-    assert "| backprop | learning_rate=0.001, weight_decay=0.1 (0.6000, 0.7000, failed, failed) |" in page
+    assert "| al_ce | learning_rate=0.01, weight_decay=0.1 (0.6000, 0.6000, 0.6000, 0.7000) * |" in page
+    assert "| backprop | learning_rate=0.001, weight_decay=0.1 (0.6000, 0.7000, failed, failed) * |" in page
     assert "- Failed: mine lstm, backprop, learning_rate=0.01, weight_decay=0.0, seed 1: diverged" in page
 
 
@@ -470,6 +472,55 @@ def test_each_arm_is_compared_with_its_own_baseline(place):
     assert lines["al_ce 2"]["test"] == 0.75
     assert lines["al_ce 2"]["seeds"] == "2"
     assert lines["al_ce 2"]["std"] == 0
+
+
+def test_any_two_arms_can_be_compared_without_a_run(place, pretended):
+    names = ("a", "b", "backprop")
+    place.write(arms={name: {"bridge_layers": n} for n, name in enumerate(names, 1)}, sets=["mine", "other"])
+    rights = {"a": (1, 1, 1, 0), "b": (1, 0, 0, 0)}
+    pretended.given = lambda key: row(key, right=rights.get(key.arm, (1, 1, 0, 0)))
+    place.run()
+    done = len(pretended)
+    status, out, _ = place.run("--compare", "a", "b")
+    assert (status, len(pretended)) == (0, done)
+    lines = [line.split() for line in out.splitlines() if line.startswith("lstm")]
+    assert [line[1:-5] for line in lines] == [["mine,", "other"], ["mine"], ["other"]]
+    assert {line[-4] for line in lines} == {"+50.00"}
+    assert place.run("--compare", "a", "b", "--sets=other")[1].count("lstm") == 1
+    assert_mistake(place.run("--compare", "a", "backprob"), "Did you mean backprop?")
+    assert_mistake(place.run("--compare", "a", "b", "--sets=mine,othr"), "Did you mean other?")
+    assert_mistake(place.run("--sets=mine"), "Expected --sets with --compare")
+    assert len(pretended) == done
+
+
+def test_a_look_inside_that_is_wanted_later_is_not_forgotten(place, pretended):
+    place.run()
+    place.write(inside=True)
+    assert_mistake(place.run(), "inside was false and is now true")
+    pretended.given = lambda key: row(key, inside=[])
+    assert place.run("--rerun_changed")[0] == 0
+    assert place.run()[0] == 0
+
+
+@pytest.mark.parametrize("is_of_the_run", [True, False])
+def test_only_a_checkpoint_that_cannot_be_resumed_is_given_up(is_of_the_run, place, monkeypatch, tmp_path):
+    tried = []
+
+    def train(args, on_evaluation):
+        tried.append(args.resume_from_checkpoint)
+        if args.resume_from_checkpoint:
+            raise (TooLarge("no memory left") if is_of_the_run else CannotResume("of other data"))
+
+    monkeypatch.setattr(execution, "train", train)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    flags = {"output_dir": str(tmp_path / "run"), "model_type": "al_lstm"}
+    if is_of_the_run:
+        with pytest.raises(TooLarge):
+            execution.train_on(flags)
+        assert tried == ["last"]
+    else:
+        execution.train_on(flags)
+        assert tried == ["last", None]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from hf_al.atomic import alone_at
 from hf_al.sweep.outcome import draw
 from hf_al.sweep.plan import read_sweep
-from hf_al.sweep.trials import _next_trial, carry_out, finished, open_studies
+from hf_al.sweep.trials import _next_trial, carry_out, carry_out_sweep, finished, open_studies
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 ARMS = {"ours": {"objective": "al_ce"}, "theirs": {"objective": "backprop"}}
@@ -198,6 +198,16 @@ def test_values_that_only_fail_with_the_data_are_one_trial(asked, shell):
     assert (trials.loc[[10_000], "state"] == "fail").all()
     assert trials.loc[[10_000], "error"].str.contains("Expected words").all()
     assert (trials.loc[[1], "state"] == "complete").all()
+
+
+@pytest.mark.slow
+def test_data_that_is_gone_stops_a_sweep_and_counts_for_no_trial(asked, monkeypatch, capfd):
+    path = asked(trials=1)
+    studies, sweep = studies_of(path), read_sweep(str(path), path.parent / "out", str(path.parent / "data"))
+    (path.parent / "data" / "few" / "train.csv").unlink()
+    with pytest.raises(ValueError, match=r"train\.csv"):
+        carry_out_sweep(sweep, studies, 1)
+    assert not any(map(finished, studies.values()))
 
 
 @pytest.mark.parametrize(

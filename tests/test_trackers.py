@@ -331,7 +331,7 @@ def test_a_resumed_run_hides_what_the_interrupted_one_logged_after_its_checkpoin
 
 def test_a_tracker_that_cannot_start_is_one_sentence(few_tweets, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://server")
-    with pytest.raises(ValueError, match=r"Could not start the trackers mlflow: .*no-such-scheme"):
+    with pytest.raises(OSError, match=r"Could not start the trackers mlflow: .*no-such-scheme"):
         hf_al.train(arguments(tmp_path, report_to="mlflow"), few_tweets)
 
 

@@ -38,7 +38,8 @@ def encode_labels(
     problem_type = problem_type or guess_problem_type(first)
     if problem_type == REGRESSION:
         return {split: _with_labels(rows, _numbers(rows, split), Value("float32")) for split, rows in data.items()}
-    lists = {split: _names(rows, split, problem_type) for split, rows in data.items()}
+    is_hot = problem_type == MULTI and _class_names(first) is None and _is_multi_hot(first["label"][:], names)
+    lists = {split: _names(rows, split, problem_type, is_hot) for split, rows in data.items()}
     if names is None:
         names = _class_names(first) or sorted({name for row in lists["train"] for name in row}, key=_sort_key)
         seen = {name for row in lists["train"] for name in row}
@@ -151,8 +152,9 @@ def is_list(feature: Any) -> bool:
     return isinstance(feature, list) or hasattr(feature, "feature")
 
 
-def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
-    """The class names of each row: one for single label, any number for multi-label (comma-separated in csv)."""
+def _names(rows: Dataset, split: str, problem_type: str, is_hot: bool = False) -> list[list[str]]:
+    """The class names of each row: one for single label, any number for multi-label (comma-separated in csv; or, with
+    `is_hot`, a 0 or a 1 for each class)."""
     class_names = _class_names(rows)
 
     def name(value: Any) -> str:
@@ -164,7 +166,13 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
         return str(value).strip()
 
     labels = rows["label"][:]
-    if problem_type == MULTI and class_names is None and _is_multi_hot(labels):
+    if is_hot:
+        wrong = next((number for number, row in enumerate(labels) if not _is_multi_hot([row])), None)
+        if wrong is not None:
+            raise ValueError(
+                f"Expected a list with a 0 or a 1 for each class in every row, as in the first ones, got "
+                f"{labels[wrong]!r} in row {wrong} (from 0) of the {split} split. Write all labels alike."
+            )
         return [[str(i) for i, is_on in enumerate(row) if is_on] for row in labels]
     result = []
     for number, value in enumerate(labels):
@@ -178,11 +186,13 @@ def _names(rows: Dataset, split: str, problem_type: str) -> list[list[str]]:
     return result
 
 
-def _is_multi_hot(labels: Sequence[Any]) -> bool:
+def _is_multi_hot(labels: Sequence[Any], names: list[str] | None = None) -> bool:
     """Whether each row has a 0 or a 1 for each class, as transformers' own models take them. (Read as ids, each row
-    would name the same classes.)"""
+    would name the same classes.) Of a trained model the names are known: lists that are shorter are ids."""
     widths = {len(row) if isinstance(row, list) else 0 for row in labels}
-    return len(widths) == 1 and min(widths) > 1 and all(value in (0, 1) for row in labels for value in row)
+    if len(widths) != 1 or min(widths) < 2 or not all(value in (0, 1) for row in labels for value in row):
+        return False
+    return names is None or (all(map(str.isdecimal, names)) and max(map(int, names)) < min(widths))
 
 
 def _refuse_object(value: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from ..atomic import alone_at
 from ..early import check_is_no_file
 from ..flags import add_file, positive
+from ..messages import nearest
 from ..parsing import FlagParser
-from ..values import capped
+from ..values import capped, names_in
 
 
 def study_flags(parser: FlagParser) -> None:
@@ -27,6 +28,10 @@ def study_flags(parser: FlagParser) -> None:
     )
     add_file(parser, "--page", "Markdown page that is written (default: study_NAME.md in the output folder)")
     parser.add_argument("--dry_run", action="store_true", help="only list the runs, and estimate how long they take")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("ARM", "OTHER"), help="only print how far ARM is ahead of OTHER, with intervals"
+    )
+    parser.add_argument("--sets", metavar="NAMES", help="with --compare: sets, with commas between (default: all)")
     parser.add_argument("--only_page", action="store_true", help="write the page from the runs that are done, and stop")
     parser.add_argument(
         "--rerun_changed", action="store_true", help="replace rows that were made with other arguments than the yaml's"
@@ -42,12 +47,23 @@ def run_study(flags: Namespace) -> None:
     check_is_no_file(output_dir)
     if study.inside and find_spec("sklearn") is None:
         raise ValueError("Expected scikit-learn to look inside blocks, found none. Run: pip install 'hf_al[sweep]'")
+    _check_known(study, flags)
     runs = all_runs(study, output_dir, flags.data_dir)
     path = Path(flags.results) if flags.results else study.path.with_suffix(".json")
     with ExitStack() as stack:
-        if not (flags.dry_run or flags.only_page):  # else two of them would keep each their own rows
+        if not (flags.dry_run or flags.only_page or flags.compare):  # else two of them would keep each their own rows
             stack.enter_context(alone_at(path))
         _run(flags, study, runs, path)
+
+
+def _check_known(study: Any, flags: Namespace) -> None:
+    """What --compare names is in the study."""
+    if flags.sets and not flags.compare:
+        raise ValueError("Expected --sets with --compare, got it alone: a study runs on all its sets. Leave it out.")
+    for kind, given, known in (("arm", flags.compare or [], study.arms), ("set", names_in(flags.sets), study.sets)):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"Expected one of the {kind}s of {flags.study}, got {name!r}.{nearest(name, known)}")
 
 
 def _run(flags: Namespace, study: Any, runs: Any, path: Path) -> None:
@@ -55,11 +71,16 @@ def _run(flags: Namespace, study: Any, runs: Any, path: Path) -> None:
 
     results, output_dir = Results(path, runs), Path(flags.output_dir)
     jobs = capped("jobs", flags.jobs)
-    from .page import as_text, listing, write_page
+    from .page import as_text, comparison, listing, write_page
     from .summary import Summary
 
     if flags.dry_run:
         print(listing(study, results, jobs))
+        return
+    if flags.compare:
+        results.refuse_changed()
+        arm, other = flags.compare
+        print(comparison(Summary(study, results.rows), arm, other, names_in(flags.sets)))
         return
     if flags.rerun_changed:
         results.drop_changed()

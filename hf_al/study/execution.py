@@ -19,6 +19,7 @@ from ..metrics import SMALLER_IS_BETTER, right
 from ..modeling.limits import REGRESSION, SINGLE
 from ..parsing import resolve
 from ..report import code_version, machine
+from ..training.checkpoint import CannotResume
 from ..training.health import Diverged
 from ..training.loop import TrainResult, train
 from ..training.progress import OnEvaluation
@@ -111,7 +112,7 @@ def carry_out_study(study: Study, results: Results, jobs: int, keep_models: bool
                     workers.carry_out(next_run, lambda run, row: done(row))
             while run := next_run([]):  # with several jobs, none is left
                 done(carry_out(run))
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:
         stop.add_note(f"{len(results.rows)} finished runs are kept in {results.path}. The same command goes on.")
         raise
 
@@ -189,9 +190,7 @@ def train_on(flags: dict[str, Any], on_evaluation: OnEvaluation | None = None) -
     if (folder / "checkpoints").is_dir():
         try:
             return train(resolve({**flags, "resume_from_checkpoint": "last"}), on_evaluation=on_evaluation)
-        except Diverged:
-            raise
-        except ValueError as error:  # checkpoints that are damaged, or of other data
+        except CannotResume as error:
             logger.warning("%s starts anew: %s", folder, error)
     return train(resolve({**flags, "overwrite_output_dir": True}), on_evaluation=on_evaluation)
 

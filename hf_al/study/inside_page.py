@@ -86,13 +86,17 @@ def class_rows(summary: Summary, architecture: str, name: str) -> list[dict[str,
 
 
 def _blocks(summary: Summary, architecture: str, name: str, arm: str) -> list[dict[str, float]]:
-    """The numbers of each block of an arm, as the mean over its seeds; none if it has none."""
+    """The numbers of each block of an arm, as the mean over its seeds: those that all of them have. Older rows may lack
+    some."""
     runs = [
         [_flat(block) for block in row["inside"]]
         for key, row in summary.rows.items()
         if key[:3] == (name, architecture, arm) and "inside" in row
     ]
-    return [{what: fmean(block[what] for block in blocks) for what in blocks[0]} for blocks in zip(*runs, strict=True)]
+    return [
+        {what: fmean(block[what] for block in blocks) for what in blocks[0] if all(what in block for block in blocks)}
+        for blocks in zip(*runs, strict=True)
+    ]
 
 
 def _flat(block: dict[str, Any]) -> dict[str, float]:

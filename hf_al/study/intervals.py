@@ -23,8 +23,9 @@ def points_apart(by_set: list[np.ndarray]) -> tuple[float, float, float]:
     Drawing from S seeds shrinks their variance to (S - 1) / S, which counts when there are three: so what a draw of
     seeds differs from their mean by is widened by sqrt(S / (S - 1)).
 
-    With three seeds it covers the true difference in about 95 % of studies where seeds differ by up to a point, and in
-    fewer where they differ more: 87 % at three points.
+    Where seeds differ no more than chance in the test rows explains, it covers the true difference in 93 to 95 % of
+    studies; where they differ much more, in fewer: in 62, 79, 86 % with two seeds on one, two, four sets, in 79, 87,
+    91 % with three, and in 88, 92, 93 % with five (simulated, 3,000 studies each).
 
     Args:
         by_set: for each data set the differences of two arms, (seeds, rows); sets count equally.

@@ -12,7 +12,7 @@ from .inside_page import has_inside, inside_section
 from .plan import Study
 from .results import Results
 from .runs import planned
-from .summary import Summary, seconds_to_go
+from .summary import Summary, cell_of, seconds_to_go
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,9 +24,9 @@ COLUMNS = (
     "say which arm is faster). The difference to the baseline is in points of test accuracy, over the "
     "seeds that both have, with the 95 % interval of a paired bootstrap over seeds and test rows. Its ends vary by "
     "about 0.05 with the draws. One seed is too few for an interval; where seeds differ much more than chance in the "
-    "test rows explains, that of two holds the true difference in 60 to 75 % of studies, that of three in 80 to 85 %, "
-    "that of five in 85 to 92 %. Each interval speaks for itself: of twenty that are looked at, one may miss, and the "
-    "best of many looks better than it is."
+    "test rows explains, intervals of two, three and five seeds hold the true difference in about 60, 80 and 88 % of "
+    "studies of one set, 79, 87 and 92 % of two, and 86, 91 and 93 % of four. Each interval speaks for itself: of "
+    "twenty that are looked at, one may miss, and the best of many looks better than it is."
 )
 
 MARGIN = 0.5  # points of test accuracy
@@ -36,7 +36,7 @@ VERDICTS = (
 )  # fmt: skip
 SETTINGS = (
     "The best setting of each arm on each set, by validation with seed {}; in brackets, validation with each setting, "
-    "in the order of the heading. A star marks an end of a search of three or more numbers: beyond it there may be "
+    "in the order of the heading. A star marks an end of the search (of two, each is one): beyond it there may be "
     "better ones."
 )
 
@@ -57,8 +57,8 @@ def write_page(path: Path, summary: Summary) -> None:
         image = images / f"study_{study.name}.png"
         figure.savefig(image)
         lines += ["", "## Differences to the baseline", "", f"![Points of test accuracy by arm](images/{image.name})"]
-        names = ", ".join(study.sets)
-        lines += ["", f"Bars are 95 % intervals; dark: the mean over the sets, light: {names}, in this order."]
+        dark = f"; dark: the mean over the sets, light: {', '.join(study.sets)}, in this order"
+        lines += ["", f"Bars are 95 % intervals{dark if len(study.sets) > 1 else ''}."]
     lines += ["", "## Results", "", COLUMNS]
     for title, architecture, sets in tables(summary):
         lines += ["", f"### {title}", "", table(summary.table(architecture, sets), markdown=True)]
@@ -105,6 +105,18 @@ def in_short(summary: Summary) -> list[str]:
             said.append(f"some seeds failed and do not count: {', '.join(failed)}")
         lines.append(f"- {kind}, by 95 % intervals over {', '.join(sets)}: {'; '.join(said)}.")
     return lines
+
+
+def comparison(summary: Summary, arm: str, other: str, names: list[str]) -> str:
+    """How far an arm is ahead of another one, by architecture: over these sets (none = all of them), and on each."""
+    rows = []
+    for kind in summary.study.architectures:
+        sets = names or list(summary.pooled(kind))
+        for some in [sets, *([name] for name in sets if len(sets) > 1)]:
+            apart = cell_of(summary.apart(kind, arm, other, tuple(some)))
+            seeds = len(summary.shared(kind, arm, other, some))
+            rows.append({"architecture": kind, "sets": ", ".join(some), "seeds": seeds, "points (95 %)": apart})
+    return f"{arm}, ahead of {other}, in points of test accuracy:\n{table(rows)}"
 
 
 def as_text(summary: Summary) -> str:

@@ -38,7 +38,8 @@ class Results:
         self.defaults = {**before, **today}
 
     def changed(self) -> dict[Key, str]:
-        """The rows whose runs would have other arguments today, with the first one that differs."""
+        """The rows whose runs would have other arguments today, with the first one that differs; and those that lack a
+        look inside that the study has now."""
         found = {}
         for key, row in self.rows.items():
             if key in self.runs:
@@ -48,6 +49,8 @@ class Results:
                 if differ:
                     name = differ[0]
                     found[key] = f"{name} was {then.get(name)!r} and is now {now.get(name)!r}"
+                elif self.runs[key].inside and not {"inside", "error"} & row.keys():
+                    found[key] = "inside was false and is now true"
         return found
 
     def refuse_changed(self) -> None:

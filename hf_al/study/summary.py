@@ -34,7 +34,7 @@ class Summary:
         self.all = {key: rows[key] for key in self.planned if key in rows}
         self.settled = settled(study, self.all)
         self.rows = {key: row for key, row in self.settled.items() if "error" not in row}
-        self.difference = cache(self._difference)
+        self.apart = cache(self._apart)
 
     def pooled(self, architecture: str) -> tuple[str, ...]:
         """The sets that a mean is taken over: those of which all runs are done; all of them while none is."""
@@ -60,12 +60,12 @@ class Summary:
         return cells
 
     def _at_an_end(self, architecture: str, best: str) -> bool:
-        """Whether a number in this setting is the lowest or the highest of three or more that were tried."""
+        """Whether a number in this setting is the lowest or the highest of those that were tried."""
         settings = self.study.tune[architecture]
         chosen = settings[best]
         tried = {name: [setting[name] for setting in settings.values()] for name in chosen}
         numbers = [name for name, values in tried.items() if all(type(v) in (int, float) for v in values)]
-        several = [name for name in numbers if len(set(tried[name])) > 2]
+        several = [name for name in numbers if len(set(tried[name])) > 1]
         return any(chosen[name] in (min(tried[name]), max(tried[name])) for name in several)
 
     def table(self, architecture: str, sets: Sequence[str]) -> list[dict[str, Any]]:
@@ -112,19 +112,25 @@ class Summary:
         """The baseline that an arm is compared with."""
         return reference(self.study, self.settled, architecture, arm)
 
-    def _difference(self, architecture: str, arm: str, sets: tuple[str, ...]) -> Difference | None:
-        """Points of test accuracy by which an arm is ahead of its baseline, over the seeds that both have on all sets;
-        None if there is nothing to compare."""
+    def difference(self, architecture: str, arm: str, sets: tuple[str, ...]) -> Difference | None:
+        """How far an arm is ahead of its baseline; None if there is nothing to compare."""
         baseline = self.reference(architecture, arm)
-        if baseline is None:
-            return None
-        theirs = self.seeds(architecture, baseline, sets)
-        seeds = [seed for seed in self.seeds(architecture, arm, sets) if seed in theirs]
+        return None if baseline is None else self.apart(architecture, arm, baseline, sets)
+
+    def shared(self, architecture: str, arm: str, other: str, sets: Sequence[str]) -> list[int]:
+        """The seeds that two arms have on all of the sets."""
+        theirs = self.seeds(architecture, other, sets)
+        return [seed for seed in self.seeds(architecture, arm, sets) if seed in theirs]
+
+    def _apart(self, architecture: str, arm: str, other: str, sets: tuple[str, ...]) -> Difference | None:
+        """Points of test accuracy by which an arm is ahead of another one, as the mean over the sets, of the seeds that
+        both have; None if they have none."""
+        seeds = self.shared(architecture, arm, other, sets)
         if not seeds:
             return None
         by_set = []
         for name in sets:
-            right = [[self._right(Key(name, architecture, a, seed)) for seed in seeds] for a in (arm, baseline)]
+            right = [[self._right(Key(name, architecture, a, seed)) for seed in seeds] for a in (arm, other)]
             by_set.append(np.stack(right[0]) - np.stack(right[1]))
         return points_apart(by_set)
 
@@ -133,13 +139,17 @@ class Summary:
 
     def _compared(self, architecture: str, arm: str, sets: tuple[str, ...]) -> dict[str, Any]:
         """The cells that say how far an arm is from its baseline."""
-        found = self.difference(architecture, arm, sets)
-        cell = "" if found is None else f"{found[0]:+.2f} (one seed)"
-        if found is not None and not math.isnan(found[1]):
-            cell = "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
+        cell = cell_of(self.difference(architecture, arm, sets))
         names = {name for candidates in self.study.baselines.values() for name in candidates}
         several = {"baseline": self.reference(architecture, arm)} if len(names) > 1 else {}
         return {**several, "minus baseline, points (95 %)": cell}
+
+
+def cell_of(found: Difference | None) -> str:
+    """A difference as a cell of a table."""
+    if found is None:
+        return ""
+    return f"{found[0]:+.2f} (one seed)" if math.isnan(found[1]) else "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
 
 
 def seconds_to_go(rows: Rows, keys: Sequence[Key]) -> float | None:

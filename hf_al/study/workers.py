@@ -95,10 +95,10 @@ class Workers:
             except (EOFError, ConnectionResetError):  # the latter if it has not read its task
                 process, task = self.processes[pipe], self.running.pop(pipe)
                 process.join()
-                raise ChildProcessError(
+                answer = ChildProcessError(
                     f"The process of {task} ended with status {process.exitcode}, perhaps for lack of "
                     "memory. What is finished is kept: the same command goes on. Pass fewer --jobs if memory is short."
-                ) from None
+                )
             if isinstance(answer, Exception):
                 failed.append(answer)
             else:

@@ -18,13 +18,13 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..arguments import named
 from ..config_fields import config_values
 from ..data import sources
 from ..data.labels import problem_type_of
 from ..metrics import SMALLER_IS_BETTER, chosen_metric
 from ..parsing import resolve
 from ..study.execution import clear, quiet, train_on
+from ..study.runs import what_counts
 from ..study.workers import Workers, answer_tasks
 from ..training.setup import check_model
 from .plan import Space, Sweep, file_name, is_whole
@@ -137,8 +137,7 @@ def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study, fingerprints: d
     into hf_al since then do not count."""
     args = resolve({**sweep.arms[arm], "output_dir": "."})
     search = {f"search {name}": space for name, space in sweep.search.items()}
-    model = config_values(args.model_type, args.model)
-    values = {n: v for n, v in {**args.to_dict(), **model}.items() if n not in {"model", *named("path", "file", "any")}}
+    values = what_counts(args.to_dict(), config_values(args.model_type, args.model))
     now = json.loads(json.dumps({**values, "data": fingerprints, **search}))
     then = study.user_attrs.get("sweep", now)
     differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
@@ -276,6 +275,7 @@ def _work(pipe: Connection) -> None:
         except Pruned:
             return "pruned", None
         except (ValueError, FloatingPointError) as error:  # it diverged, or its values do not go together
+            sources.load_text_datasets(resolve(flags))  # data that is gone would fail all trials
             return "failed", str(error)
 
     with quiet(__name__), quiet():  # also what is said of a trial that starts anew

@@ -47,7 +47,11 @@ def block_file(k: int) -> str:
     return f"block-{k:03d}.safetensors"
 
 
-class Damaged(ValueError):
+class CannotResume(ValueError):
+    """A checkpoint that this run cannot go on from: it is damaged, or that of another run."""
+
+
+class Damaged(CannotResume):
     """A checkpoint that differs from what was written; `reason` says how."""
 
     def __init__(self, reason: str):
@@ -233,11 +237,11 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: it is not complete.
-        ValueError: another version of hf_al wrote it.
+        CannotResume: another version of hf_al wrote it.
     """
     manifest = _read_json(path / MANIFEST)
     if isinstance(manifest, dict) and "files" in manifest and manifest.get("format") != FORMAT:
-        raise ValueError(
+        raise CannotResume(
             f"Expected a checkpoint of format {FORMAT}, got format {manifest.get('format')} in {path}: another version "
             "of hf_al wrote it. Resume with that version, or start anew in another output_dir."
         )
@@ -252,7 +256,7 @@ def load_checkpoint(path: Path, blocks: dict[int, nn.Module], optimizers: BlockO
 
     Raises:
         Damaged: a file that is missing or not as it was written; earlier blocks have already been loaded.
-        ValueError: tensors that are not those of the blocks, or another format.
+        CannotResume: tensors that are not those of the blocks, or another format.
     """
     manifest = open_checkpoint(path)
     for k, block in blocks.items():
@@ -277,7 +281,7 @@ def load_block(
     shapes = [{n: tuple(t.shape) for n, t in named.items()} for named in (block.state_dict(), weights)]
     other = difference(*shapes)
     if other:
-        raise ValueError(
+        raise CannotResume(
             f"Expected the weights of block {k} in {path / file}, got another model's: {other}. Resume with the "
             "model values of that run."
         )

@@ -233,19 +233,19 @@ class Run:
         for what, now in self.plan.identity.items():
             differences = checkpoint.differences(manifest["identity"][what], now)
             if differences:
-                raise ValueError(
+                raise checkpoint.CannotResume(
                     f"Expected the {what} of {path}, got another: {differences[0]}. Resume with the arguments and data "
                     "of that run, or start anew in another output_dir."
                 )
         done, total = manifest["progress"]["step"], self.plan.total_steps
         if done > total:
-            raise ValueError(
+            raise checkpoint.CannotResume(
                 f"Expected a run of more than the {done} steps that {path} has done, got {total}. Raise --max_steps or "
                 "--num_train_epochs, or resume from an earlier checkpoint."
             )
         order = self.plan.order
         if isinstance(order, StreamOrder) and order.read_up_to(done) != manifest["stream"]:
-            raise ValueError(
+            raise checkpoint.CannotResume(
                 f"Expected the stream of {path}, got other rows before step {done}. Resume with the data of that run, "
                 "or start anew in another output_dir."
             )

@@ -13,6 +13,7 @@ from ..atomic import BEST_CHECKPOINT, fsync, removed_if_broken
 from ..parallel.alone import Alone
 from ..parallel.placement import Placement
 from .checkpoint import (
+    CannotResume,
     Damaged,
     block_file,
     by_step,
@@ -59,7 +60,7 @@ def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path
         fault: returns what is wrong with one, or None.
 
     Raises:
-        ValueError: all of them are damaged.
+        CannotResume: all of them are damaged.
     """
     found = None
     for path in paths:
@@ -68,7 +69,7 @@ def first_intact(paths: list[Path], fault: Callable[[Path], str | None]) -> Path
             return path
         logger.warning("Skipping a damaged checkpoint: %s.", found)
     if found is not None:
-        raise ValueError(
+        raise CannotResume(
             f"Expected an intact checkpoint, got damaged ones only: {found}. Pass the folder of another "
             "one, or start in another output_dir."
         )
@@ -110,7 +111,7 @@ def load_blocks(
         The number of each block that was loaded.
 
     Raises:
-        Damaged, ValueError: see `load_checkpoint`.
+        Damaged, CannotResume: see `load_checkpoint`.
     """
     sizes = {name: file["size"] for name, file in manifest["files"].items()}
     here = all(_size(path / block_file(k)) == sizes[block_file(k)] for k in blocks)
@@ -155,7 +156,7 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
     Copies it if the run continues in another folder. On the Hub, the two have names of their own.
 
     Raises:
-        ValueError: that run no longer has it.
+        CannotResume: that run no longer has it.
     """
     if best_step is None:
         return
@@ -168,7 +169,7 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
         for name in manifest["files"] if best != resumed else ():
             verified(best, name, manifest)
     except Damaged as damage:
-        raise ValueError(
+        raise CannotResume(
             f"Expected the best checkpoint of the run, {best.name} (on the Hub {BEST_CHECKPOINT}), beside {resumed}, "
             f"found none that is intact ({damage.reason}). Resume from a checkpoint that has it beside it, or start "
             "anew."

@@ -46,7 +46,7 @@ def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], fi
         first_step: the next step. After a resume, tensorboard hides what the interrupted run logged from there on.
 
     Raises:
-        ValueError: a tracker that cannot start, for example because its server does not answer.
+        OSError: a tracker that cannot start, for example because its server does not answer.
     """
     names = [str(tracker) for tracker in accelerator.log_with]
     logs = output_dir / "logs"
@@ -69,7 +69,7 @@ def start(accelerator: Accelerator, output_dir: Path, config: dict[str, Any], fi
                 tracker.finish()
         accelerator.trackers.clear()
         hint = " WANDB_MODE=offline logs without a connection." if "wandb" in names else ""
-        raise ValueError(f"Could not start the trackers {', '.join(names)}: {error}{hint}") from error
+        raise OSError(f"Could not start the trackers {', '.join(names)}: {error}{hint}") from error
 
 
 def finish(accelerator: Accelerator, output_dir: Path) -> None:

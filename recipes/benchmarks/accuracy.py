@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import data_flags, kept_rows, series_parser, write_results
+from common import data_flags, kept_ratios, kept_rows, series_parser, write_results
 
 import hf_al
 from hf_al.flags import set_up_output
@@ -97,19 +97,24 @@ def main() -> None:
     set_up_output()
     names = ("sets", "architectures", "objectives", "seeds")
     sets, architectures, objectives, seeds = (getattr(known, name).split(",") for name in names)
-    rows = kept_rows(known.json)
-    done = {(row["set"], row["architecture"], row["objective"], row["seed"]) for row in rows}
+    rows, before, flags = kept_rows(known.json), kept_ratios(known.json), " ".join(more)
+
+    def named_in(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["set"], row["architecture"], row["objective"], row["seed"], row.get("flags", "")
+
+    done = set(map(named_in, rows))
     for seed in map(int, seeds):
         for name in sets:
             for architecture in architectures:
                 for objective in objectives:
-                    if (name, architecture, objective, seed) in done:
+                    if (name, architecture, objective, seed, flags) in done:
                         continue
-                    flags = [*data_flags(known.data_dir, name), *more]
-                    rows.append(run(name, architecture, objective, seed, known.output_dir, flags))
+                    its_flags = [*data_flags(known.data_dir, name), *more]
+                    row = run(name, architecture, objective, seed, known.output_dir, its_flags)
+                    rows.append({**row, "flags": flags})
                     print(json.dumps(rows[-1]), flush=True)
-                    write_results(known.json, rows, {})
-    lines = summary(rows)
+                    write_results(known.json, rows, before)
+    lines = summary([row for row in rows if row.get("flags", "") == flags])
     print(table(lines, markdown=True))
     first, last = objectives[0], objectives[-1]
     ratios = {
@@ -117,7 +122,7 @@ def main() -> None:
         for line in lines
         if "-" not in (line[f"{first} test"], line[f"{last} test"])
     }
-    write_results(known.json, rows, ratios)
+    write_results(known.json, rows, {**before, **ratios})
     if known.plot:
         plot(known.plot, lines, objectives)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_al.atomic import write_atomically
 from hf_al.messages import table
 from hf_al.report import machine
 from hf_al.study.runs import data_files
@@ -39,11 +40,12 @@ def chosen_rate(rows: list[dict[str, Any]], **key: Any) -> str:
     return max((row for row in rows if row.items() >= key.items()), key=lambda row: row["validation"])["learning rate"]
 
 
-def timing_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+def timing_parser(doc: str | None, rounds: int, draws: bool = True) -> argparse.ArgumentParser:
     """The flags of a benchmark that times its arms in turns; `doc` is the help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="where to write machine, rows and ratios")
-    parser.add_argument("--plot", metavar="FILE", help="where to draw them")
+    if draws:
+        parser.add_argument("--plot", metavar="FILE", help="where to draw them")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed turns of each arm (default: {rounds})")
     return parser
 
@@ -119,5 +121,6 @@ def write_results(path: str | None, rows: list[dict[str, Any]], ratios: dict[str
     print(table([machine()], markdown=True))
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({"machine": machine(), "rows": rows, "ratios": ratios}, indent=1) + "\n")
+        text = json.dumps({"machine": machine(), "rows": rows, "ratios": ratios}, indent=1)
+        write_atomically(Path(path), text + "\n")
         print(f"Written: {path}")

@@ -15,13 +15,14 @@ series can be continued.
 import argparse
 import importlib.util
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import chosen_rate, data_flags, kept_rows, series_parser, write_results
+from common import chosen_rate, data_flags, kept_ratios, kept_rows, series_parser, write_results
 from datasets import load_dataset
 
 import hf_al
@@ -49,9 +50,8 @@ def packaged_encoder() -> str:
 
 def folder_of(row: dict[str, Any], known: argparse.Namespace) -> Path:
     """Where the model of a row is, as long as it is needed."""
-    return Path(known.output_dir) / "_".join(
-        str(row[key]).replace(":", "_") for key in ("set", "arm", "learning rate", "seed")
-    )
+    values = (str(row[key]) for key in ("set", "arm", "learning rate", "seed", "flags"))
+    return Path(known.output_dir) / re.sub(r"[^\w.-]+", "_", "_".join(values))
 
 
 def train(row: dict[str, Any], known: argparse.Namespace, more: list[str]) -> None:
@@ -153,13 +153,16 @@ def main() -> None:
     if known.data_dir is None:
         parser.error("expected --data_dir FOLDER, got none")
     set_up_output()
-    known.encoder = known.encoder or packaged_encoder()
     seeds = [int(seed) for seed in known.seeds.split(",")]
     arms, sets, rates = (getattr(known, name).split(",") for name in ("arms", "sets", "learning_rates"))
-    rows = kept_rows(known.json)
+    rows, before = kept_rows(known.json), kept_ratios(known.json)
+    flags = " ".join([*([Path(known.encoder).name] if known.encoder else []), *more])
+    known.encoder = known.encoder or packaged_encoder()
+    for row in rows:
+        row.setdefault("flags", "")
 
     def once(name: str, arm: str, rate: str, seed: int, test: bool = False) -> None:
-        key = {"set": name, "arm": arm, "learning rate": rate, "seed": seed}
+        key = {"set": name, "arm": arm, "learning rate": rate, "seed": seed, "flags": flags}
         row = next((row for row in rows if row.items() >= key.items()), None)
         if row is None:
             train(row := key, known, more)
@@ -169,22 +172,24 @@ def main() -> None:
         if test:
             read_test(row, known, more)
         print(json.dumps({k: v for k, v in row.items() if k != "right"}), flush=True)
-        write_results(known.json, rows, {})
+        write_results(known.json, rows, before)
+
+    def best(name: str, arm: str) -> str:
+        return chosen_rate(rows, set=name, arm=arm, seed=seeds[0], flags=flags)
 
     for name in sets:
         for arm in arms:
             for rate in rates:
                 once(name, arm, rate, seeds[0])
             for seed in seeds:
-                once(name, arm, chosen_rate(rows, set=name, arm=arm, seed=seeds[0]), seed, test=True)
-            for folder in Path(known.output_dir).glob(f"{name}_{arm.replace(':', '_')}_*_*"):
+                once(name, arm, best(name, arm), seed, test=True)
+            for folder in Path(known.output_dir).glob(f"{name}_{arm.replace(':', '_')}_*"):
                 shutil.rmtree(folder)  # 90 MB each
-    final = [
-        row for row in rows if row["learning rate"] == chosen_rate(rows, set=row["set"], arm=row["arm"], seed=seeds[0])
-    ]
+    mine = [row for row in rows if row["set"] in sets and row["arm"] in arms and row["flags"] == flags]
+    final = [row for row in mine if row["learning rate"] == best(row["set"], row["arm"]) and row["seed"] in seeds]
     lines, ratios = summary(final, arms[0])
     print(table(lines, markdown=True))
-    write_results(known.json, rows, ratios)
+    write_results(known.json, rows, {**before, **ratios})
 
 
 if __name__ == "__main__":

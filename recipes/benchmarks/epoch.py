@@ -23,12 +23,12 @@ from hf_al.study.runs import Key, Run, all_runs
 
 def epoch_seconds(run: Run) -> float:
     rest = {"do_predict": False, "max_eval_samples": 100, "overwrite_output_dir": True}  # is not what is timed
-    flags = {**run.flags, **rest, "num_train_epochs": 1, "threads": None}
+    flags = {**run.flags, **rest, "num_train_epochs": 1, "max_steps": -1, "threads": None}
     return float(hf_al.train(resolve(flags)).report["speed"]["train_seconds"])
 
 
 def main() -> None:
-    parser = timing_parser(__doc__, rounds=3)
+    parser = timing_parser(__doc__, rounds=3, draws=False)
     parser.add_argument("study", help="its yaml")
     parser.add_argument("--data_dir", metavar="FOLDER", help="a folder for each data set")
     known = parser.parse_args()

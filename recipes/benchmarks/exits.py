@@ -42,6 +42,7 @@ from hf_al.study.intervals import packed, points_apart, unpacked
 
 RECIPES = Path(__file__).parents[1]
 BATCH, BLOCKS = 32, 6
+DEFAULTS = ("transformer", "confidence")  # not in the names of ratios
 CAPS = {"ag_news": 10_000, "imdb": 10_000}  # training rows
 DROPS = {"ag_news": 0.001, "imdb": 0.001}  # of validation accuracy that may be lost, as a share; elsewhere:
 DROP = 0.0025
@@ -179,10 +180,12 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
                 "left after": " ".join(f"{share:.0%}" for share in np.mean([row["left"] for row in mine], axis=0)),
             }
         )
+        architecture, rule = mine[0]["flags"].split()[:2]
+        of = "_".join([name, *(what for what in (architecture, rule) if what not in DEFAULTS)])
         ratios |= {
-            f"adaptive_over_full_throughput_{name}": mean["throughput"],
-            f"adaptive_accuracy_drop_points_{name}": lost,
-            f"ece_{name}": mean["ece"],
+            f"adaptive_over_full_throughput_{of}": mean["throughput"],
+            f"adaptive_accuracy_drop_points_{of}": lost,
+            f"ece_{of}": mean["ece"],
         }
     return lines, ratios
 
@@ -210,7 +213,8 @@ def draw_accuracy(axes: Any, ours: list[dict[str, Any]], alone: list[dict[str, A
     adaptive exit, and backpropagation models of each depth."""
 
     def point(chosen: list[dict[str, Any]], exit: str) -> tuple[float, float]:
-        return chosen[0]["ms by exit"][exit], statistics.mean(row["accuracy by exit"][exit] for row in chosen)
+        first = min(chosen, key=lambda row: row["seed"])
+        return first["ms by exit"][exit], statistics.mean(row["accuracy by exit"][exit] for row in chosen)
 
     depths = sorted({row["blocks"] for row in alone})
     by_depth = [[row for row in alone if row["blocks"] == depth] for depth in depths]

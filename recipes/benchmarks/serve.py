@@ -19,6 +19,7 @@ import asyncio
 import io
 import itertools
 import json
+import math
 import signal
 import socket
 import statistics
@@ -138,7 +139,7 @@ async def ask(session: aiohttp.ClientSession, address: str, body: bytes) -> Answ
         async with session.post(address, data=io.BytesIO(body), headers=headers) as response:
             await response.read()
             return Answer(response.status, time.perf_counter() - start)
-    except aiohttp.ClientError:
+    except (aiohttp.ClientError, TimeoutError):
         return Answer(0, time.perf_counter() - start)
 
 
@@ -186,8 +187,9 @@ def requests(texts: list[str], count: int) -> list[bytes]:
 
 def row_of(arm: str, turns: list[list[Answer]], seconds: float) -> dict[str, Any]:
     answers = [answer for turn in turns for answer in turn]
-    p50, p99 = np.quantile([answer.seconds for answer in answers], [0.5, 0.99])
-    rates = sorted(len(turn) / seconds for turn in turns)
+    right = [[answer.seconds for answer in turn if answer.status == 200] for turn in turns]  # a refusal is no answer
+    p50, p99 = np.quantile([*itertools.chain(*right)] or [math.nan], [0.5, 0.99])
+    rates = sorted(len(turn) / seconds for turn in right)
     return {
         "server": arm,
         "texts/s": statistics.median(rates),
