@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's elastic launcher
 LOCAL_RANK = "LOCAL_RANK"  # set by every launcher of several processes; 0 is the first process of a machine
 REPORT_GRACE = 3.0  # seconds for the process that reports to say what went wrong
+SHUTDOWN_GRACE = 300  # seconds for all to end after a signal, before they are killed
 ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`, even if it starts only one process
 
 
@@ -105,6 +106,8 @@ def launch(arguments: str, processes: int, use_cpu: bool) -> None:
     environment = {
         "torchelastic_signals_to_handle": ",".join(number.name for number in HANDLED),
         "torch_cpp_log_level": "ERROR",  # a lost process is reported in one line, without stack traces
+        # after a signal, an evaluation and a checkpoint may be under way
+        "torch_elastic_shutdown_timeout": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_GRACE)),
     }
     if not gpus:
         environment["accelerate_use_cpu"] = "1"
@@ -118,7 +121,7 @@ def launch(arguments: str, processes: int, use_cpu: bool) -> None:
         config = Path(folder) / "arguments.yaml"
         config.write_text(arguments, encoding="utf-8")
         flags = ["--multi_gpu", f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no",
-                 f"--log_dir={folder}"]  # fmt: skip
+                 "--gpu_ids=all", f"--log_dir={folder}"]  # fmt: skip
         program = ["--dynamo_backend=no", "--module", "hf_al_program", "train", "--config", str(config)]
         try:
             launch_command(launch_command_parser().parse_args([*flags, *program]))

@@ -69,10 +69,10 @@ def finish(run: "Run", tokenizer: PreTrainedTokenizerBase, kwh: dict[str, float]
             checkpoint.load_checkpoint(checkpoint.checkpoint_path(plan.output_dir, chosen), blocks, None)
             for k, block in blocks.items():
                 model.model.blocks[k] = block
-        model.to(stage.device)  # type: ignore[arg-type]  # also what was offloaded, and the blocks of other stages
-        speeds = exit_speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
+        peak = reporting.peak_memory_mib(stage.device)  # of the run, not of the whole model in one place
+        speeds = _speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
         found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh, "processes": run.processes}
-        report = _report(plan, progress, model, stage.device, found, changes + all_warnings)
+        report = _report(plan, progress, model, stage.device, peak, found, changes + all_warnings)
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
@@ -85,6 +85,16 @@ def finish(run: "Run", tokenizer: PreTrainedTokenizerBase, kwh: dict[str, float]
         return report
 
     return transport.tell(write)
+
+
+def _speeds(model: ALForSequenceClassification, device: torch.device, lengths: np.ndarray) -> list[dict[str, Any]]:
+    """`exit_speeds` where the model was trained, also of what was offloaded and of the blocks of other stages; on the
+    CPU if all of them do not fit there."""
+    try:
+        return exit_speeds(model.to(device), device, lengths)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:
+        logger.warning("The whole model does not fit %s: the speeds of its exits are those of the CPU.", device)
+        return exit_speeds(model.to("cpu"), torch.device("cpu"), lengths)  # type: ignore[arg-type]
 
 
 def _results(plan: Plan, stage: Stage) -> dict[str, Any]:
@@ -108,6 +118,7 @@ def _report(
     progress: Progress,
     model: ALForSequenceClassification,
     device: torch.device,
+    peak: float,
     results: dict[str, Any],
     warnings: list[str],
 ) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def _report(
     Args:
         plan, progress: the run, and how far it got.
         model: the chosen one, complete.
-        device: of the main process.
+        device, peak: of the main process, and its memory.
         results: measured on the chosen model: `validation`, `test`, `confusion_matrix`, `exit_speeds`, `code_health`;
             and of the training `energy_kwh` and `processes`.
         warnings: what the reader should know.
@@ -145,7 +156,7 @@ def _report(
         "speed": {
             "train_seconds": progress.seconds,
             "examples_per_second": examples / max(progress.seconds, 1e-9),
-            "peak_memory_mib": reporting.peak_memory_mib(device),
+            "peak_memory_mib": peak,
             "peak_memory_of": "allocated on the GPU" if device.type == "cuda" else "process",
             "peak_process_memory_mib": reporting.peak_memory_mib(),
         },

@@ -25,7 +25,8 @@ def block_randomness(
     key = hashlib.blake2b(repr((seed, block, step, micro_batch, replica)).encode(), digest_size=8).digest()
     generators = [torch.default_generator]
     if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:

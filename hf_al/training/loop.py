@@ -367,7 +367,7 @@ class Run:
         better = progress.judge(plan.metric, self.transport.tell(lambda: exits[-1][plan.metric]))
         if stages is not None:
             self.record.evaluation(stages, better)
-            if self.on_evaluation:
+            if self.on_evaluation and self.transport.is_main:
                 self.on_evaluation(plan.metric, progress.history)
         return better
 

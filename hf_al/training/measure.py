@@ -52,7 +52,7 @@ def measured_cuts(args: TrainingArguments, device: torch.device) -> list[int] | 
     layered = dataclasses.replace(args, **alike, frozen_blocks=0, cache_frozen=False)
     values = {**known_values(args), "lookahead": 0, "objective": "al_ce"}
     depth = make_config(args, values).depth
-    model = new_model(make_config(args, {**values, "num_blocks": depth}), args.seed, args.offload)
+    model = new_model(make_config(args, {**values, "num_blocks": depth}), args.seed, args)
     steps, _ = unit_seconds(model, layered, device, np.array([args.max_seq_length]))
     found = balanced_cuts(steps, planned_blocks(args), [0.0] * depth)[1:-1]
     logger.info("Layers take %s ms: cut after %s.", ", ".join(f"{1000 * s:.1f}" for s in steps), found)

@@ -37,7 +37,7 @@ class Record:
         self.window = Window()
         self.warned: set[str] = set()
         self.window_start, self.clock = (0.0, 0.0), 0.0  # examples and training time
-        self.began = 0.0  # the training time before this start
+        self.began, self.waited = 0.0, 0.0  # training time and waiting before this start
         self.first: tuple[int, float] | None = None  # the first step, which warms up, and the training time at its end
         self.estimated = False
 
@@ -47,7 +47,7 @@ class Record:
             first = self.progress.step + 1
             trackers.start(self.accelerator, self.plan.output_dir, self.plan.args.to_dict(), first)
         self.window_start = self.plan.order.examples(self.progress.step), self.progress.seconds
-        self.began = self.progress.seconds
+        self.began, self.waited = self.progress.seconds, self._waited()  # rows may have been waited for
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -110,9 +110,7 @@ class Record:
     def work_done(self) -> list[dict[str, Any]]:
         """What each process did in the training steps since the run was started, for the report."""
         counted, seconds = self.transport.statistics(), self.progress.seconds - self.began
-        wait = sum(counted.get(f"waited_{what}", 0.0) for what in ("receive", "send", "sum", "rows")) / max(
-            seconds, 1e-9
-        )
+        wait = (self._waited() - self.waited) / max(seconds, 1e-9)
         mine = {
             "process": self.transport.who(),
             "busy": 1 - wait,
@@ -122,6 +120,11 @@ class Record:
             "peak_memory_mib": self._peak_memory(),
         }
         return self.transport.gather(mine)
+
+    def _waited(self) -> float:
+        """Seconds of waiting in training."""
+        counted = self.transport.statistics()
+        return sum(counted.get(f"waited_{what}", 0.0) for what in ("receive", "send", "sum", "rows"))
 
     def _peak_memory(self) -> float:
         return reporting.peak_memory_mib(torch.device(self.accelerator.device))

@@ -153,7 +153,8 @@ def _read(file: Path, size: int) -> bytes:
 
 def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
     """Checks, while another checkpoint can still be chosen, that the best checkpoint of the run of `resumed` is intact.
-    Copies it if the run continues in another folder. On the Hub, the two have names of their own.
+    Copies it if the run continues in another folder, where a checkpoint of its name may be that of another run. On the
+    Hub, the two have names of their own.
 
     Raises:
         CannotResume: that run no longer has it.
@@ -162,10 +163,12 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
         return
     target = checkpoint_path(output_dir, best_step)
     beside = resumed.parent / target.name
-    known = (target, beside, resumed, resumed.parent / BEST_CHECKPOINT)
+    known = (beside, resumed, resumed.parent / BEST_CHECKPOINT, target)
     best = next((path for path in known if _step(path) == best_step), beside)
     try:
         manifest = open_checkpoint(best)
+        if best == target and manifest["identity"] != open_checkpoint(resumed)["identity"]:
+            raise Damaged(f"{best} is that of another run")
         for name in manifest["files"] if best != resumed else ():
             verified(best, name, manifest)
     except Damaged as damage:
@@ -180,6 +183,8 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
         shutil.copytree(best, aside, dirs_exist_ok=True)
         for file in [*aside.iterdir(), aside]:
             fsync(file)
+        if target.exists():
+            shutil.rmtree(target)
         aside.rename(target)
     fsync(target.parent)
 

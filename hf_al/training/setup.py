@@ -146,7 +146,13 @@ def look_for_folder(folder: Path, transport: Alone) -> None:
     will go over the wire."""
     if transport.main == 0:
         return
-    name = transport.tell(lambda: tempfile.mkstemp(prefix="shared-", suffix=".tmp", dir=existing(folder))[1])
+
+    def touched() -> str:
+        descriptor, name = tempfile.mkstemp(prefix="shared-", suffix=".tmp", dir=existing(folder))
+        os.close(descriptor)
+        return name
+
+    name = transport.tell(touched)
     try:
         found = transport.gather((existing(folder) / Path(name).name).exists())
     finally:
@@ -174,7 +180,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, NotImplementedError) as error:
         raise ValueError(f"Could not start accelerate: {error}") from error
     except RuntimeError as error:
         raise ConnectionError(
@@ -187,6 +193,12 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         raise ValueError(
             f"Expected a CPU or a CUDA device, got {accelerator.device}: its random numbers cannot be seeded block by "
             "block, and a run could not be repeated. Pass --use_cpu."
+        )
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if accelerator.device.type == "cuda" and here > gpus:
+        raise ValueError(
+            f"Expected a GPU for each of {here} processes on this machine, found {gpus}. Pass fewer --stages or "
+            "--replicas, or --use_cpu."
         )
     return accelerator
 

@@ -160,7 +160,7 @@ def build_model(
             raise ValueError(
                 f"Expected embedding_size={rows.shape[1]}, the word vectors' width, got {wanted}. Leave it out."
             )
-    model = new_model(_config(args, values), args.seed, args.offload)
+    model = new_model(_config(args, values), args.seed, args)
     if rows is not None:
         for block in model.model.blocks:
             if (table := block.encode.input_embeddings()) is not None:
@@ -177,7 +177,7 @@ def _from_encoder(args: TrainingArguments, values: dict[str, Any]) -> ALForSeque
             f"Expected a tokenizer of at most {config.vocab_size} tokens, the embedding rows of {args.encoder}, got "
             f"{values['vocab_size']}. They are of different models: save the encoder's own tokenizer beside it."
         )
-    model: Any = new_model(config, args.seed, args.offload)
+    model: Any = new_model(config, args.seed, args)
     model.copy_encoder(load_encoder(args.encoder))
     return model
 
@@ -251,7 +251,7 @@ def continue_model(
         logger.info("The calibration of %s is left out: run hf-al calibrate on the new model.", name)
     config = _config(args, {**saved.config.uncalibrated().to_dict(), "_name_or_path": "", **labels, **args.model})
     check_lists(args, config.num_blocks)
-    model = new_model(config, args.seed, args.offload)
+    model = new_model(config, args.seed, args)
 
     def is_kept(parameter: str) -> bool:
         k = int(parameter.split(".")[2])
@@ -305,31 +305,36 @@ def _config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
     return make_config(args, values)
 
 
-def new_model(config: ALConfig, seed: int, offload: bool = False) -> ALForSequenceClassification:
-    """A model whose weights follow from the seed. With `offload`, only they need to fit this machine.
+def new_model(config: ALConfig, seed: int, args: TrainingArguments | None = None) -> ALForSequenceClassification:
+    """A model whose weights follow from the seed. `args`: of the run (None: of one process on a CPU).
 
     Raises:
         ValueError: it does not fit.
     """
     with torch.device("meta"):
         model: Any = MODEL_CLASSES[config.model_type][2](config)
-    _check_fits(model, offload)
+    _check_fits(model, args)
     for k in range(config.num_blocks):
         model.model.blocks[k] = new_block(model, k, seed)
     return model
 
 
-def _check_fits(model: ALForSequenceClassification, offload: bool) -> None:
+def _check_fits(model: ALForSequenceClassification, args: TrainingArguments | None) -> None:
     """Refuses a model whose training cannot fit this machine, before any memory is taken.
 
     Raises:
-        TooLarge: weights, gradients and two moments of an optimizer that are more than the machine has.
+        TooLarge: more than the memory of the machine: the weights, of which each process here first has all; and unless
+            they are elsewhere, gradients and two moments of an optimizer, of which each stage has its own.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
-    learning = 0 if offload else sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    needed, there = 4 * (count + 3 * learning), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    is_elsewhere = args is not None and (args.offload or (torch.cuda.is_available() and not args.use_cpu))
+    processes, stages = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), args.stages if args else 1
+    needed = 4 * processes * (count + (0 if is_elsewhere else 3 * learning // stages))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        state, more = ("", "") if offload else (" with gradients and optimizer state", ", or --offload")
+        state, more = ("", "") if is_elsewhere else (" with gradients and optimizer state", ", or --offload")
+        state += f" in {processes} processes" if processes > 1 else ""
         smaller = "a smaller hidden_size, num_blocks or vocabulary"
         if model.config.model_type == "al_encoder":
             smaller = "a smaller encoder, or --lora_r"
