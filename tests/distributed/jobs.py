@@ -52,6 +52,14 @@ def train_own(stage: int, flags: list[str]) -> dict:
     return train(stage, flags)
 
 
+def count_evaluations(stage: int, flags: list[str]) -> int:
+    """How often `on_evaluation` is called in this process."""
+    PATCH.setattr(plots, "PLOTS", {})
+    heard: list[str] = []
+    loop.train(parse_arguments(flags), on_evaluation=lambda metric, history: heard.append(metric))
+    return len(heard)
+
+
 def train_with_statistics(stage: int, flags: list[str]) -> dict:
     """A run whose blocks keep running statistics of what they see."""
     from torch import nn

@@ -76,6 +76,11 @@ def test_running_statistics_are_those_of_the_first_replica(run_flags, tmp_path):
     assert any(values for values in ours.values())
 
 
+def test_only_the_main_process_is_told_of_evaluations(run_flags, tmp_path):
+    flags = run_flags("lstm_al_ce", 1, tmp_path / "run", "--replicas=2", "--max_steps=2", "--eval_steps=1")
+    assert sorted(run_world(2, jobs.count_evaluations, flags)) == [0, 2]
+
+
 def test_processes_with_another_split_are_refused(run_flags, tmp_path):
     flags = run_flags("lstm_al_ce", 2, tmp_path / "run")
     said = run_world(2, jobs.other_flags_at_the_first_stage, ["--stages=1", "--replicas=2"], flags, check=False)
