@@ -138,7 +138,8 @@ def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study, fingerprints: d
     args = resolve({**sweep.arms[arm], "output_dir": "."})
     search = {f"search {name}": space for name, space in sweep.search.items()}
     values = what_counts(args.to_dict(), config_values(args.model_type, args.model))
-    now = json.loads(json.dumps({**values, "data": fingerprints, **search}))
+    named_plainly = {name.removeprefix("model."): value for name, value in values.items()}
+    now = json.loads(json.dumps({**named_plainly, "data": fingerprints, **search}))
     then = study.user_attrs.get("sweep", now)
     differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     differ = [name for name in differ if (name in then and name in now) or name.startswith("search ")]
