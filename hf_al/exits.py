@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .atomic import CONFIG, write_atomically
-from .data.batching import Collator
+from .data.batching import Collator, spread
 from .evaluation import answer_exits
 from .loading import best_device, device_of, load_model
 from .metrics import expected_calibration_error
@@ -132,8 +132,7 @@ def calibrate_exits(
 
 def _measured_speedup(model: ALForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tokens: Dataset) -> float:
     """How many times as fast as by the last exit texts are answered: the median of three rounds, after one more."""
-    spread = np.linspace(0, len(tokens) - 1, min(TIMED, len(tokens))).astype(int)  # files may be sorted by label
-    rows = Collator(tokenizer.pad_token_id, model.config.classes)(tokens, spread)
+    rows = Collator(tokenizer.pad_token_id, model.config.classes)(tokens, spread(len(tokens), TIMED))
     device = device_of(model)
     batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in rows.items() if name != "labels"}
     ratios = []

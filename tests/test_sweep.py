@@ -243,6 +243,9 @@ def test_another_sweep_does_not_go_on_with_these_trials(asked, shell):
     assert_mistake(shell("sweep", *flags(again)), "got another search learning_rate for the arm 'ours'")
     path = asked(trials=1, arms={"ours": {**ARMS["ours"], "bridge_layers": 2}})
     assert_mistake(shell("sweep", *flags(path)), "got another bridge_layers for the arm 'ours': 2, it was 1")
+    path = asked(trials=1, arms={"ours": ARMS["ours"]}, seed=2)
+    assert_mistake(shell("sweep", *flags(path)), "got another seed for the arm 'ours': 2, it was 1")
+    studies_of(asked(trials=1, arms={"ours": ARMS["ours"]}, common={"logging_steps": 7}))  # changes no result
 
 
 def asked_again(path: Path, **search) -> Path:

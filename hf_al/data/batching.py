@@ -101,6 +101,11 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
+def spread(count: int, most: int) -> np.ndarray:
+    """At most so many of `count` rows, evenly spread: files may be sorted by class."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int)
+
+
 def token_lengths(data: Dataset) -> np.ndarray:
     """Tokens of each row, read from the Arrow columns without making Python lists."""
     import pyarrow.compute as pc

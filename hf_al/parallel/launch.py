@@ -79,6 +79,20 @@ def _undone() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
+def processes_here() -> int:
+    """How many processes of this run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_gpus(processes: int, gpus: int) -> None:
+    """ValueError if several processes of this machine would have to share a GPU."""
+    if gpus < processes:
+        raise ValueError(
+            f"Expected a GPU for each of {processes} processes on this machine, found {gpus}. Pass fewer --stages or "
+            "--replicas, or --use_cpu."
+        )
+
+
 def launch(arguments: str, processes: int, use_cpu: bool) -> None:
     """Runs `hf-al train` in `processes` processes on this machine, and waits for them.
 
@@ -98,11 +112,8 @@ def launch(arguments: str, processes: int, use_cpu: bool) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     gpus = 0 if use_cpu else torch.cuda.device_count()
-    if 0 < gpus < processes:
-        raise ValueError(
-            f"Expected a GPU for each of {processes} processes, found {gpus}. Pass fewer --stages or --replicas, or "
-            "--use_cpu."
-        )
+    if gpus:
+        check_gpus(processes, gpus)
     environment = {
         "torchelastic_signals_to_handle": ",".join(number.name for number in HANDLED),
         "torch_cpp_log_level": "ERROR",  # a lost process is reported in one line, without stack traces

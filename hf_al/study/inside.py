@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.batching import Collator, evaluation_batches, token_lengths
+from ..data.batching import Collator, evaluation_batches, spread, token_lengths
 from ..evaluation import ExitAnswers, labelled_tokens
 from ..metrics import right
 from ..modeling.blocks import ALBlock, BlockOutput, walk
@@ -53,7 +53,7 @@ def look_inside(
     """
     train_ND, train_labels = _pooled(model, tokenizer, train)
     test_ND, test_labels = _pooled(model, tokenizer, test)
-    gradients = _gradients(model, tokenizer, train.select(_spread(len(train), GRADIENT_ROWS)))
+    gradients = _gradients(model, tokenizer, train.select(spread(len(train), GRADIENT_ROWS)))
     codes = {row["block"]: row for row in code_health(model, torch.tensor(test_labels))}
     exits, names = wrong_at(answers), model.config.label_names
     rows = []
@@ -69,11 +69,6 @@ def look_inside(
             found["exit"] = {**exits[k], "classes": classes}
         rows.append(found)
     return rows
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most so many of `count` rows, evenly spread: files may be sorted by class."""
-    return [int(row) for row in np.linspace(0, count - 1, min(count, most))]
 
 
 def geometry(x_ND: np.ndarray, labels: np.ndarray) -> dict[str, float]:

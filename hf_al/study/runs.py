@@ -139,7 +139,7 @@ def data_files(data_dir: str | None, name: str) -> dict[str, str]:
 
 
 def _run(key: Key, flags: dict[str, Any], args: TrainingArguments, output_dir: Path, inside: bool) -> Run:
-    arguments = what_counts(args.to_dict(), config_values(args.model_type, args.model))
+    arguments = _flat(args.to_dict(), config_values(args.model_type, args.model))
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
     folder = output_dir / "runs" / re.sub(r"[^\w.-]+", "-", "_".join(map(str, (*key, digest))))
     flags = {**flags, "seed": key.seed, "output_dir": str(folder)}
@@ -152,14 +152,14 @@ def defaults(model_type: str) -> dict[str, Any]:
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(TrainingArguments)
     }
-    return what_counts(values, config_values(model_type, {}))
+    return _flat(values, config_values(model_type, {}))
 
 
-def what_counts(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+def _flat(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The values that may change a result, as json knows them. Where the data is may not: its fingerprint says what it
     is."""
     skipped = {*DECIDED, *named("section", "data"), *named("only", "output", "machine")}
-    skipped |= {"preprocessing_num_workers", "import_module"}
+    skipped |= {"import_module"}
     skipped -= {"validation_fraction", "validation_seed"}
     kept = {name: value for name, value in values.items() if name not in skipped}
     found: dict[str, Any] = json.loads(json.dumps({**kept, **{f"model.{name}": v for name, v in model.items()}}))

@@ -65,8 +65,7 @@ class Summary:
         chosen = settings[best]
         tried = {name: [setting[name] for setting in settings.values()] for name in chosen}
         numbers = [name for name, values in tried.items() if all(type(v) in (int, float) for v in values)]
-        several = [name for name in numbers if len(set(tried[name])) > 1]
-        return any(chosen[name] in (min(tried[name]), max(tried[name])) for name in several)
+        return any(chosen[name] in (min(tried[name]), max(tried[name])) for name in numbers)
 
     def table(self, architecture: str, sets: Sequence[str]) -> list[dict[str, Any]]:
         """A line for each arm, as the mean over the sets: of the seeds that it has on all of them."""

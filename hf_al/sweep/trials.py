@@ -18,13 +18,13 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from ..arguments import named
 from ..config_fields import config_values
 from ..data import sources
 from ..data.labels import problem_type_of
 from ..metrics import SMALLER_IS_BETTER, chosen_metric
 from ..parsing import resolve
 from ..study.execution import clear, quiet, train_on
-from ..study.runs import what_counts
 from ..study.workers import Workers, answer_tasks
 from ..training.setup import check_model
 from .plan import Space, Sweep, file_name, is_whole
@@ -137,9 +137,10 @@ def _refuse_another(sweep: Sweep, arm: str, study: optuna.Study, fingerprints: d
     into hf_al since then do not count."""
     args = resolve({**sweep.arms[arm], "output_dir": "."})
     search = {f"search {name}": space for name, space in sweep.search.items()}
-    values = what_counts(args.to_dict(), config_values(args.model_type, args.model))
-    named_plainly = {name.removeprefix("model."): value for name, value in values.items()}
-    now = json.loads(json.dumps({**named_plainly, "data": fingerprints, **search}))
+    model = config_values(args.model_type, args.model)
+    skipped = {"model", *named("path", "file", "any"), *named("only", "showing", "output", "machine")}
+    values = {name: value for name, value in {**args.to_dict(), **model}.items() if name not in skipped}
+    now = json.loads(json.dumps({**values, "data": fingerprints, **search}))
     then = study.user_attrs.get("sweep", now)
     differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     differ = [name for name in differ if (name in then and name in now) or name.startswith("search ")]

@@ -28,7 +28,7 @@ from ..messages import last_line
 from ..modeling.configuration_al import ALConfig
 from ..modeling.objectives import OBJECTIVES
 from ..parallel.alone import Alone
-from ..parallel.launch import ACCELERATE, LOCAL_RANK
+from ..parallel.launch import ACCELERATE, LOCAL_RANK, check_gpus, processes_here
 from ..parallel.placement import Placement, place
 from ..parallel.schema import PROTOCOL
 from ..parsing import BALANCED, check_model_keys, check_new_model
@@ -194,12 +194,8 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             f"Expected a CPU or a CUDA device, got {accelerator.device}: its random numbers cannot be seeded block by "
             "block, and a run could not be repeated. Pass --use_cpu."
         )
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if accelerator.device.type == "cuda" and here > gpus:
-        raise ValueError(
-            f"Expected a GPU for each of {here} processes on this machine, found {gpus}. Pass fewer --stages or "
-            "--replicas, or --use_cpu."
-        )
+    if accelerator.device.type == "cuda":
+        check_gpus(processes_here(), torch.cuda.device_count())
     return accelerator
 
 
@@ -272,7 +268,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 def set_threads(args: TrainingArguments) -> None:
     """Sets the number of threads. It affects rounding, so it follows from the arguments, never from the launcher."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = processes_here()
     cores = available_cores()
     threads = capped("threads", args.threads) if args.threads else max(1, cores // local)
     torch.set_num_threads(threads)

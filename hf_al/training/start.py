@@ -24,6 +24,7 @@ from ..modeling.blocks import ALBlock
 from ..modeling.configuration_al import ALConfig
 from ..modeling.limits import REGRESSION, SINGLE
 from ..modeling.modeling_al import ALForSequenceClassification
+from ..parallel.launch import processes_here
 from ..parsing import check_lists, check_model_keys
 from ..registration import MODEL_CLASSES
 from ..report import reads_pairs
@@ -329,7 +330,7 @@ def _check_fits(model: ALForSequenceClassification, args: TrainingArguments | No
     count = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     is_elsewhere = args is not None and (args.offload or (torch.cuda.is_available() and not args.use_cpu))
-    processes, stages = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), args.stages if args else 1
+    processes, stages = processes_here(), args.stages if args else 1
     needed = 4 * processes * (count + (0 if is_elsewhere else 3 * learning // stages))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:

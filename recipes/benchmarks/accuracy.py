@@ -98,23 +98,19 @@ def main() -> None:
     names = ("sets", "architectures", "objectives", "seeds")
     sets, architectures, objectives, seeds = (getattr(known, name).split(",") for name in names)
     rows, before, flags = kept_rows(known.json), kept_ratios(known.json), " ".join(more)
-
-    def named_in(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["set"], row["architecture"], row["objective"], row["seed"], row.get("flags", "")
-
-    done = set(map(named_in, rows))
     for seed in map(int, seeds):
         for name in sets:
             for architecture in architectures:
                 for objective in objectives:
-                    if (name, architecture, objective, seed, flags) in done:
+                    key = {"set": name, "architecture": architecture, "objective": objective, "seed": seed}
+                    if any(row.items() >= {**key, "flags": flags}.items() for row in rows):
                         continue
                     its_flags = [*data_flags(known.data_dir, name), *more]
                     row = run(name, architecture, objective, seed, known.output_dir, its_flags)
                     rows.append({**row, "flags": flags})
                     print(json.dumps(rows[-1]), flush=True)
                     write_results(known.json, rows, before)
-    lines = summary([row for row in rows if row.get("flags", "") == flags])
+    lines = summary([row for row in rows if row["flags"] == flags])
     print(table(lines, markdown=True))
     first, last = objectives[0], objectives[-1]
     ratios = {

@@ -51,8 +51,9 @@ def timing_parser(doc: str | None, rounds: int, draws: bool = True) -> argparse.
 
 
 def kept_rows(path: str | None) -> list[dict[str, Any]]:
-    """The rows that `write_results` wrote before, so that a series goes on after them."""
-    return _kept(path)["rows"]
+    """The rows that `write_results` wrote before, so that a series goes on after them. Older ones name no flags: they
+    had none."""
+    return [{**row, "flags": row.get("flags", "")} for row in _kept(path)["rows"]]
 
 
 def kept_ratios(path: str | None) -> dict[str, float]:

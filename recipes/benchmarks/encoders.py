@@ -158,8 +158,6 @@ def main() -> None:
     rows, before = kept_rows(known.json), kept_ratios(known.json)
     flags = " ".join([*([Path(known.encoder).name] if known.encoder else []), *more])
     known.encoder = known.encoder or packaged_encoder()
-    for row in rows:
-        row.setdefault("flags", "")
 
     def once(name: str, arm: str, rate: str, seed: int, test: bool = False) -> None:
         key = {"set": name, "arm": arm, "learning rate": rate, "seed": seed, "flags": flags}
