@@ -18,7 +18,7 @@ from .values import convert, names_in, type_name
 
 DATA = {"section": "data"}  # train_file or dataset_name on the command line replaces a recipe's whole section
 PRETRAINED = "al_encoder"
-LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 1e-4}  # the best on validation; 1e-3 for others
+LEARNING_RATES = {"al_lstm": 5e-3, PRETRAINED: 1e-4}  # found by hand on validation; 1e-3 for others
 
 
 def _arg(default: Any, help: str, section: str = "", path: str = "", only: str = "") -> Any:

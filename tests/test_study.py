@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -403,7 +404,7 @@ def test_a_seed_that_failed_is_counted_and_compared_on_no_set(place):
     failed = Key("other", "lstm", "al_ce", 2)
     rows[failed] = {**failed._asdict(), "error": "diverged"}
     summary = Summary(study, rows)
-    assert in_short(summary)[0].endswith("; some seeds failed and do not count: al_ce.")
+    assert in_short(summary)[0].endswith("; some seeds failed and do not count: `al_ce`.")
     line = summary.table("lstm", ["mine", "other"])[0]
     assert line["seeds"] == "2, 1 failed"
     assert line["test"] == 0.75
@@ -493,6 +494,28 @@ def test_any_two_arms_can_be_compared_without_a_run(place, pretended):
     assert len(pretended) == done
 
 
+def test_an_arm_can_be_compared_with_one_of_another_study(place, pretended):
+    pretended.given = lambda key: row(key, right=(1, 1, 1, 0))
+    place.run()
+    first = place.folder / "first.yaml"
+    place.yaml.rename(first)
+    (place.folder / "study.json").rename(first.with_suffix(".json"))
+    place.write(arms={"deep": {"num_blocks": 3}, "backprop": {"objective": "backprop"}}, sets=["mine", "other"])
+    place.run()
+    flags = ("--compare", "deep", "al_ce", f"--other_study={first}")
+    lines = [line.split() for line in place.run(*flags)[1].splitlines() if line.startswith("lstm")]
+    assert [line[:4] for line in lines] == [["lstm", "mine", "2", "+0.00"]]  # the only set of both
+    assert_mistake(place.run("--compare", "deep", "al_ce"), "Expected one of the arms")
+    assert_mistake(place.run(*flags, "--sets=other"), "got 'other'")
+    assert_mistake(place.run(f"--other_study={first}"), "Expected --other_study with --compare")
+    rows = place.rows()
+    for kept in rows:
+        kept["data"]["fingerprint"]["test"] = "others"
+    text = json.loads((place.folder / "study.json").read_text())
+    (place.folder / "study.json").write_text(json.dumps({**text, "rows": rows}))
+    assert_mistake(place.run(*flags), "Expected the same test rows of mine in both studies")
+
+
 def test_a_look_inside_that_is_wanted_later_is_not_forgotten(place, pretended):
     place.run()
     place.write(inside=True)
@@ -547,7 +570,8 @@ def test_the_page_says_in_short_who_is_ahead_and_who_is_behind(place, tmp_path):
         return row(key, right=wild[key.seed] if key.arm == "wild" else rights.get(key.arm, right))
 
     summary = Summary(study, {key: given(key) for key in planned(study, {})})
-    said = "ahead of the baseline: better; at most 0.5 points behind: alike; behind: worse; too close to tell: wild."
+    said = "ahead of the baseline: `better`; at most 0.5 points behind: `alike`; behind: `worse`"
+    said += "; too close to tell: `wild`."
     assert in_short(summary) == [f"- lstm, by 95 % intervals over mine: {said}"]
     write_page(tmp_path / "page.md", summary)
     page = (tmp_path / "page.md").read_text()
@@ -577,7 +601,7 @@ def test_a_mean_is_over_the_sets_that_are_done(place):
     summary = Summary(study, rows)
     assert summary.pooled("lstm") == ("mine",)
     assert [title for title, _, _ in tables(summary)] == ["lstm, mine", "lstm, other"]
-    assert in_short(summary) == ["- lstm, by 95 % intervals over mine: at most 0.5 points behind: al_ce."]
+    assert in_short(summary) == ["- lstm, by 95 % intervals over mine: at most 0.5 points behind: `al_ce`."]
     assert Summary(study, {}).pooled("lstm") == ("mine", "other")
 
 
@@ -597,7 +621,9 @@ def test_sets_count_equally_and_only_shared_seeds_are_compared(place, tmp_path):
     assert [line["seeds"] for line in summary.table("lstm", study.sets)] == ["2", "1"]
     assert draw(summary) is not None
     write_page(tmp_path / "page.md", summary)
-    assert "- Yet to be made: 1 runs of backprop, about 4 s one after the other." in (tmp_path / "page.md").read_text()
+    assert (
+        "- Yet to be made: 1 runs of `backprop`, about 4 s one after the other." in (tmp_path / "page.md").read_text()
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -768,6 +794,15 @@ def test_a_committed_page_is_that_of_its_rows(path, tmp_path, monkeypatch):
     results.refuse_changed()
     write_page(tmp_path / "page.md", Summary(study, results.rows))
     assert (tmp_path / "page.md").read_text() == (ROOT / "model_cards" / f"study_{path.stem}.md").read_text()
+
+
+def test_the_table_of_objectives_says_what_its_page_says():
+    cards = ROOT / "model_cards"
+    page = (cards / "study_objectives.md").read_text().replace("+", "")
+    table = (cards / "study.md").read_text().split("| objective | LSTM | transformer |")[1].split("\n\n")[0]
+    intervals = re.findall(r"-?\d\.\d\d \(.+?\)", table)
+    assert len(intervals) == 14
+    assert not [interval for interval in intervals if f"| {interval} |" not in page]
 
 
 def test_data_that_a_study_cannot_use_is_refused_before_training(place, monkeypatch):

@@ -23,6 +23,7 @@ from hf_al.sweep.trials import _next_trial, carry_out, carry_out_sweep, finished
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(120)]
 ARMS = {"ours": {"objective": "al_ce"}, "theirs": {"objective": "backprop"}}
+SWEEPS = sorted((Path(__file__).parents[1] / "recipes" / "sweeps").glob("*.yaml"))
 PLOTS = ("slices", "importance", "together")
 SEARCH = {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}, "pooling": ["mean", "max"]}
 
@@ -86,6 +87,27 @@ def test_every_arm_gets_its_trials_and_leaves_its_best_settings(asked, shell):
         assert kept["learning_rate"] == pytest.approx(best["learning_rate"])
         assert kept["model"]["pooling"] == best["pooling"]
         assert kept["model"]["objective"] == ARMS[arm]["objective"]
+
+
+def test_a_list_can_be_a_choice(asked, shell):
+    choices = [0.5, [0.0, 0.25]]
+    path = asked(trials=3, arms={"ours": ARMS["ours"]}, search={"weight_decay": choices}, common={"max_steps": 2})
+    status, _, err = shell("sweep", *flags(path))
+    assert status == 0, err
+    trials = pd.read_parquet(path.parent / "out" / "trials.parquet")
+    kept = {number: yaml.safe_load(text) for number, text in zip(trials["number"], trials["weight_decay"], strict=True)}
+    assert {str(value) for value in kept.values()} == {"0.5", "[0.0, 0.25]"}
+    for number, value in kept.items():
+        report = json.loads((path.parent / "out" / "trials" / "ours" / str(number) / "report.json").read_text())
+        assert report["arguments"]["weight_decay"] == value
+    best = yaml.safe_load((path.parent / "out" / "best_ours.yaml").read_text())
+    assert best["weight_decay"] == kept[trials["validation"].idxmax()]
+    assert not any("Warning" in line for line in err.splitlines())
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_that_comes_along_can_be_read(path, tmp_path):
+    assert read_sweep(str(path), tmp_path).trials > 1
 
 
 @pytest.mark.slow
@@ -223,8 +245,8 @@ def test_data_that_is_gone_stops_a_sweep_and_counts_for_no_trial(asked, monkeypa
         ({"search": {"learning_rate": {"low": 0.0, "high": 0.1, "log": True}}}, "above 0 for log: true"),
         ({"search": {"learning_rate": {"low": -1.0, "high": 0.1}}}, "Expected learning_rate above 0, got -1.0"),
         ({"search": {"num_blocks": {"low": 1, "high": 4.0}}}, "Expected num_blocks as int"),
-        ({"search": {"pooling": ["mean"]}}, "Expected two or more different plain values"),
-        ({"search": {"pooling": ["mean", "mean"]}}, "Expected two or more different plain values"),
+        ({"search": {"pooling": ["mean"]}}, "Expected two or more different values"),
+        ({"search": {"pooling": ["mean", "mean"]}}, "Expected two or more different values"),
         ({"common": {"streaming": True}}, "Expected no streaming in a study or a sweep"),
         ({"searches": SEARCH, "search": None}, "Did you mean search?"),
     ],

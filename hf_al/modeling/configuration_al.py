@@ -42,8 +42,8 @@ from .objectives import OBJECTIVES
 class ALConfig(PreTrainedConfig):
     """What the architectures share. Use [`ALLstmConfig`], [`ALTransformerConfig`] or a subclass of your own.
 
-    The defaults are the settings that did best on validation (docs/measured.md), not those of the papers, which are
-    `objective="associated"`, `embedding_block=True`.
+    The defaults were found by hand, on validation, and no study has shown better ones (model_cards/study.md). Those of
+    the papers are `objective="associated"`, `embedding_block=True`.
 
     Args:
         vocab_size (`int`, defaults to 30000): rows of the embedding table.

@@ -13,7 +13,6 @@ from typing import Any
 from ..atomic import alone_at
 from ..early import check_is_no_file
 from ..flags import add_file, positive
-from ..messages import nearest
 from ..parsing import FlagParser
 from ..values import capped, names_in
 
@@ -32,6 +31,7 @@ def study_flags(parser: FlagParser) -> None:
         "--compare", nargs=2, metavar=("ARM", "OTHER"), help="only print how far ARM is ahead of OTHER, with intervals"
     )
     parser.add_argument("--sets", metavar="NAMES", help="with --compare: sets, with commas between (default: all)")
+    add_file(parser, "--other_study", "with --compare: yaml of the study that OTHER is in (default: the same)")
     parser.add_argument("--only_page", action="store_true", help="write the page from the runs that are done, and stop")
     parser.add_argument(
         "--rerun_changed", action="store_true", help="replace rows that were made with other arguments than the yaml's"
@@ -47,7 +47,9 @@ def run_study(flags: Namespace) -> None:
     check_is_no_file(output_dir)
     if study.inside and find_spec("sklearn") is None:
         raise ValueError("Expected scikit-learn to look inside blocks, found none. Run: pip install 'hf_al[sweep]'")
-    _check_known(study, flags)
+    for name in ("sets", "other_study"):
+        if getattr(flags, name) and not flags.compare:
+            raise ValueError(f"Expected --{name} with --compare, got it alone. Leave it out.")
     runs = all_runs(study, output_dir, flags.data_dir)
     path = Path(flags.results) if flags.results else study.path.with_suffix(".json")
     with ExitStack() as stack:
@@ -56,14 +58,22 @@ def run_study(flags: Namespace) -> None:
         _run(flags, study, runs, path)
 
 
-def _check_known(study: Any, flags: Namespace) -> None:
-    """What --compare names is in the study."""
-    if flags.sets and not flags.compare:
-        raise ValueError("Expected --sets with --compare, got it alone: a study runs on all its sets. Leave it out.")
-    for kind, given, known in (("arm", flags.compare or [], study.arms), ("set", names_in(flags.sets), study.sets)):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"Expected one of the {kind}s of {flags.study}, got {name!r}.{nearest(name, known)}")
+def _compare(flags: Namespace, study: Any, results: Any) -> None:
+    from .compare import comparison
+    from .plan import read_study
+    from .results import Results
+    from .runs import all_runs
+    from .summary import Summary
+
+    other, others = study, results
+    if flags.other_study:
+        other = read_study(flags.other_study)
+        runs = all_runs(other, Path(flags.output_dir), flags.data_dir)
+        others = Results(other.path.with_suffix(".json"), runs)
+    results.refuse_changed()
+    others.refuse_changed()
+    ours, theirs = Summary(study, results.rows), Summary(other, others.rows)
+    print(comparison(ours, flags.compare[0], theirs, flags.compare[1], names_in(flags.sets)))
 
 
 def _run(flags: Namespace, study: Any, runs: Any, path: Path) -> None:
@@ -71,16 +81,14 @@ def _run(flags: Namespace, study: Any, runs: Any, path: Path) -> None:
 
     results, output_dir = Results(path, runs), Path(flags.output_dir)
     jobs = capped("jobs", flags.jobs)
-    from .page import as_text, comparison, listing, write_page
+    from .page import as_text, listing, write_page
     from .summary import Summary
 
     if flags.dry_run:
         print(listing(study, results, jobs))
         return
     if flags.compare:
-        results.refuse_changed()
-        arm, other = flags.compare
-        print(comparison(Summary(study, results.rows), arm, other, names_in(flags.sets)))
+        _compare(flags, study, results)
         return
     if flags.rerun_changed:
         results.drop_changed()

@@ -25,6 +25,10 @@ EXPLAINED = (
 )
 BY_CLASS = "Of the texts of each class, what the exits get wrong, in percent:"
 MOST_CLASSES, OF_CLASS = 12, "wrong of "  # columns of that table; how a class is named in what `_blocks` returns
+COLUMNS = (
+    "arm", "block", "probe", "exit", "separation", "rank", "variance", "gradient", "t spread", "t dimensions",
+    "t closest", "short", "long", "mended", "spoilt",
+)  # fmt: skip
 PANELS = {  # name: title, logarithmic axis
     "probe": ("probe, accuracy", False), "exit": ("exit, accuracy", False),
     "separation": ("separation of classes", False), "rank": ("effective rank", False),
@@ -69,7 +73,7 @@ def block_rows(summary: Summary, architecture: str, name: str) -> list[dict[str,
             wrong = (what for what in ("short", "long", "mended", "spoilt") if what in block)
             line |= {what: f"{100 * block[what]:.1f}" for what in wrong}
             lines.append(line)
-    return lines
+    return [{name: line.get(name) for name in COLUMNS if any(name in other for other in lines)} for line in lines]
 
 
 def class_rows(summary: Summary, architecture: str, name: str) -> list[dict[str, Any]]:

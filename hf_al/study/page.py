@@ -12,7 +12,7 @@ from .inside_page import has_inside, inside_section
 from .plan import Study
 from .results import Results
 from .runs import planned
-from .summary import Summary, cell_of, seconds_to_go
+from .summary import Summary, seconds_to_go
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,25 +98,17 @@ def in_short(summary: Summary) -> list[str]:
         groups: dict[str, list[str]] = {what: [] for what in VERDICTS}
         for arm, (_, low, high) in known.items():
             groups[verdict(low, high)].append(arm)
-        said = [f"{what}: {', '.join(arms)}" for what, arms in groups.items() if arms]
+        said = [f"{what}: {_named(arms)}" for what, arms in groups.items() if arms]
         if len(known) < len(found):
             said.append(f"{len(found) - len(known)} without an interval")
         if failed := [arm for arm in study.arms if summary.failed(kind, arm, sets)]:
-            said.append(f"some seeds failed and do not count: {', '.join(failed)}")
+            said.append(f"some seeds failed and do not count: {_named(failed)}")
         lines.append(f"- {kind}, by 95 % intervals over {', '.join(sets)}: {'; '.join(said)}.")
     return lines
 
 
-def comparison(summary: Summary, arm: str, other: str, names: list[str]) -> str:
-    """How far an arm is ahead of another one, by architecture: over these sets (none = all of them), and on each."""
-    rows = []
-    for kind in summary.study.architectures:
-        sets = names or list(summary.pooled(kind))
-        for some in [sets, *([name] for name in sets if len(sets) > 1)]:
-            apart = cell_of(summary.apart(kind, arm, other, tuple(some)))
-            seeds = len(summary.shared(kind, arm, other, some))
-            rows.append({"architecture": kind, "sets": ", ".join(some), "seeds": seeds, "points (95 %)": apart})
-    return f"{arm}, ahead of {other}, in points of test accuracy:\n{table(rows)}"
+def _named(arms: list[str]) -> str:
+    return ", ".join(f"`{arm}`" for arm in arms)  # a name may have commas
 
 
 def as_text(summary: Summary) -> str:
@@ -210,9 +202,10 @@ def _not_run(summary: Summary) -> list[str]:
     lines = [f"- Failed: {key}: {error}" for key, error in failed]
     if waiting:
         about = f", about {duration(to_go)} one after the other" if to_go else ""
-        arms = ", ".join(dict.fromkeys(key.arm for key in waiting))
-        lines.append(f"- Yet to be made: {len(waiting)} runs of {arms}{about}.")
-    if waiting and (kinds_tuned(study) or study.screen is not None):
+        arms = list(dict.fromkeys(key.arm for key in waiting))
+        lines.append(f"- Yet to be made: {len(waiting)} runs of {_named(arms)}{about}.")
+    first = any(key.seed == study.first_seed for key in waiting)  # settings and finalists are chosen by these
+    if first and len(study.seeds) > 1 and (kinds_tuned(study) or study.screen is not None):
         lines.append("- Where settings and arms are not chosen yet, the runs of the other seeds come on top.")
     if study.screen is not None:
         lines.append("- By design, arms that are not among the best in screening have one seed.")

@@ -116,21 +116,19 @@ class Summary:
         baseline = self.reference(architecture, arm)
         return None if baseline is None else self.apart(architecture, arm, baseline, sets)
 
-    def shared(self, architecture: str, arm: str, other: str, sets: Sequence[str]) -> list[int]:
-        """The seeds that two arms have on all of the sets."""
-        theirs = self.seeds(architecture, other, sets)
-        return [seed for seed in self.seeds(architecture, arm, sets) if seed in theirs]
-
-    def _apart(self, architecture: str, arm: str, other: str, sets: tuple[str, ...]) -> Difference | None:
+    def _apart(
+        self, architecture: str, arm: str, other: str, sets: tuple[str, ...], theirs: "Summary | None" = None
+    ) -> Difference | None:
         """Points of test accuracy by which an arm is ahead of another one, as the mean over the sets, of the seeds that
-        both have; None if they have none."""
-        seeds = self.shared(architecture, arm, other, sets)
+        both have; None if they have none. `theirs`: the study of the other one, if that is not this one."""
+        theirs = theirs or self
+        seeds = shared_seeds(self, arm, theirs, other, architecture, sets)
         if not seeds:
             return None
         by_set = []
         for name in sets:
-            right = [[self._right(Key(name, architecture, a, seed)) for seed in seeds] for a in (arm, other)]
-            by_set.append(np.stack(right[0]) - np.stack(right[1]))
+            ours = [self._right(Key(name, architecture, arm, seed)) for seed in seeds]
+            by_set.append(np.stack(ours) - [theirs._right(Key(name, architecture, other, seed)) for seed in seeds])
         return points_apart(by_set)
 
     def _right(self, key: Key) -> np.ndarray:
@@ -142,6 +140,14 @@ class Summary:
         names = {name for candidates in self.study.baselines.values() for name in candidates}
         several = {"baseline": self.reference(architecture, arm)} if len(names) > 1 else {}
         return {**several, "minus baseline, points (95 %)": cell}
+
+
+def shared_seeds(
+    ours: Summary, arm: str, theirs: Summary, other: str, architecture: str, sets: Sequence[str]
+) -> list[int]:
+    """The seeds that an arm of one study and an arm of another one, or of the same, have on all of the sets."""
+    others = theirs.seeds(architecture, other, sets)
+    return [seed for seed in ours.seeds(architecture, arm, sets) if seed in others]
 
 
 def cell_of(found: Difference | None) -> str:

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from ..messages import table
 from ..parsing import resolve
-from .plan import Sweep, file_name
+from .plan import Sweep, as_chosen, file_name
 from .trials import finished
 
 TRIALS = "trials.parquet"
@@ -52,7 +52,7 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
             "validation": trial.value if trial.state == TrialState.COMPLETE else None,
             "evaluations": [trial.intermediate_values[n] for n in sorted(trial.intermediate_values)],
             **trial.user_attrs,
-            **{name: _cell(sweep, name, trial.params.get(name)) for name in sweep.search},
+            **{name: _cell(sweep, name, as_chosen(sweep, trial.params).get(name)) for name in sweep.search},
         }
         for arm, study in studies.items()
         for trial in finished(study)
@@ -61,7 +61,7 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
     files = [TRIALS]
     for arm, study in studies.items():
         if any(trial.state == TrialState.COMPLETE for trial in finished(study)):
-            args = resolve({**sweep.arms[arm], **study.best_params, "output_dir": f"out/{arm}"})
+            args = resolve({**sweep.arms[arm], **as_chosen(sweep, study.best_params), "output_dir": f"out/{arm}"})
             args = replace(args, do_predict=True, plots=True, threads=None, disable_tqdm=False, save_total_limit=2)
             files.append(f"best_{file_name(arm)}.yaml")
             args.save(sweep.output_dir / files[-1])
@@ -70,9 +70,9 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
 
 
 def _cell(sweep: Sweep, name: str, value: Any) -> Any:
-    """A value for a column of one type: choices of several types as json."""
+    """A value for a column of one type: choices of several types, lists and mappings as json."""
     types = {type(choice) for choice in sweep.search[name].get("choices", ())}
-    return json.dumps(value) if len(types) > 1 else value
+    return json.dumps(value) if len(types) > 1 or types & {list, dict} else value
 
 
 def draw(sweep: Sweep, arm: str, study: optuna.Study) -> list[str]:

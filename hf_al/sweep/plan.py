@@ -1,5 +1,6 @@
 """A sweep as its yaml describes it, checked before anything starts."""
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -79,9 +80,8 @@ def _spaces(path: str, given: Any) -> dict[str, Space]:
 def _space(where: str, given: Any) -> Space:
     """A list of choices, or the ends of a range."""
     if isinstance(given, list):
-        plain = all(v is None or isinstance(v, bool | int | float | str) for v in given)
-        if not plain or len(set(map(str, given))) < max(2, len(given)):
-            raise ValueError(f"Expected two or more different plain values to choose from as {where}, got {given}.")
+        if len(set(map(str, given))) < max(2, len(given)):
+            raise ValueError(f"Expected two or more different values to choose from as {where}, got {given}.")
         return {"choices": given}
     keys = {"low", "high", "log"}
     if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= keys:
@@ -96,6 +96,20 @@ def _space(where: str, given: Any) -> Space:
             f"and log {log!r}."
         )
     return {"low": low, "high": high, "log": log}
+
+
+def as_proposed(choice: Any) -> Any:
+    """A choice as Optuna keeps it: lists and mappings as json."""
+    return json.dumps(choice) if isinstance(choice, list | dict) else choice
+
+
+def as_chosen(sweep: Sweep, proposed: dict[str, Any]) -> dict[str, Any]:
+    """The values of arguments that Optuna proposed."""
+    written = {
+        name: {as_proposed(choice): choice for choice in space.get("choices", ()) if isinstance(choice, list | dict)}
+        for name, space in sweep.search.items()
+    }
+    return {name: written[name].get(value, value) for name, value in proposed.items()}
 
 
 def is_whole(space: Space) -> bool:

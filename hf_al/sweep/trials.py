@@ -27,7 +27,7 @@ from ..parsing import resolve
 from ..study.execution import clear, quiet, train_on
 from ..study.workers import Workers, answer_tasks
 from ..training.setup import check_model
-from .plan import Space, Sweep, file_name, is_whole
+from .plan import Space, Sweep, as_chosen, as_proposed, file_name, is_whole
 
 DATABASE = "sweep.db"
 UNPRUNED = 5  # trials of an arm that are complete before any is ended early
@@ -215,7 +215,7 @@ def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterabl
     if counts[arm] >= sweep.trials:
         return None
     asked = studies[arm].ask()
-    chosen = {name: _suggested(asked, name, space) for name, space in sweep.search.items()}
+    chosen = as_chosen(sweep, {name: _suggested(asked, name, space) for name, space in sweep.search.items()})
     name = asked.user_attrs.get("folder", str(asked.number))
     folder = sweep.output_dir / "trials" / file_name(arm) / name
     if "folder" not in asked.user_attrs:  # a new one: what lies there is of trials whose database was removed
@@ -226,7 +226,7 @@ def _next_trial(sweep: Sweep, studies: dict[str, optuna.Study], running: Iterabl
 
 def _suggested(asked: optuna.Trial, name: str, space: Space) -> Any:
     if "choices" in space:
-        return asked.suggest_categorical(name, space["choices"])
+        return asked.suggest_categorical(name, list(map(as_proposed, space["choices"])))
     suggest: Any = asked.suggest_int if is_whole(space) else asked.suggest_float
     return suggest(name, space["low"], space["high"], log=space["log"])
 
