@@ -236,7 +236,8 @@ def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def shared_name(name: str) -> str:
     """A Hub id or a module as it is, and of a folder or a file of this machine its name only."""
     path = Path(name)
-    return path.name if path.is_absolute() or path.exists() or path.suffix == ".py" else name
+    is_path = path.is_absolute() or path.exists() or path.suffix == ".py" or name.startswith(".") or name.count("/") > 1
+    return path.name if is_path else name
 
 
 def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -267,6 +267,7 @@ def _push_flags(parser: FlagParser) -> None:
         "--baseline", metavar="DIR", help="run by backpropagation on the same rows, or a Hub id: to compare with"
     )
     parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
+    parser.add_argument("--import", dest="import_module", metavar="MODULE", help="imported first: see hf-al train")
 
 
 def _push(flags: Namespace) -> None:
@@ -276,7 +277,7 @@ def _push(flags: Namespace) -> None:
     set_up_output(disable_tqdm=not sys.stderr.isatty())
     from .hub import push
 
-    values = vars(flags)
+    values = {name: value for name, value in vars(flags).items() if name != "import_module"}
     print(push(values.pop("model"), **values))
 
 

@@ -142,7 +142,7 @@ def _write_predictions(path: str, logits: dict[int, np.ndarray], rows: Dataset, 
     names = config.label_names
 
     def true(label: Any) -> str:
-        return ",".join(names[i] for i in label) if isinstance(label, list) else str(label)
+        return ",".join(names[i] for i in label) if isinstance(label, list) else str(np.float32(label))
 
     single = config.resolved_problem_type == SINGLE
     labels = [names[label] if single else true(label) for label in rows["label"][:]]

@@ -120,31 +120,38 @@ def use_columns_of_run(flags: Namespace, columns: list[str]) -> None:
 
 
 def columns_of_run(model: str, columns: list[str]) -> dict[str, str]:
-    """By the name of their flag, the columns of text and label that a model was trained on, where its report names them
-    and they are among `columns`: those of a file, none if they are not known before it is read."""
-    if not columns:
-        return {}
+    """As `trained_columns`, those that are among `columns`: of a file, as far as they are known before it is read."""
+    return {flag: names for flag, names in trained_columns(model).items() if set(names_in(names)) <= set(columns)}
+
+
+def trained_columns(model: str) -> dict[str, str]:
+    """By the name of their flag, the columns of text and label that a model was trained on, where its report names
+    them. A copy without its report has none, nor has a Hub id, which is not looked up for this."""
     try:
         trained = read_report(model)["arguments"] or {}
     except ValueError:
-        return {}  # a copy without its report, or a Hub id, which is not looked up for this
-    named = {flag: trained.get(flag) for flag in ("text_column_names", "label_column_name")}
-    return {flag: names for flag, names in named.items() if names and set(names_in(names)) <= set(columns)}
+        return {}
+    return {flag: trained[flag] for flag in ("text_column_names", "label_column_name") if trained.get(flag)}
 
 
 def labelled(flags: Namespace, split: str) -> "Dataset":
-    """The rows of the file or of the Hub data set."""
+    """The rows of the file or of the Hub data set. Columns that no flag names become those of the run, if they are
+    there."""
     from .data.files import read_file
     from .data.sources import load_split
 
     name = getattr(flags, f"{split}_split_name")
     if flags.dataset_name:
-        return load_split(flags.dataset_name, flags.dataset_config_name, name or split)
+        data = load_split(flags.dataset_name, flags.dataset_config_name, name or split)
+        use_columns_of_run(flags, data.column_names)
+        return data
     if flags.dataset_config_name or name:
         raise ValueError(
             f"Expected --dataset_name with --dataset_config_name or --{split}_split_name, got --{split}_file."
         )
-    return read_file(getattr(flags, f"{split}_file"), flags.csv_delimiter)
+    data = read_file(getattr(flags, f"{split}_file"), flags.csv_delimiter)
+    use_columns_of_run(flags, data.column_names)
+    return data
 
 
 def set_threads(flags: Namespace) -> None:

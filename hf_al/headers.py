@@ -39,7 +39,7 @@ def checked_file(path: str, delimiter: str | None = None) -> tuple[Path, str, di
         return file, kind, {}, []
     names, delimiter = _header(file, kind, delimiter)
     check_once(names, f" in {path}")
-    return file, kind, {"delimiter": delimiter, "keep_default_na": False}, names
+    return file, kind, {"delimiter": delimiter, "keep_default_na": False, "index_col": False}, names
 
 
 def _header(file: Path, kind: str, delimiter: str | None) -> tuple[list[str], str]:
@@ -84,7 +84,7 @@ def check_once(columns: list[str], where: str = "") -> None:
 def columns_of(path: str, delimiter: str | None) -> list[str]:
     """The columns of a csv file, as far as they are known before it is read."""
     columns = checked_file(path, delimiter)[3]
-    return columns if all(columns) else []  # a column without a name gets one when read
+    return [name or f"Unnamed: {place}" for place, name in enumerate(columns)]  # as pandas names it
 
 
 def check_columns(columns: list[str], names: list[str]) -> None:

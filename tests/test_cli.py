@@ -1,5 +1,6 @@
 """The command line as a shell sees it: exit status, standard output, standard error."""
 
+import csv
 import json
 import math
 import shutil
@@ -231,3 +232,29 @@ def test_columns_of_the_run_are_found_again_without_flags(trained, files, tmp_pa
         shell("predict", str(folder), "--input", str(file), "--threads", "1")[1] for file in (path, files / "test.csv")
     ]
     assert answers[0] == answers[1] != ""
+    same = list(csv.DictReader([header, *rows]))
+    lines = [{"text": "nothing", "what": row["text"], "mood": row["label"]} for row in same]
+    unlike = []  # json lines and columns of no name, which are known only when they are read
+    for name, objects in (("named", lines), ("usual", same)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, objects)) + "\n")
+        status, out, err = shell("evaluate", str(folder), f"--test_file={tmp_path / name}.jsonl", "--threads=1")
+        assert status == 0, err
+        unlike.append(out)
+        unlike.append(shell("predict", str(folder), f"--input={tmp_path / name}.jsonl", "--threads=1")[1])
+    assert unlike[:2] == unlike[2:]
+    path.write_text(",text,label,what,mood\n" + "".join(f"{i},nothing,none,{row}\n" for i, row in enumerate(rows)))
+    out = shell("evaluate", str(folder), "--test_file", str(path), "--threads", "1")[1]
+    assert json.loads(out)["exits"] == report["test"]
+
+
+@pytest.mark.medium
+def test_a_model_of_pairs_says_so_when_it_gets_single_texts(trained, tmp_path, shell, caplog):
+    folder = shutil.copytree(trained[0], tmp_path / "model")
+    report = json.loads((folder / "report.json").read_text())
+    report["data"]["pairs"] = True
+    (folder / "report.json").write_text(json.dumps(report))
+    (tmp_path / "rows.csv").write_text("text,text_pair\nhello,there\n")
+    assert shell("predict", str(folder), f"--input={tmp_path / 'rows.csv'}", "--threads=1")[0] == 0
+    assert "pairs of texts" not in caplog.text
+    assert shell("predict", str(folder), "hello", "--threads=1")[0] == 0
+    assert "pairs of texts" in caplog.text

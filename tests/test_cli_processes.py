@@ -75,8 +75,8 @@ def test_a_full_disk_leaves_the_answers_so_far_and_says_where(trained, tmp_path)
     (aside,) = tmp_path.glob("answers.jsonl.*.tmp")
     assert done.returncode == 2
     assert done.stderr == (
-        "hf-al predict: error: Could not write the answers to answers.jsonl: File too large. Make room there, or pass "
-        f"another --output. What was written so far is in {aside}.\n"
+        "hf-al predict: error: Could not write the answers to answers.jsonl: File too large. Make room there, or name "
+        f"another file. What was written so far is in {aside}.\n"
     )
 
 

@@ -201,6 +201,7 @@ def test_an_answer_has_settled_where_all_later_exits_say_the_same():
         ("a.jsonl", b'{"text": "\\ud800"}\n', "half a character"),
         ("a.csv", b"text\nhello, world\n", "as many cells"),
         ("a.csv", b"text,text\na,b\n", "each name once"),
+        ("a.csv", b'text\n"open one\nrow two\n', "Could not read a.csv: unexpected end of data"),
         ("a.csv", b"text,id\n ,1\n", "Expected a text in row 1"),
         ("a.csv", b"", "got 0"),
     ],

@@ -77,6 +77,39 @@ def test_a_column_may_look_different_after_many_rows(tmp_path):
     assert data["label"][-1] == 0
 
 
+@pytest.mark.parametrize("read", [read_file, stream_file])
+@pytest.mark.parametrize("rows", ["one, more,yes\ntwo,no\n", "one,yes,\ntwo, more,no\n", "one,yes\ntwo, more,no\n"])
+def test_a_row_with_more_cells_than_the_header_is_refused(rows, read, tmp_path):
+    """pandas would take the first cells as names of the rows, or drop the last ones."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + rows)
+    with pytest.raises(ValueError, match=r"must be in quotes\."):
+        read(str(path))
+
+
+@pytest.mark.parametrize("read", [read_file, stream_file])
+@pytest.mark.parametrize("cells", [("true", "false"), ("01", "02"), ("1.0", "nan"), ("TRUE", "False")])
+def test_cells_stay_as_they_are_unless_all_are_numbers(cells, read, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,name\n" + "".join(f"a text,{cells[i % 2]},{i}\n" for i in range(12_000)))
+    rows = [(row["label"], row["name"]) for row in read(str(path))]
+    assert rows == [(cells[i % 2], i) for i in range(12_000)]
+
+
+@pytest.mark.parametrize(("cells", "numbers"), [((" 1", "+2"), [1, 2]), (("-1e-3", " +.5 "), [-0.001, 0.5])])
+def test_numbers_may_have_a_sign_and_blanks(cells, numbers, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"a text,{cell}\n" for cell in cells))
+    assert read_file(str(path))["label"][:] == numbers
+
+
+def test_a_late_cell_of_a_stream_that_is_no_whole_number_stays_as_it_is(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,a,b\n" + "a text,1,2\n" * 10_001 + "a text,,3\na text,2.5,4\n")
+    rows = list(stream_file(str(path)))[-3:]
+    assert [(row["a"], row["b"]) for row in rows] == [(1, 2), ("", 3), ("2.5", 4)]
+
+
 @pytest.mark.parametrize("header", ['"text', "text," + "x" * 200_000, '"te"xt",label'])
 def test_a_header_that_is_no_csv_is_no_crash(header, tmp_path):
     path = tmp_path / "rows.csv"

@@ -370,6 +370,9 @@ def test_shared_arguments_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     shared = shared_arguments({**hf_al.TrainingArguments(**given).to_dict(), "test_file": "gone/test.csv"})
     names = [shared[name] for name in ("dataset_name", "tokenizer_name", "output_dir", "test_file")]
     assert names == ["mine", "tokenizer", "", "test.csv"]
+    far = {"dataset_name": "../clients/acme", "model_name_or_path": "work/clients/acme", "tokenizer_name": "./mine"}
+    hidden = shared_arguments(far)
+    assert [hidden[name] for name in far] == ["acme", "acme", "mine"]  # wherever the card is made
     kept = shared_arguments(hf_al.TrainingArguments(dataset_name="user/data", encoder="user/encoder").to_dict())
     assert (kept["dataset_name"], kept["encoder"]) == ("user/data", "user/encoder")
     own = shared_arguments({"import_module": "mine.blocks, elsewhere/a.py,/gone/b.py"})

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 from collections import Counter
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
@@ -336,6 +337,21 @@ def test_numbers_with_a_fraction_are_regression():
     assert all(row["label"] == by_text[row["text"]] for split in data.values() for row in split)
 
 
+@pytest.mark.parametrize("label", [[0.2, 0.9], [["a"], ["b"]], b"a"])
+def test_labels_that_are_no_names_are_refused(label):
+    with pytest.raises(ValueError, match=r"Expected (labels that are text|lists of names)"):
+        load([{"text": f"t {i}", "label": label} for i in range(40)])
+
+
+def test_a_date_is_the_same_label_in_every_kind_of_file(tmp_path):
+    names = ["2020-01-01", "2021-02-03"]
+    rows = [{"text": f"t {i}", "label": names[i % 2]} for i in range(40)]
+    dates = [{**row, "label": date.fromisoformat(row["label"])} for row in rows]
+    for file, written in (("a.csv", rows), ("a.jsonl", rows), ("a.parquet", dates)):
+        data = load_text_datasets(arguments(train_file=write(tmp_path / file, written)))
+        assert label_names(data["train"]) == names, file
+
+
 def test_decimals_are_numbers():
     rows = [{"text": f"t {i}", "label": Decimal(i) / 4} for i in range(40)]
     assert problem_type_of(load(rows)["train"]) == "regression"
@@ -435,7 +451,10 @@ BAD_FILES = {
         "Expected .* to be a csv file, got EOFError.*Check",
     ),
     "broken_json": (bad_file("a.jsonl", b'{"text": "a", "label": \n'), "Expected .* to be a jsonl file, got .*Check"),
-    "ragged_csv": (bad_file("a.csv", b"text,label\na,b\na,b,c,d\n"), "Expected .* to be a csv file, got .*Check"),
+    "ragged_csv": (
+        bad_file("a.csv", b"text,label\na,b\na,b,c,d\n"),
+        "Expected .* to be a csv file, .* in quotes",
+    ),
     "open_quote": (bad_file("a.csv", b'text,label\n"a,b\nc,d\n'), "a.csv|label in every row|text in every row"),
 }
 

@@ -6,6 +6,7 @@ a float (regression), so that its feature alone tells the problem type and the n
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime, time
 from decimal import Decimal
 from typing import Any
 
@@ -159,6 +160,13 @@ def _names(rows: Dataset, split: str, problem_type: str, is_hot: bool = False) -
 
     def name(value: Any) -> str:
         _refuse_object(value)
+        if isinstance(value, list | bytes):
+            raise ValueError(
+                f"Expected labels that are text, numbers, or lists of these, got {value!r}. Name another "
+                "--label_column_name, or write the labels as text."
+            )
+        if isinstance(value, datetime) and value == datetime.combine(value.date(), time()):
+            value = value.date()  # which json lines read as a moment, and other files do not
         if class_names is not None and isinstance(value, int):
             return class_names[value]
         if isinstance(value, (float, Decimal)) and value == int(value):
@@ -178,6 +186,11 @@ def _names(rows: Dataset, split: str, problem_type: str, is_hot: bool = False) -
     for number, value in enumerate(labels):
         if problem_type == MULTI and value is not None:
             values = value if isinstance(value, list) else str(value).split(",")
+            if isinstance(value, list) and any(isinstance(v, float) and not _missing(v) and v != int(v) for v in value):
+                raise ValueError(
+                    f"Expected lists of names, of ids, or of a 0 or a 1 for each class, got {value} in row {number} "
+                    f"(from 0) of the {split} split. Write the labels in one of these ways."
+                )
             result.append([name(v) for v in values if not _missing(v)])
         elif _missing(value) or (class_names is not None and isinstance(value, int) and value < 0):
             raise ValueError(NO_LABEL.format(number, split))

@@ -113,7 +113,7 @@ def write_space(
 def _read_examples(path: str, pairs: bool) -> list[list[str]]:
     """The lines of a file; for pairs, each has two texts with a tab between them."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected one text per line in {path}, got {error}. Check --examples.") from None
     texts = [line.strip() for line in lines if line.strip()]

@@ -243,7 +243,8 @@ def _rows(content: str, kind: str) -> list[dict[str, Any]]:
     delimiter = "\t" if kind == ".tsv" else max(",;\t", key=next((line for line in lines if line.strip()), "").count)
     if not content.strip():
         return []
-    header, *rows = [row for row in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter) if row]
+    cells = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    header, *rows = [row for row in cells if row]
     if len(set(header)) < len(header) or any(len(row) != len(header) for row in rows):
         raise csv.Error(f"expected as many cells in each row as its header names, {len(header)}, each name once")
     return [dict(zip(header, row, strict=True)) for row in rows]

@@ -24,10 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic import replacing
 from ..early import input_format
+from ..flags import trained_columns
 from ..loading import best_device, device_of, load_model, longest_text
 from ..modeling.early_exit import ways_out
 from ..modeling.limits import MULTI, REGRESSION
 from ..modeling.modeling_al import ALForSequenceClassification
+from ..report import reads_pairs
 from .answers import Write, columns, writer
 from .rows import AS_TEXT, Texts, Unusable, read_rows
 
@@ -227,7 +229,10 @@ def predict_file(flags: Namespace) -> None:
     bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())
     with bar, _source(flags) as stream:
         numeric = model.config.numeric_columns or ()
-        rows = read_rows(stream, kind, flags.text_column_names, flags.id_column, flags.csv_delimiter, numeric)
+        usual = trained_columns(flags.model).get("text_column_names")
+        rows = read_rows(stream, kind, flags.text_column_names, flags.id_column, flags.csv_delimiter, numeric, usual)
+        if Path(flags.model).is_dir() and reads_pairs(flags.model):  # the Hub is not asked
+            rows = _warned_of_single_texts(rows)
         rows, asked = tee(rows)  # which keeps those that have no answer yet
         chunks = predict(model, tokenizer, rows, flags.batch_size, flags.exit_block, flags.all_scores)
         extra = ["id"] * (flags.id_column is not None) + ["text", "text_pair"] * flags.with_text
@@ -240,6 +245,20 @@ def predict_file(flags: Namespace) -> None:
                 errors += sum("error" in answer for answer in answers)
                 bar.update(len(answers))
     logger.info("%d %s, %s with an error.", total, "row" if total == 1 else "rows", errors or "none")
+
+
+def _warned_of_single_texts(rows: Iterator[Texts | Unusable]) -> Iterator[Texts | Unusable]:
+    """The same rows; a message if the first text is a single one, which a model of pairs has never seen."""
+    looking = True
+    for row in rows:
+        if looking and not isinstance(row, Unusable):
+            looking = False
+            if len(row) == 1:
+                logger.warning(
+                    "The model was trained on pairs of texts, and these are single ones. Name two columns: "
+                    "--text_column_names."
+                )
+        yield row
 
 
 def _asked(row: Texts | Unusable, flags: Namespace) -> dict[str, Any]:
@@ -319,6 +338,4 @@ def _destination(path: str | None) -> Iterator[TextIO]:
 
 
 def _unwritable(path: str, error: OSError) -> str:
-    return (
-        f"Could not write the answers to {path}: {error.strerror or error}. Make room there, or pass another --output."
-    )
+    return f"Could not write the answers to {path}: {error.strerror or error}. Make room there, or name another file."

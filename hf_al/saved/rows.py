@@ -27,6 +27,7 @@ LOOK_AHEAD = 100  # json lines that may lack the text before the column counts a
 
 T = TypeVar("T")
 Texts = tuple[str, ...]  # a text, or the two of a pair
+Choice = Callable[[Iterable[str]], list[str]]  # of the columns, those of the text
 
 
 class Row(tuple[str, ...]):
@@ -57,6 +58,7 @@ def read_rows(
     id_column: str | None = None,
     delimiter: str | None = None,
     numeric: Sequence[str] = (),
+    usual: str | None = None,
 ) -> Iterator[Texts | Unusable]:
     """The texts of `stream`.
 
@@ -66,6 +68,7 @@ def read_rows(
         named: column of the text, or two, comma-separated, for pairs; guessed if None.
         delimiter: of csv; guessed from the header if None.
         id_column: column whose value becomes the `id` of each `Row`.
+        usual: columns of the text as in `named`, which are taken if there are such.
         numeric: columns that become its `numbers`, NaN where a cell is empty. Lines of text have none; json objects may
             lack them.
 
@@ -80,20 +83,26 @@ def read_rows(
         if names or id_column:
             raise ValueError("Expected no columns for text lines, got some. Pass --input_format csv or jsonl.")
         return _each(lines, lambda line: usable((line.rstrip("\r\n"),)))
+    others = {id_column, *numeric} - {*names}
+
+    def choose(columns: Iterable[str]) -> list[str]:
+        return choose_text_columns([name for name in columns if name not in others], names, names_in(usual))
+
     return (
-        _csv_rows(lines, delimiter or (None if kind == "csv" else "\t"), names, id_column, numeric)
+        _csv_rows(lines, delimiter or (None if kind == "csv" else "\t"), choose, id_column, numeric)
         if kind in ("csv", "tsv")
-        else _json_rows(lines, names, id_column, numeric)
+        else _json_rows(lines, choose, id_column, numeric)
     )
 
 
-def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
-    """The text column(s): as named, else guessed from the names if there is only one reading."""
+def choose_text_columns(columns: list[str], named: list[str], usual: Sequence[str] = ()) -> list[str]:
+    """The text column(s): as named, else the usual ones if they are there, else guessed from the names if there is only
+    one reading."""
     missing = [name for name in named if name not in columns]
     if missing:
         raise ValueError(f"Expected column {missing[0]!r}, got the columns {columns}. Check --text_column_names.")
-    if named:
-        return named
+    if named or (usual and {*usual} <= {*columns}):
+        return named or list(usual)
     found = guess_text(columns, [c for c in columns if c.lower() not in LABEL_NAMES])
     if found is None:
         raise ValueError(
@@ -185,7 +194,7 @@ def _number(name: str, cell: Any) -> float:
 
 
 def _csv_rows(
-    lines: Iterator[str], delimiter: str | None, names: list[str], id_column: str | None, numeric: Sequence[str]
+    lines: Iterator[str], delimiter: str | None, choose: Choice, id_column: str | None, numeric: Sequence[str]
 ) -> Iterator[Texts | Unusable]:
     csv.field_size_limit(LONGEST_ROW)
     try:
@@ -201,8 +210,7 @@ def _csv_rows(
     if id_column is not None and id_column not in header:
         raise ValueError(f"Expected column {id_column!r}, got the columns {header}. Check --id_column.")
     check_numbers(header, numeric)
-    others = {id_column, *numeric} - {*names}
-    where = [header.index(name) for name in choose_text_columns([c for c in header if c not in others], names)]
+    where = [header.index(name) for name in choose(header)]
 
     def parse(row: list[str]) -> Texts | None:
         if not row or row == [END]:
@@ -221,13 +229,13 @@ def _csv_rows(
 
 
 def _json_rows(
-    lines: _Lines, names: list[str], id_column: str | None, numeric: Sequence[str]
+    lines: _Lines, choose: Choice, id_column: str | None, numeric: Sequence[str]
 ) -> Iterator[Texts | Unusable]:
     objects = _each(lines, _json_object)
     start = list(islice(objects, 1))
     if lines.start == "[":
         raise ValueError("Expected a json object in each line, got an array. Write one object per line.")
-    first, columns = _first_with_text(chain(start, objects), names, {id_column, *numeric} - {*names})
+    first, columns = _first_with_text(chain(start, objects), choose, {id_column, *numeric})
     for name in numeric if first and not isinstance(first[-1], Unusable) else ():
         if name not in first[-1]:
             logger.warning("No %s in the first row: where it is missing, its mean counts.", name)
@@ -254,18 +262,17 @@ def _json_object(line: str) -> dict | None:
 
 
 def _first_with_text(
-    objects: Iterator[dict | Unusable], names: list[str], others: Collection[str | None]
+    objects: Iterator[dict | Unusable], choose: Choice, others: Collection[str | None]
 ) -> tuple[list, list[str]]:
-    """The rows up to the first one that has the text column, and the column(s), which are none of the `others`."""
+    """The rows up to the first one that has the text column, and the column(s)."""
     rows: list[dict | Unusable] = []
     keys: dict[str, None] = {}
     for row in islice(objects, LOOK_AHEAD):
         rows.append(row)
         if isinstance(row, dict):
-            keys |= dict.fromkeys(row)
+            keys |= dict.fromkeys(name for name in row if name not in others)
             try:
-                return rows, choose_text_columns([name for name in row if name not in others], names)
+                return rows, choose(row)
             except ValueError:
                 continue
-    columns = [key for key in keys if key not in others]
-    return rows, choose_text_columns(columns, names) if columns else names or ["text"]
+    return rows, choose(keys) if keys else ["text"]
