@@ -38,6 +38,7 @@ from .flags import (
     positive,
     set_threads,
     set_up_output,
+    trained_columns,
     use_columns_of_run,
 )
 from .messages import table
@@ -172,7 +173,7 @@ def _predict(flags: Namespace) -> None:
     from .saved.prediction import predict_file
 
     set_threads(flags)
-    predict_file(flags)
+    predict_file(flags, trained_columns(flags.model).get("text_column_names"))
 
 
 # --- calibrate

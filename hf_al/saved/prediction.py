@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic import replacing
 from ..early import input_format
-from ..flags import trained_columns
 from ..loading import best_device, device_of, load_model, longest_text
 from ..modeling.early_exit import ways_out
 from ..modeling.limits import MULTI, REGRESSION
@@ -211,8 +210,12 @@ def readings_of(logits_NC: Tensor, config: Any, all_scores: bool) -> list[dict[s
 # --- the command
 
 
-def predict_file(flags: Namespace) -> None:
+def predict_file(flags: Namespace, usual: str | None = None) -> None:
     """`hf-al predict`: from a file or standard input to a file or standard output.
+
+    Args:
+        flags: of the command.
+        usual: the text columns that the model was trained on, for files that have such.
 
     Raises:
         ValueError: a file, a format, a column, an exit or a model that does not exist or cannot be read.
@@ -229,7 +232,6 @@ def predict_file(flags: Namespace) -> None:
     bar = tqdm(unit=" rows", disable=flags.disable_tqdm or not sys.stderr.isatty())
     with bar, _source(flags) as stream:
         numeric = model.config.numeric_columns or ()
-        usual = trained_columns(flags.model).get("text_column_names")
         rows = read_rows(stream, kind, flags.text_column_names, flags.id_column, flags.csv_delimiter, numeric, usual)
         if Path(flags.model).is_dir() and reads_pairs(flags.model):  # the Hub is not asked
             rows = _warned_of_single_texts(rows)
