@@ -14,7 +14,7 @@ import yaml
 
 from .own import import_own
 from .ranges import check_ranges
-from .values import convert, names_in, type_name
+from .values import YAML_FLOAT, convert, names_in, type_name
 
 DATA = {"section": "data"}  # train_file or dataset_name on the command line replaces a recipe's whole section
 PRETRAINED = "al_encoder"
@@ -159,7 +159,7 @@ class TrainingArguments:
     )
     cache_frozen: bool = _arg(False, "Compute what frozen blocks make of train once, and keep it on disk meanwhile.")
     weight_decay: float | list[float] = _arg(
-        0.0, "Weight decay (matrices only; not biases, norms and embeddings); a list has one for each block."
+        0.0, "Weight decay (matrices only; not biases, norms and word embeddings); a list has one for each block."
     )
     target_weight_decay: float | list[float] | None = _arg(None, "Label side's weight decay (default: weight_decay).")
     adam_beta1: float = _arg(0.9, "First beta of adamw, adam and sparse_adam.")
@@ -246,6 +246,8 @@ class TrainingArguments:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if f.name == "eval_strategy" and value is False:
+                value = "no"  # which YAML reads as false
             try:
                 setattr(self, f.name, convert(value, hints[f.name]))
             except (TypeError, ValueError):
@@ -340,10 +342,17 @@ class TrainingArguments:
 
     def to_yaml(self) -> str:
         """YAML that `--config` reads back as the same arguments."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_yaml(), encoding="utf-8")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what YAML 1.1 takes for text and `--config` for a number, such as 1e-3."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
 
 
 def named(fact: str, *values: str) -> list[str]:

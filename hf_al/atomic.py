@@ -12,6 +12,11 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CONFIG = "config.json"  # to transformers, a folder without it is not a model
 # What a run writes under names that are not fixed, as patterns that match nothing of a user's own
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors")
@@ -44,6 +49,32 @@ def alone_at(path: Path) -> Iterator[None]:
         ) from None
     with held:
         yield
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, nobody else is in this folder; the lock leaves no file, and ends with the process, however that ends.
+    Without effect where folders cannot be locked: on Windows, and on some network file systems.
+
+    Raises:
+        ValueError: another process is.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Expected nobody else at work in {folder}, found another process. Wait for it, or pass another folder."
+            ) from None
+        except OSError:  # this file system does not do it
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync(path: Path) -> None:

@@ -124,11 +124,6 @@ def grow_until(values: dict[str, Any], name: str, most: int, run: Callable[[dict
     _check_several_runs(args, most > first["num_blocks"])
     folder = check_output_dir(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None:
-        if Path(name).is_dir() and Path(name).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"Expected an output_dir without the model that is to grow, got {folder}, which holds {name} and would "
-                "be emptied. Pass another --output_dir."
-            )
         remove_run(folder, ["blocks-*"])
     set_up_output(args.disable_tqdm)
     for blocks in range(first["num_blocks"], most + 1):

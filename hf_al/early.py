@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import TrainingArguments
+from .atomic import CODE
 from .headers import check_columns, check_labelled, columns_of
 from .modeling.limits import REGRESSION
 from .values import names_in
@@ -175,6 +176,8 @@ def check_output_dir(args: TrainingArguments) -> Path:
                 f"Expected an empty output_dir, got files in {folder}. Pass --overwrite_output_dir to start anew, "
                 "--resume_from_checkpoint last to go on, or another folder."
             )
+        if used and args.resume_from_checkpoint is None:
+            _check_can_be_emptied(folder, args)
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         with tempfile.NamedTemporaryFile(dir=there):
             pass
@@ -184,6 +187,25 @@ def check_output_dir(args: TrainingArguments) -> Path:
             "permissions."
         ) from None
     return folder
+
+
+def _check_can_be_emptied(folder: Path, args: TrainingArguments) -> None:
+    """Refuses to remove what the run starts from, and files that no run left."""
+    for name in filter(None, (args.model_name_or_path, args.encoder, args.tokenizer_name)):
+        if Path(name).is_dir() and Path(name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"Expected an output_dir without what the run starts from, got {folder}, which holds {name} and would "
+                "be emptied. Pass another --output_dir."
+            )
+    is_run = any((folder / name).exists() for name in ("report.json", "training_config.yaml", "config.json"))
+    if (folder / "checkpoints").is_dir() and not is_run:  # it may have ended before its first checkpoint
+        is_run = all(path.name.startswith(("checkpoint-", "tmp-")) for path in folder.glob("checkpoints/*"))
+    found = [name for name in ("checkpoints", "logs", "plots", *CODE) if (folder / name).exists()]
+    if found and not is_run:
+        raise ValueError(
+            f"Expected an earlier run in output_dir with --overwrite_output_dir, got {folder} with {', '.join(found)}, "
+            "which no run left, and which would be removed. Pass another --output_dir."
+        )
 
 
 def check_is_new(folder: Path, flag: str = "") -> None:

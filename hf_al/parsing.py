@@ -15,7 +15,7 @@ from .arguments import PRETRAINED, TrainingArguments, named
 from .config_fields import built_in, config_fields, config_values, known_fields
 from .messages import nearest
 from .modeling import limits
-from .values import convert, type_name, union_members
+from .values import YAML_FLOAT, convert, type_name, union_members
 
 OTHER_NAMES = {"num_hidden_layers": "num_blocks", "--num_hidden_layers": "--num_blocks"}  # those of transformers
 BALANCED = "balanced"  # cuts of an encoder, by measured time
@@ -165,11 +165,7 @@ _Loader.yaml_implicit_resolvers = {
     for start, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
 
 
 def load_yaml(path: str, named_by: str) -> dict[str, Any]:

@@ -83,8 +83,10 @@ def check_ranges(args: Any) -> None:
                 f"Expected an eval_strategy for {name}={value!r}, got 'no'. Pass eval_strategy='epoch', or "
                 f"{name}={other}."
             )
-    if args.lr_scheduler_kwargs and args.lr_scheduler_type == "constant":
-        raise ValueError("Expected no lr_scheduler_kwargs for lr_scheduler_type='constant'. Leave them out.")
+    if args.lr_scheduler_kwargs and args.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        raise ValueError(
+            f"Expected no lr_scheduler_kwargs for lr_scheduler_type={args.lr_scheduler_type!r}. Leave them out."
+        )
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(f"Expected max_steps above 0, or -1 for num_train_epochs, got {args.max_steps}.")
     if args.csv_delimiter is not None and len(args.csv_delimiter) != 1:

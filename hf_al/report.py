@@ -217,12 +217,14 @@ CAPTIONS = {
 
 def markdown(report: dict[str, Any], drawn: list[str]) -> str:
     """The report as a page: results first, then how they came about. `drawn`: names of the plots in plots/."""
+    chosen = f"Best step {report['best_step']} of {report['steps']}, chosen by validation {report['metric']}"
+    if report["arguments"].get("eval_strategy") == "no":
+        chosen = f"The weights are those of the last of {report['steps']} steps"
     lines = [
         f"# {report['model_type']}, objective `{report['objective']}`: {report['data']['name']}",
         "",
         f"{report['num_blocks']} blocks, {report['parameters']['inference']:,} parameters for inference and "
-        f"{report['parameters']['training_only']:,} for training only. Best step {report['best_step']} of "
-        f"{report['steps']}, chosen by validation {report['metric']}; seed {report['arguments']['seed']}."
+        f"{report['parameters']['training_only']:,} for training only. {chosen}; seed {report['arguments']['seed']}."
         f"{numbers(report['data'])}",
     ]
     if "pruned_from" in report:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -93,6 +94,11 @@ def _number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+YAML_FLOAT = re.compile(  # of YAML 1.2, as parsing.py reads it
+    r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"
+)
 
 
 def names_in(text: str | None) -> list[str]:

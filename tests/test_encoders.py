@@ -173,13 +173,21 @@ def test_every_weight_of_a_block_learns_but_shared_tables(name):
     assert bool(frozen) == bool(LAYOUTS[name].shared)
 
 
+def test_without_a_padding_token_and_a_mask_everything_is_text():
+    encoder = tiny_encoder("qwen2", pad_token_id=None)
+    model = ALEncoderForSequenceClassification.from_encoder(encoder, num_blocks=2, num_labels=3).eval()
+    ids = torch.tensor([[7, 8, 9, 0]])
+    assert torch.equal(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_activation_checkpointing_gives_equal_gradients(name):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_equal_gradients(reentrant, name):
     gradients = []
     for checkpointing in (False, True):
         model = ALEncoderForSequenceClassification.from_encoder(tiny_encoder(name), num_blocks=3, num_labels=3).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)  # of dropout
         model(**ragged_ids(model.config.pad_token_id), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})

@@ -157,6 +157,19 @@ def test_what_a_run_saves_reads_back_as_the_same_arguments(tmp_path):
     assert hf_al.TrainingArguments(**read_yaml(str(tmp_path / "a.yaml"))) == args
 
 
+@pytest.mark.parametrize("name", ["1e-3", "1e5", "1.5e3", "no", "010", "1:30", "null"])
+def test_names_that_look_like_something_else_read_back_as_names(name, tmp_path):
+    args = hf_al.TrainingArguments(output_dir=name, label_column_name=name, eval_strategy="no")
+    args.save(tmp_path / "run.yaml")
+    read = hf_al.TrainingArguments(**read_yaml(str(tmp_path / "run.yaml")))
+    assert (read.output_dir, read.label_column_name, read.eval_strategy) == (name, name, "no")
+
+
+def test_no_needs_no_quotes_as_eval_strategy(tmp_path):
+    (tmp_path / "run.yaml").write_text("output_dir: out\neval_strategy: no\n")
+    assert hf_al.TrainingArguments(**read_yaml(str(tmp_path / "run.yaml"))).eval_strategy == "no"
+
+
 def test_a_damaged_tokenizer_is_named(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     path = tmp_path / "run" / "tokenizer.json"

@@ -366,7 +366,7 @@ def test_flags_that_cannot_be_are_refused(flags, said, shell, trained, tweet_fil
 def test_a_model_is_not_grown_over_itself(shell, small, tweet_files):
     before = sorted(small.rglob("*"))
     flags = [*tweet_files, f"--output_dir={small}", "--overwrite_output_dir", "--grow_until=3"]
-    assert_mistake(shell("grow", str(small), *flags), "Expected an output_dir without the model that is to grow")
+    assert_mistake(shell("grow", str(small), *flags), "Expected an output_dir without what the run starts from")
     assert sorted(small.rglob("*")) == before
 
 

@@ -175,3 +175,5 @@ def test_pairs_without_ids_have_no_late_text(make_model):
     model = make_model("al_lstm", **PAIRS)
     with pytest.raises(ValueError, match="Expected input_ids with late_block"):
         model(inputs_embeds=torch.zeros(2, 5, 16))
+    with pytest.raises(ValueError, match="Expected input_ids with late_block"):  # late text has a table of its own
+        make_model("al_lstm", late_block=1, late_from=2)(inputs_embeds=torch.zeros(2, 5, 16))

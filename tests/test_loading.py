@@ -100,6 +100,10 @@ def test_pickles_cannot_be_asked_for(folder):
         AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=False)
 
 
+def test_none_as_use_safetensors_is_what_transformers_has(folder):
+    AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=None)
+
+
 def test_a_pickle_beside_safetensors_is_not_read(folder):
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     load_model(str(folder))

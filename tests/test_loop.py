@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_al
+from hf_al.atomic import alone_in
 from hf_al.metrics import exit_metrics
 from hf_al.training import checkpoint, start
 from hf_al.training.optim import BlockOptimizers
@@ -401,6 +403,44 @@ def test_files_beside_a_run_stay_whatever_they_are_called(few_tweets, tmp_path):
     hf_al.train(arguments(tmp_path / "run", max_steps=2, resume_from_checkpoint="last"), few_tweets)
     hf_al.train(arguments(tmp_path / "run", max_steps=2, overwrite_output_dir=True), few_tweets)
     assert [name for name in mine if not (tmp_path / "run" / name).exists()] == []
+
+
+@pytest.mark.parametrize("mine", ["checkpoints/resnet.pt", "logs/thesis.txt", "plots/mine.png", "encoders.py"])
+def test_a_folder_that_no_run_left_is_not_emptied(mine, few_tweets, tmp_path):
+    (tmp_path / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / mine).write_text("mine")
+    with pytest.raises(ValueError, match="Expected an earlier run in output_dir with --overwrite_output_dir"):
+        hf_al.train(arguments(tmp_path, max_steps=2, overwrite_output_dir=True), few_tweets)
+    assert (tmp_path / mine).read_text() == "mine"
+
+
+def test_what_a_run_starts_from_is_not_emptied(trained, few_tweets, tmp_path):
+    shutil.copytree(trained[0].output_dir, tmp_path / "run" / "deeper")
+    before = sorted(tmp_path.rglob("*"))
+    given = {"model_name_or_path": str(tmp_path / "run" / "deeper"), "overwrite_output_dir": True}
+    args = hf_al.TrainingArguments(output_dir=str(tmp_path / "run"), max_steps=2, use_cpu=True, **given)
+    with pytest.raises(ValueError, match="Expected an output_dir without what the run starts from"):
+        hf_al.train(args, few_tweets)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_runs_do_not_share_a_folder(few_tweets, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with alone_in(tmp_path), pytest.raises(ValueError, match="Expected nobody else at work in"):
+        hf_al.train(arguments(tmp_path, max_steps=2, overwrite_output_dir=True), few_tweets)
+    hf_al.train(arguments(tmp_path, max_steps=2, overwrite_output_dir=True), few_tweets)
+
+
+def test_without_evaluation_the_weights_are_those_of_the_last_step_also_after_going_on(few_tweets, tmp_path):
+    """At such a rate the second part is worse on validation than the first one."""
+    few = {"eval_strategy": "no", "early_stopping_patience": 0, "plots": True}
+    hf_al.train(arguments(tmp_path, max_steps=4, **few), few_tweets)
+    assert (tmp_path / "plots").is_dir()
+    few |= {"learning_rate": 100.0, "lr_scheduler_type": "constant", "plots": False}
+    report = hf_al.train(arguments(tmp_path, max_steps=6, resume_from_checkpoint="last", **few), few_tweets).report
+    assert (report["steps"], report["best_step"]) == (6, 6)
+    assert "The weights are those of the last of 6 steps" in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "plots").exists()  # they would be those of the first part
 
 
 def test_checkpoints_on_another_disk_are_unlinked_not_deleted(few_tweets, tmp_path):

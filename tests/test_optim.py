@@ -298,6 +298,29 @@ def test_state_before_the_first_update_is_empty(make_model):
 # --- kinds of optimizers and schedules, values of each block
 
 
+def test_amsgrad_may_be_switched_on_when_a_run_goes_on(make_model):
+    model = make_model()
+    before, after = (optimizers_of(model, arguments(optim_args={"amsgrad": on})) for on in (False, True))
+    set_gradients(model, seed=0)
+    update_all(model, before, 0)
+    for k in range(model.config.num_blocks):
+        after.load_state(k, before.state(k))
+    set_gradients(model, seed=1)
+    update_all(model, after, 1)
+    assert all("max_exp_avg_sq" in " ".join(after.state(k)) for k in range(model.config.num_blocks))
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_lr", 1e-2), ("lr_end", 1e-2)])
+def test_a_schedule_does_not_end_above_its_peak(name, value):
+    kind = "polynomial" if name == "lr_end" else "cosine_with_min_lr"
+    given = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": {name: value}}
+    with pytest.raises(ValueError, match=rf"{name} is above the learning rate, 0\.001"):
+        make_schedule(arguments(learning_rate=1e-3, **given), 100)
+    args = arguments(model_name_or_path="a/model", **given)
+    assert args.learning_rate is None  # that of the model is not known yet
+    make_schedule(args, 100)
+
+
 @pytest.mark.parametrize(
     ("optim", "optim_args", "theirs"),
     [

@@ -27,6 +27,15 @@ def boundary(rows: int, tokens: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("longest", [2, 3, 5, 6, 7, 100])
+def test_texts_may_be_shorter_than_the_throw_away_ones(longest):
+    def cut(rows: int, tokens: int):
+        return {"hidden": torch.zeros(rows, min(tokens, longest), 4)}
+
+    (entry,) = Schema.of(cut, torch.float32, longest)
+    assert entry.dims == ("N", "T", 4)
+
+
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_what_is_written_is_read_from_aligned_addresses(rows, tokens):
     schema = Schema.of(boundary, torch.float32)

@@ -210,6 +210,11 @@ class ALConfig(PreTrainedConfig):
         return self.num_labels
 
     @property
+    def has_padding_token(self) -> bool:
+        """Whether `pad_token_id` marks padding; if not, it is a token like others."""
+        return True
+
+    @property
     def label_names(self) -> list[str]:
         """The names in `id2label`, by id."""
         names: dict = self.id2label or {}

@@ -90,6 +90,11 @@ class ALEncoderConfig(ALConfig):
         decided |= {"pooling": "last"} if layout.causal else {}
         return cls(encoder_config=copy.deepcopy(encoder_config), **{**decided, **values})
 
+    @property
+    def has_padding_token(self) -> bool:
+        encoder: Any = self.encoder_config
+        return self.pad_token_id != 0 or encoder.pad_token_id is not None  # 0 is also that of encoders that have none
+
     def for_inference(self) -> "ALEncoderConfig":
         config = super().for_inference()
         config.lora_r = 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .blocks import never_empty, truncate, walk
+from .blocks import never_empty, text_mask, truncate, walk
 from .encoders import Inputs
 from .late import of_length
 from .limits import MULTI, REGRESSION
@@ -214,7 +214,7 @@ def _padded_right(
 ) -> tuple[Inputs, Tensor]:
     """The texts, cut to `max_position_embeddings`, with all padding on the right, and the tokens of each (N,), on the
     CPU."""
-    mask_NT = (input_ids != config.pad_token_id) if attention_mask is None else attention_mask
+    mask_NT = text_mask(config, input_ids) if attention_mask is None else attention_mask
     inputs: Inputs = {"input_ids": input_ids, "attention_mask": never_empty(mask_NT)}
     if token_type_ids is not None:
         inputs["token_type_ids"] = token_type_ids

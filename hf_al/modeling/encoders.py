@@ -254,7 +254,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         return x_NTD, weights_NHTT
 
 
-def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+def checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Whether the layer is checkpointed in a way that gives its weights no gradient unless its input requires one."""
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
         return False
@@ -312,7 +312,7 @@ class TransformerEncoder(Encoder):
             x_NTD = self.dropout(x_NTD)
         attentions: list[Tensor] = []
         for layer in self.layers:
-            if _checkpoints_reentrantly(layer) and not x_NTD.requires_grad:
+            if checkpoints_reentrantly(layer) and not x_NTD.requires_grad:
                 x_NTD = x_NTD.detach().requires_grad_()
             x_NTD, weights_NHTT = layer(x_NTD, inputs)
             if weights_NHTT is not None:

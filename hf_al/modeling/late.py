@@ -48,16 +48,19 @@ def find_late(config: Any, inputs: Inputs) -> Tensor:
 
     Args:
         config: of the model.
-        inputs: `attention_mask` (N, T), and for pairs `input_ids` (N, T).
+        inputs: `attention_mask` (N, T) and `input_ids` (N, T).
 
     Raises:
-        ValueError: no `input_ids`, and pairs.
+        ValueError: no `input_ids`: late text has embeddings of its own.
     """
+    if "input_ids" not in inputs:
+        raise ValueError(
+            "Expected input_ids with late_block, got none: they say where a text ends, and late text has embeddings of "
+            "its own. Pass input_ids in place of inputs_embeds."
+        )
     is_text_NT = inputs["attention_mask"] > 0
     if config.late_from is not None:
         return is_text_NT & (is_text_NT.cumsum(1) > config.late_from)
-    if "input_ids" not in inputs:
-        raise ValueError("Expected input_ids with late_block and no late_from, got none: they say where a text ends.")
     ends_NT = (inputs["input_ids"] == config.sep_token_id) & is_text_NT
     ended_NT = ends_NT.cumsum(1)
     is_pair_N1 = ended_NT[:, -1:] == 2

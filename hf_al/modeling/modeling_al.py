@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import ALBlock, layout, never_empty, refuse_gradients, refuse_not_finite, truncate, walk
+from .blocks import ALBlock, layout, never_empty, refuse_gradients, refuse_not_finite, text_mask, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .early_exit import last_block, predict_texts
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
@@ -111,8 +111,9 @@ class ALPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: `use_safetensors=False`, or weights that are not finite.
         """
-        if not kwargs.setdefault("use_safetensors", True):
+        if kwargs.get("use_safetensors") is False:
             raise ValueError("Expected use_safetensors=True, got False: pickled weights can run any code when read.")
+        kwargs["use_safetensors"] = True  # None, which transformers has, would also take others
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         refuse_not_finite(model.state_dict(), ". Copy them again, or train again.")
@@ -205,7 +206,7 @@ class ALModel(ALPreTrainedModel):
         inputs: Inputs = {}
         if input_ids is not None and inputs_embeds is None:
             inputs["input_ids"] = input_ids
-            mask_NT = (input_ids != self.config.pad_token_id) if attention_mask is None else attention_mask
+            mask_NT = text_mask(self.config, input_ids) if attention_mask is None else attention_mask
         elif inputs_embeds is not None and input_ids is None:
             inputs["inputs_embeds"] = inputs_embeds
             mask_NT = torch.ones_like(inputs_embeds[..., 0]) if attention_mask is None else attention_mask
@@ -317,6 +318,7 @@ class ALForSequenceClassification(ALPreTrainedModel):
             multi_label = config.classes > 1 and labels.is_floating_point()
             kind = MULTI if multi_label else config.resolved_problem_type
             config.problem_type = kind  # type: ignore[assignment]
+            config.validate_labels()  # label_smoothing is for one class a text, for example
         learning = self.training and labels is not None
         last = last_block(config, exit_block, learning)
         wants_attentions = self.model._wants_attentions(output_attentions)

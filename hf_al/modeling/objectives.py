@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .limits import REGRESSION, SINGLE
+from .limits import MULTI, REGRESSION, SINGLE
 
 Boundary = dict[str, Tensor]
 Losses = dict[str, Tensor]
@@ -76,7 +76,10 @@ def standardise(values: Tensor, config) -> Tensor:
 
 
 def unstandardise(values: Tensor, config) -> Tensor:
-    """The inverse of `standardise`; leaves classification logits as they are."""
+    """The inverse of `standardise`, in float32 at least: bfloat16 cannot tell 1990 from 1992. Leaves classification
+    logits as they are."""
+    if config.label_mean is not None or config.label_deviation is not None:
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
     if config.label_deviation is not None:
         values = values * _constant(config.label_deviation, values)
     return values if config.label_mean is None else values + _constant(config.label_mean, values)
@@ -208,6 +211,8 @@ def _alike(labels: Tensor, config) -> Tensor:
     target_NC = first_target(labels, config)
     if config.resolved_problem_type == REGRESSION:
         return torch.exp(-torch.cdist(target_NC, target_NC).square() / 2)
+    if config.resolved_problem_type == MULTI:  # two texts without a label are alike, too
+        target_NC = torch.cat([target_NC, (target_NC.sum(1, keepdim=True) == 0).to(target_NC)], 1)
     rows_NC = F.normalize(target_NC, dim=1)
     return rows_NC @ rows_NC.T
 

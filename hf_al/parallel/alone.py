@@ -35,9 +35,11 @@ class Alone:
 
     # --- boundaries
 
-    def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
+    def agree(
+        self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype, longest: int
+    ) -> None:
         """Fixes the schema of a kind of boundary, once. `run`: (rows, tokens, incoming boundary or None at the start)
-        -> the boundary that this stage sends for such a throw-away batch."""
+        -> the boundary that this stage sends for such a throw-away batch; `longest`: tokens that a text can have."""
 
     def expect(self, messages: Iterable[Message]) -> None:
         """The messages that will be received next, in this order, so that receives can be posted ahead."""

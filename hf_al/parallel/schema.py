@@ -16,7 +16,7 @@ from ..modeling.objectives import Boundary
 PROTOCOL = 0x414C01
 ALIGNMENT = 64  # bytes: the same matmul rounds differently on tensors that start elsewhere
 KINDS = ("train", "evaluate", "cache")
-PROBES = ((2, 3), (5, 7))  # (rows, tokens) of the two throw-away batches
+PROBES = ((2, 3), (5, 7))  # (rows, tokens) of the two throw-away batches, unless texts are shorter
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,27 @@ class Schema(tuple[Entry, ...]):
     """The tensors of a boundary, in order, after a header."""
 
     @classmethod
-    def of(cls, run: Callable[[int, int], Boundary], wire: torch.dtype) -> "Schema":
+    def of(cls, run: Callable[[int, int], Boundary], wire: torch.dtype, longest: int = PROBES[1][1]) -> "Schema":
         """Inferred from two throw-away batches: a dimension that grows with N or T is N or T. So a user's objectives
         and encoders need not declare what they send.
 
         Args:
             run: (rows, tokens) -> the boundary that is sent for such a batch.
             wire: the type that float32 tensors travel as.
+            longest: tokens that a text can have.
 
         Raises:
             ValueError: a dimension that depends on anything else, or strides that would be lost on the wire.
         """
-        small, large = (run(*probe) for probe in PROBES)
-        symbols = dict(zip(zip(*PROBES, strict=True), "NT", strict=True))
+        (few, short), (many, long) = PROBES
+        probes = ((few, max(1, min(short, longest - 1))), (many, min(long, longest)))
+        small, large = (run(*probe) for probe in probes)
+        symbols = dict(zip(zip(*probes, strict=True), "NT", strict=True))
         entries = []
         if small.keys() != large.keys():
             raise ValueError(
                 f"Expected the same tensors to leave a block for every batch, got {sorted(small)} for a batch of "
-                f"{PROBES[0]} and {sorted(large)} for one of {PROBES[1]}."
+                f"{probes[0]} and {sorted(large)} for one of {probes[1]}."
             )
         for name, tensor in small.items():
             if not isinstance(tensor, Tensor) or tensor.ndim != large[name].ndim:
@@ -93,7 +96,7 @@ class Schema(tuple[Entry, ...]):
             if any(a != b and (a, b) not in symbols for a, b in sizes):
                 raise ValueError(
                     f"Expected {name} to have dimensions of batch, tokens and constants, got "
-                    f"{tuple(tensor.shape)} and {tuple(large[name].shape)} for batches of {PROBES[0]} and {PROBES[1]}. "
+                    f"{tuple(tensor.shape)} and {tuple(large[name].shape)} for batches of {probes[0]} and {probes[1]}. "
                     "Pad it to one of them."
                 )
             dims = tuple(symbols.get(pair, pair[0]) for pair in sizes)

@@ -89,7 +89,9 @@ class Neighbours(Alone):
 
     # --- boundaries
 
-    def agree(self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype) -> None:
+    def agree(
+        self, kind: str, run: Callable[[int, int, Boundary | None], Boundary], wire: torch.dtype, longest: int
+    ) -> None:
         incoming: Schema | None = None
         if not self.is_first:
             said = self._get(f"schema/{kind}/{self.before}", self.before)
@@ -101,7 +103,7 @@ class Neighbours(Alone):
         def throw_away(rows: int, tokens: int) -> Boundary:
             return run(rows, tokens, None if incoming is None else incoming.zeros(rows, tokens, self.device))
 
-        self.outgoing[kind] = Schema.of(throw_away, wire)
+        self.outgoing[kind] = Schema.of(throw_away, wire, longest)
         said = json.dumps(self.outgoing[kind].as_json()).encode()
         self._set(f"schema/{kind}/{self.process}", said, "sent_later_bytes")
 

@@ -1,6 +1,7 @@
 """After the last step: the chosen weights, the test split (read once), and what a run leaves in its folder."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ def finish(run: "Run", tokenizer: PreTrainedTokenizerBase, kwh: dict[str, float]
         OSError: a disk that refuses; the checkpoints are kept.
     """
     plan, progress, stage, transport, model = run.plan, run.progress, run.stage, run.transport, run.model
+    if plan.args.eval_strategy == "no":
+        progress.best_step = progress.step  # nothing is chosen, whatever the run has evaluated
     chosen = progress.best_step or progress.step
     if chosen != progress.step:
         path = checkpoint.checkpoint_path(plan.output_dir, chosen)
@@ -73,6 +76,8 @@ def finish(run: "Run", tokenizer: PreTrainedTokenizerBase, kwh: dict[str, float]
         speeds = _speeds(model.eval(), stage.device, token_lengths(plan.data["validation"]))
         found = {**results, "exit_speeds": speeds, "code_health": codes, "energy_kwh": kwh, "processes": run.processes}
         report = _report(plan, progress, model, stage.device, peak, found, changes + all_warnings)
+        if not plan.args.plots:
+            shutil.rmtree(plan.output_dir / "plots", ignore_errors=True)  # of the run so far
         with checkpoint.writing("the model", plan.output_dir), export(plan.output_dir) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)

@@ -47,10 +47,10 @@ from .setup import (
     check_same,
     check_same_arguments,
     for_this_run,
+    held_output_dir,
     look_for_folder,
     make_accelerator,
     place_blocks,
-    prepare_output_dir,
     progress_bars,
     set_threads,
 )
@@ -140,12 +140,12 @@ def _train(args: TrainingArguments, datasets: DatasetDict | None, on_evaluation:
         run = Run(plan, model, tokenizer, accelerator, transport, on_evaluation)
         look_for_folder(output_dir, transport)
         run.resume()
-        transport.together(lambda: prepare_output_dir(output_dir, args) if transport.is_main else None)
-        with energy.measured(transport.is_main and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
-            run.fit()
-        report = finish(run, tokenizer, kwh)
-        if args.push_to_hub and transport.is_main:
-            push_or_warn(args.output_dir, args.hub_id, args.hub_private_repo)
+        with held_output_dir(output_dir, args, transport):
+            with energy.measured(transport.is_main and trackers.ENERGY in trackers.chosen(args.trackers)) as kwh:
+                run.fit()
+            report = finish(run, tokenizer, kwh)
+            if args.push_to_hub and transport.is_main:
+                push_or_warn(args.output_dir, args.hub_id, args.hub_private_repo)
     except Exception as error:
         transport.failed(error)
         raise

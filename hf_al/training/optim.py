@@ -63,6 +63,10 @@ def _schedule_options(args: TrainingArguments) -> dict[str, Any]:
         if options.get(name):
             if isinstance(args.learning_rate, list):
                 raise ValueError(f"{name} is a learning rate, but each block has one of its own")
+            if args.learning_rate is None:  # it follows from a saved model, which is not there yet
+                continue
+            if options[name] > args.learning_rate:
+                raise ValueError(f"{name} is above the learning rate, {args.learning_rate:g}")
             options[name] /= args.learning_rate
     return options
 
@@ -264,6 +268,10 @@ class BlockOptimizers:
                 where = parameter.device if value.ndim else self.device or parameter.device  # scalars stay there
                 on_cpu = entry == "step" and self.args.optim == "adafactor"
                 state[parameter][entry] = value.to("cpu" if on_cpu else where).clone()
+        if self.args.optim_args.get("amsgrad"):  # which the run may not have had before
+            for values in (values for state in self._states_of(k) for values in state.values()):
+                if "exp_avg_sq" in values:
+                    values.setdefault("max_exp_avg_sq", values["exp_avg_sq"].clone())
 
     def _load_plateau(self, k: int, entry: str, value: float) -> None:
         if k not in self.plateaus:

@@ -157,8 +157,15 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
     Hub, the two have names of their own.
 
     Raises:
-        CannotResume: that run no longer has it.
+        CannotResume: that run no longer has it; or the other folder holds another run, which would be replaced.
     """
+    if not resumed.absolute().is_relative_to(output_dir.absolute()):
+        mine = open_checkpoint(resumed)["identity"]
+        if any(open_checkpoint(path)["identity"] != mine for path in complete_checkpoints(output_dir)):
+            raise CannotResume(
+                f"Expected an output_dir without another run than that of {resumed}, got {output_dir}, which holds "
+                "one. Pass another --output_dir."
+            )
     if best_step is None:
         return
     target = checkpoint_path(output_dir, best_step)
@@ -167,8 +174,6 @@ def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
     best = next((path for path in known if _step(path) == best_step), beside)
     try:
         manifest = open_checkpoint(best)
-        if best == target and manifest["identity"] != open_checkpoint(resumed)["identity"]:
-            raise Damaged(f"{best} is that of another run")
         for name in manifest["files"] if best != resumed else ():
             verified(best, name, manifest)
     except Damaged as damage:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 
 from ..arguments import TrainingArguments, named
-from ..atomic import CODE, EXPORTS, WEIGHTS, existing
+from ..atomic import CODE, EXPORTS, WEIGHTS, alone_in, existing
 from ..early import check_can_push, check_output_dir
 from ..loading import load_encoder_config
 from ..messages import last_line
@@ -99,11 +99,20 @@ def make_config(args: TrainingArguments, values: dict[str, Any]) -> ALConfig:
     return config
 
 
-def prepare_output_dir(folder: Path, args: TrainingArguments) -> None:
-    """Creates the folder, and one for its checkpoints; if the arguments say so, removes an earlier run from it, its
-    config.json first."""
+@contextmanager
+def held_output_dir(folder: Path, args: TrainingArguments, transport: Alone) -> Iterator[None]:
+    """Prepares the folder; inside, no other run can have it."""
+    with ExitStack() as held:
+        transport.together(lambda: prepare_output_dir(folder, args, held) if transport.is_main else None)
+        yield
+
+
+def prepare_output_dir(folder: Path, args: TrainingArguments, held: ExitStack) -> None:
+    """Creates the folder, and one for its checkpoints, and holds it; if the arguments say so, removes an earlier run
+    from it, its config.json first."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone_in(folder))
         clear_leftovers(folder / "checkpoints")
         if args.overwrite_output_dir and args.resume_from_checkpoint is None:
             remove_run(folder)

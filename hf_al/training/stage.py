@@ -84,10 +84,11 @@ class Stage:
         self.trace = Trace()
         at_once = offload is not None
         self.updates = Updates(optimizers, transport, at_once, self.trace.lap) if optimizers else None
+        longest = model.config.max_position_embeddings
         with _unchanged(list(self.blocks.values())):
-            self.transport.agree("train", self._throw_away, wire)
+            self.transport.agree("train", self._throw_away, wire, longest)
             exits = model.config.exits()
-            self.transport.agree("evaluate", partial(self._throw_away_evaluation, exits), torch.float32)
+            self.transport.agree("evaluate", partial(self._throw_away_evaluation, exits), torch.float32, longest)
 
     def compile(self) -> None:
         """torch.compile for the encoder of every block, in training only: evaluation stays as in a reloaded model."""
@@ -213,7 +214,8 @@ class Stage:
             OSError: no room in `folder`.
         """
         with _unchanged(list(self.blocks.values())):
-            self.transport.agree("cache", partial(self._throw_away_evaluation, ()), torch.float32)
+            longest = self.model.config.max_position_embeddings
+            self.transport.agree("cache", partial(self._throw_away_evaluation, ()), torch.float32, longest)
         count = self.optimizers.args.frozen_blocks if self.optimizers else 0
         with ExitStack() as files:
             found = {k: FrozenStates(files.enter_context(TemporaryFile(dir=folder))) for k in self.blocks if k < count}

@@ -287,7 +287,7 @@ def test_a_private_repository_needs_the_token(hub, trained):
 
 def test_what_is_to_be_private_is_never_pushed_to_a_public_repository(hub, shared, trained):
     before = hub.run(jobs.commits, shared)
-    status, out, err = hub.run(jobs.shell, "push", str(trained[0]), shared, "--private", "--license=mit", "--import=json")
+    status, out, err = hub.run(jobs.shell, "push", str(trained[0]), shared, "--private", "--import=json")
     assert (status, out) == (2, "")
     assert (
         f"Expected a private repository (--private, hub_private_repo), got {shared}, which exists and is public" in err

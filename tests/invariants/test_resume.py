@@ -237,20 +237,22 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run_flags, never_stopp
     assert weights_of(tmp_path / "run") == weights_of(before)
 
 
-def test_the_best_checkpoint_of_another_run_is_not_taken_for_that_of_the_resumed_one(never_stopped, tmp_path):
-    """In another output folder there may be one of the same step."""
+def test_a_run_does_not_go_on_in_the_folder_of_another_one(never_stopped, tmp_path):
     mine, others = (never_stopped("al_lstm", objective) / "checkpoints" for objective in ("associated", "backprop"))
-    shutil.copytree(others, tmp_path / "checkpoints")
+    shutil.copytree(others, tmp_path / "run" / "checkpoints")
     resumed = checkpoint.checkpoint_path(mine.parent, STEPS)
-    run_folder.adopt_best(resumed, tmp_path, STEPS)
-    there = checkpoint.checkpoint_path(tmp_path, STEPS)
+    alone = tmp_path / "last-checkpoint"  # without the best one beside it
+    shutil.copytree(resumed, alone)
+    before = sorted(others.rglob("*"))
+    for path in (resumed, alone):
+        with pytest.raises(checkpoint.CannotResume, match="Expected an output_dir without another run"):
+            run_folder.adopt_best(path, tmp_path / "run", STEPS)
+    assert sorted(others.rglob("*")) == before
+    run_folder.adopt_best(resumed, tmp_path / "new", STEPS)
+    there = checkpoint.checkpoint_path(tmp_path / "new", STEPS)
     assert {path.name: path.read_bytes() for path in there.iterdir()} == {
         path.name: path.read_bytes() for path in resumed.iterdir()
     }
-    alone = tmp_path / "last-checkpoint"  # without the best one beside it
-    shutil.copytree(resumed, alone)
-    with pytest.raises(checkpoint.CannotResume, match="is that of another run"):
-        run_folder.adopt_best(alone, others.parent, int(checkpoint.complete_checkpoints(others.parent)[0].name[-8:]))
 
 
 def test_a_checkpoint_resumes_in_another_output_dir(run_flags, never_stopped, tmp_path):
