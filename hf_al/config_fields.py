@@ -27,7 +27,7 @@ KINDS: dict[str, Any] = {
         int | None,
         float | int,
         str | None,
-        list[float] | None,
+        list[float | int] | None,
         list[int] | None,
         list[str] | None,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -79,6 +80,26 @@ def test_the_ways_of_transformers_still_work(make_model, tmp_path):
     assert same(load(tmp_path / "deep" / "er", output_loading_info=True)[0])
     other = load(tmp_path / "deep" / "er", num_labels=5, ignore_mismatched_sizes=True)
     assert other.config.num_labels == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"pooling": "foo"}, "Expected pooling to be one of"), ({"numeric_block": 9}, "Expected numeric_block"),
+     ({"num_labels": 5, "class_weights": [1, 2]}, "Expected 5 class_weights")],
+)  # fmt: skip
+def test_values_in_place_of_the_saved_ones_are_checked(folder, values, said):
+    with pytest.raises(StrictDataclassError, match=said):
+        AutoModelForSequenceClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **values)
+
+
+def test_with_another_number_of_blocks_a_model_is_no_longer_calibrated(make_model, tmp_path):
+    model = make_model("al_lstm", exit_temperatures=[1.0] * 3, exit_thresholds=[0.5, 0.5, None])
+    model.save_pretrained(tmp_path)
+    for count in (2, 4):
+        other = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_blocks=count)
+        assert (other.config.num_blocks, other.config.exit_temperatures) == (count, None)
+        other.save_pretrained(tmp_path / str(count))
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.exit_temperatures == [1.0] * 3
 
 
 # --- pickles

@@ -4,6 +4,7 @@ import json
 import logging
 import warnings
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -400,6 +401,15 @@ def test_a_whole_model_can_still_be_trained_after_an_inference_only_save(model_t
     model.save_pretrained(tmp_path, inference_only=True)
     model(**make_batch()).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft reads
+def test_adapters_for_all_linear_layers_leave_the_label_side_alone(make_model, make_batch):
+    """Its layers are also called without an input."""
+    model = make_model("al_transformer").train()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    adapted(**make_batch()).loss.backward()
+    assert not any("target" in name and "lora" in name for name, _ in adapted.named_parameters())
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

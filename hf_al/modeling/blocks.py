@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .encoders import Encoder, Inputs
 from .late import is_early, of_length
@@ -138,13 +139,15 @@ class Bridge(nn.Module):
         return x
 
 
-class TargetLayer(nn.Linear):
+class TargetLayer(nn.Module):
     """One linear layer of the label side, (N, V or C) -> (N, V or C), and its activation, a name that `activate` knows.
     At the start its weights are multiplied by `scale_at_start`. The decoder of block 0 has no activation: its outputs
-    are logits."""
+    are logits. It is no `nn.Linear`, so that tools that put layers of their own in place of those leave it alone."""
 
     def __init__(self, input_size: int, output_size: int, activation: str):
-        super().__init__(input_size, output_size)
+        super().__init__()
+        layer = nn.Linear(input_size, output_size)
+        self.weight, self.bias = layer.weight, layer.bias
         self.activation = activation
         self.scale_at_start = 1.0
 
@@ -154,7 +157,7 @@ class TargetLayer(nn.Linear):
         on the device when the parameters leave it (`--offload`)."""
         if x is None:
             return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
-        return activate(super().forward(x), self.activation)
+        return activate(F.linear(x, self.weight, self.bias), self.activation)
 
 
 class BlockOutput(NamedTuple):

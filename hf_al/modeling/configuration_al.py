@@ -128,10 +128,10 @@ class ALConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     code_scale: float | int = 1.0
     embedding_std: float | int = 0.1
-    class_weights: list[float] | None = None
+    class_weights: list[float | int] | None = None
     label_smoothing: float | int = 0.0
-    label_mean: list[float] | None = None
-    label_deviation: list[float] | None = None
+    label_mean: list[float | int] | None = None
+    label_deviation: list[float | int] | None = None
     max_position_embeddings: int = 512
     pad_token_id: int = 0
     sep_token_id: int | None = None
@@ -252,6 +252,17 @@ class ALConfig(PreTrainedConfig):
             config.numeric_block, config.numeric_columns = 0, None
             config.numeric_means = config.numeric_stds = None
         return config
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; values in place of the saved ones are checked with the others. With another number of
+        blocks, what `hf-al calibrate` measured is left out."""
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if config.num_blocks != config_dict.get("num_blocks", config.num_blocks):
+            config.uncalibrated()
+        config.validate()
+        return found
 
     def uncalibrated(self):
         """This config, without what `hf-al calibrate` sets: for weights that are not those it has measured."""

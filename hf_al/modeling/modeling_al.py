@@ -13,7 +13,17 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import ALBlock, layout, never_empty, refuse_gradients, refuse_not_finite, text_mask, truncate, walk
+from .blocks import (
+    ALBlock,
+    TargetLayer,
+    layout,
+    never_empty,
+    refuse_gradients,
+    refuse_not_finite,
+    text_mask,
+    truncate,
+    walk,
+)
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .early_exit import last_block, predict_texts
 from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
@@ -66,7 +76,7 @@ class ALPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | TargetLayer):
             self._init_matrix(module.weight, getattr(module, "scale_at_start", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
