@@ -405,7 +405,7 @@ def test_files_beside_a_run_stay_whatever_they_are_called(few_tweets, tmp_path):
     assert [name for name in mine if not (tmp_path / "run" / name).exists()] == []
 
 
-@pytest.mark.parametrize("mine", ["checkpoints/resnet.pt", "logs/thesis.txt", "plots/mine.png", "encoders.py"])
+@pytest.mark.parametrize("mine", ["checkpoints/resnet.pt", "logs/thesis.txt", "encoders.py"])
 def test_a_folder_that_no_run_left_is_not_emptied(mine, few_tweets, tmp_path):
     (tmp_path / mine).parent.mkdir(exist_ok=True)
     (tmp_path / mine).write_text("mine")

@@ -29,7 +29,7 @@ from hf_al.training.stage import Stage
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
-LARGE = ("objectives", "inside")  # studies of so many runs that their pages take seconds
+LARGE = ("objectives", "inside", "depth", "schedule", "word_vectors", "label_noise")  # their pages take seconds
 RECIPE = {
     "model_type": "al_lstm", "model": {"num_blocks": 2, "hidden_size": 16, "target_size": 12}, "word_vectors": "none",
     "max_steps": 4, "use_cpu": True,

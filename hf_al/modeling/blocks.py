@@ -48,11 +48,6 @@ def pool(hidden_NTD: Tensor, mask_NT: Tensor, how: str) -> Tensor:
     return torch.cat([hidden_NTD[rows_N, last_N, :half], hidden_NTD[rows_N, first_N, half:]], -1)
 
 
-def text_mask(config, input_ids: Tensor) -> Tensor:
-    """Where the ids of a batch without a mask are text (N, T): everywhere, if the model has no padding token."""
-    return input_ids != config.pad_token_id if config.has_padding_token else torch.ones_like(input_ids)
-
-
 def never_empty(mask_NT: Tensor) -> Tensor:
     """The mask as integers; a text without tokens is read as one padding token."""
     mask_NT = mask_NT.long()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .blocks import never_empty, text_mask, truncate, walk
-from .encoders import Inputs
+from .blocks import never_empty, truncate, walk
+from .encoders import Inputs, text_mask
 from .late import of_length
 from .limits import MULTI, REGRESSION
 from .numeric import checked_values

@@ -254,6 +254,11 @@ class TransformerLayer(GradientCheckpointingLayer):
         return x_NTD, weights_NHTT
 
 
+def text_mask(config, input_ids: Tensor) -> Tensor:
+    """Where the ids of a batch without a mask are text (N, T): everywhere, if the model has no padding token."""
+    return input_ids != config.pad_token_id if config.has_padding_token else torch.ones_like(input_ids)
+
+
 def checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Whether the layer is checkpointed in a way that gives its weights no gradient unless its input requires one."""
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):

@@ -13,20 +13,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .blocks import (
-    ALBlock,
-    TargetLayer,
-    layout,
-    never_empty,
-    refuse_gradients,
-    refuse_not_finite,
-    text_mask,
-    truncate,
-    walk,
-)
+from .blocks import ALBlock, TargetLayer, layout, never_empty, refuse_gradients, refuse_not_finite, truncate, walk
 from .configuration_al import ALConfig, ALLstmConfig, ALTransformerConfig
 from .early_exit import last_block, predict_texts
-from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder
+from .encoders import Encoder, Inputs, LstmEncoder, TransformerEncoder, text_mask
 from .late import resize_late, set_late_apart
 from .limits import MULTI, REGRESSION
 from .numeric import numeric_inputs
