@@ -39,7 +39,6 @@ from .flags import (
     set_threads,
     set_up_output,
     trained_columns,
-    use_columns_of_run,
 )
 from .messages import table
 from .metadata import check_metadata
@@ -167,7 +166,7 @@ def _predict_flags(parser: FlagParser) -> None:
 def _predict(flags: Namespace) -> None:
     check_model_name(flags.model, flags.revision)
     input_format(flags.input, flags.input_format)
-    use_columns_of_run(flags, check_input_and_output(flags))
+    check_input_and_output(flags)
     check_exit(flags.model, flags.exit_block)
     set_up_output(flags.disable_tqdm)
     from .saved.prediction import predict_file

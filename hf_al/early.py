@@ -261,9 +261,8 @@ def input_format(path: str | None, said: str | None) -> str:
     return ENDINGS[ending]
 
 
-def check_input_and_output(flags: Namespace) -> list[str]:
-    """Reports wrong texts and paths of `hf-al predict` before the model is loaded. Returns the columns of the input, as
-    far as they are known."""
+def check_input_and_output(flags: Namespace) -> None:
+    """Reports wrong texts, paths and columns of `hf-al predict` before the model is loaded."""
     source, destination, texts = flags.input, flags.output, flags.texts
     of_files = [name for name in ("input_format", "text_column_names", "id_column") if getattr(flags, name)]
     if texts and of_files:
@@ -285,10 +284,9 @@ def check_input_and_output(flags: Namespace) -> list[str]:
     if destination is not None:
         check_destination("--output", destination, source, flags.model)
     if source is None or not Path(source).is_file() or flags.input_format or input_format(source, None) == "text":
-        return []
+        return
     columns = columns_of(source, flags.csv_delimiter)
     check_columns(columns, [*names_in(flags.text_column_names), *([flags.id_column] if flags.id_column else [])])
-    return columns
 
 
 def check_ending(flag: str, path: str) -> None:

@@ -143,13 +143,12 @@ def labelled(flags: Namespace, split: str) -> "Dataset":
     name = getattr(flags, f"{split}_split_name")
     if flags.dataset_name:
         data = load_split(flags.dataset_name, flags.dataset_config_name, name or split)
-        use_columns_of_run(flags, data.column_names)
-        return data
-    if flags.dataset_config_name or name:
+    elif flags.dataset_config_name or name:
         raise ValueError(
             f"Expected --dataset_name with --dataset_config_name or --{split}_split_name, got --{split}_file."
         )
-    data = read_file(getattr(flags, f"{split}_file"), flags.csv_delimiter)
+    else:
+        data = read_file(getattr(flags, f"{split}_file"), flags.csv_delimiter)
     use_columns_of_run(flags, data.column_names)
     return data
 

@@ -71,7 +71,7 @@ def _loaded(file: Path, kind: str, options: dict[str, Any]) -> Dataset:
     if READERS[kind] != "csv":
         return load_dataset(READERS[kind], **where)
     names = list(_first_rows(file, options, 1))
-    with refusing_more_cells():
+    with _refusing_more_cells():
         data = load_dataset("csv", **where, **options, features=Features(dict.fromkeys(names, Value("string"))))
     for name in names:
         numbers = _as_numbers(data.data.column(name))
@@ -83,12 +83,12 @@ def _loaded(file: Path, kind: str, options: dict[str, Any]) -> Dataset:
 
 def _first_rows(file: Path, options: dict[str, Any], count: int) -> pd.DataFrame:
     """Of a csv file, as text."""
-    with refusing_more_cells():
+    with _refusing_more_cells():
         return pd.read_csv(file, dtype=object, nrows=count, **options)
 
 
 @contextmanager
-def refusing_more_cells() -> Iterator[None]:
+def _refusing_more_cells() -> Iterator[None]:
     """Makes errors of rows that have more cells than the header: pandas would warn, and drop the last ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)

@@ -55,8 +55,7 @@ class Windows:
 
 
 def window_of(columns: dict[str, list[Any]], features: Any) -> Dataset:
-    """Rows as a data set. The reader of csv files types a part at a time, so that one column may hold numbers and then
-    texts: these become texts."""
+    """Rows as a data set. In a column of numbers, a csv file may have later cells that are none: all become texts."""
     try:
         return Dataset.from_dict(dict(columns), features=features)
     except (pa.ArrowInvalid, pa.ArrowTypeError):

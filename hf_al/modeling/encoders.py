@@ -3,6 +3,7 @@
 Legend: N batch, T tokens, D hidden size, E embedding size, H heads.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -259,7 +260,14 @@ def text_mask(config, input_ids: Tensor) -> Tensor:
     return input_ids != config.pad_token_id if config.has_padding_token else torch.ones_like(input_ids)
 
 
-def checkpoints_reentrantly(layer: nn.Module) -> bool:
+def for_checkpoints(hidden_NTD: Tensor, layers: Iterable[nn.Module]) -> Tensor:
+    """Hidden states (N, T, D) that require a gradient if one of the layers that read them needs that."""
+    if hidden_NTD.requires_grad or not any(map(_checkpoints_reentrantly, layers)):
+        return hidden_NTD
+    return hidden_NTD.detach().requires_grad_()
+
+
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Whether the layer is checkpointed in a way that gives its weights no gradient unless its input requires one."""
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
         return False
@@ -315,10 +323,9 @@ class TransformerEncoder(Encoder):
         x_NTD = self.read(boundary, inputs)
         if self.layers:
             x_NTD = self.dropout(x_NTD)
+        x_NTD = for_checkpoints(x_NTD, self.layers)
         attentions: list[Tensor] = []
         for layer in self.layers:
-            if checkpoints_reentrantly(layer) and not x_NTD.requires_grad:
-                x_NTD = x_NTD.detach().requires_grad_()
             x_NTD, weights_NHTT = layer(x_NTD, inputs)
             if weights_NHTT is not None:
                 attentions.append(weights_NHTT)

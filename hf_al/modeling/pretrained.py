@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from .configuration_encoder import ALEncoderConfig
-from .encoders import Encoder, Inputs, checkpoints_reentrantly
+from .encoders import Encoder, Inputs, for_checkpoints
 from .layouts import LAYOUTS, Layout
 from .objectives import Boundary
 
@@ -213,12 +213,8 @@ class PretrainedEncoder(Encoder):
             names = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
             read |= {name: inputs[name] for name in names if name in inputs}
         else:
-            hidden_NTD = boundary["hidden"]
-            if not hidden_NTD.requires_grad and self.training:
-                layers = (layer for layer in self.backbone.modules() if hasattr(layer, "_gradient_checkpointing_func"))
-                if any(map(checkpoints_reentrantly, layers)):
-                    hidden_NTD = hidden_NTD.detach().requires_grad_()
-            read["inputs_embeds"] = hidden_NTD
+            layers = (layer for layer in self.backbone.modules() if hasattr(layer, "_gradient_checkpointing_func"))
+            read["inputs_embeds"] = for_checkpoints(boundary["hidden"], layers if self.training else ())
         if self.part.layout.causal:
             read["use_cache"] = False
         if output_attentions:

@@ -27,7 +27,7 @@ LOOK_AHEAD = 100  # json lines that may lack the text before the column counts a
 
 T = TypeVar("T")
 Texts = tuple[str, ...]  # a text, or the two of a pair
-Choice = Callable[[Iterable[str]], list[str]]  # of the columns, those of the text
+Choice = Callable[[Collection[str]], list[str]]  # of the columns, those of the text
 
 
 class Row(tuple[str, ...]):
@@ -83,10 +83,11 @@ def read_rows(
         if names or id_column:
             raise ValueError("Expected no columns for text lines, got some. Pass --input_format csv or jsonl.")
         return _each(lines, lambda line: usable((line.rstrip("\r\n"),)))
-    others = {id_column, *numeric} - {*names}
 
-    def choose(columns: Iterable[str]) -> list[str]:
-        return choose_text_columns([name for name in columns if name not in others], names, names_in(usual))
+    def choose(columns: Collection[str]) -> list[str]:
+        known = names or [name for name in names_in(usual) if {*names_in(usual)} <= {*columns}]
+        others = {id_column, *numeric} - {*known}
+        return choose_text_columns([name for name in columns if name not in others], known)
 
     return (
         _csv_rows(lines, delimiter or (None if kind == "csv" else "\t"), choose, id_column, numeric)
@@ -95,14 +96,13 @@ def read_rows(
     )
 
 
-def choose_text_columns(columns: list[str], named: list[str], usual: Sequence[str] = ()) -> list[str]:
-    """The text column(s): as named, else the usual ones if they are there, else guessed from the names if there is only
-    one reading."""
+def choose_text_columns(columns: list[str], named: list[str]) -> list[str]:
+    """The text column(s): as named, else guessed from the names if there is only one reading."""
     missing = [name for name in named if name not in columns]
     if missing:
         raise ValueError(f"Expected column {missing[0]!r}, got the columns {columns}. Check --text_column_names.")
-    if named or (usual and {*usual} <= {*columns}):
-        return named or list(usual)
+    if named:
+        return named
     found = guess_text(columns, [c for c in columns if c.lower() not in LABEL_NAMES])
     if found is None:
         raise ValueError(
@@ -264,7 +264,7 @@ def _json_object(line: str) -> dict | None:
 def _first_with_text(
     objects: Iterator[dict | Unusable], choose: Choice, others: Collection[str | None]
 ) -> tuple[list, list[str]]:
-    """The rows up to the first one that has the text column, and the column(s)."""
+    """The rows up to the first one that has the text column, and the column(s). `others`: keys that are no text."""
     rows: list[dict | Unusable] = []
     keys: dict[str, None] = {}
     for row in islice(objects, LOOK_AHEAD):

@@ -52,7 +52,7 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
             "validation": trial.value if trial.state == TrialState.COMPLETE else None,
             "evaluations": [trial.intermediate_values[n] for n in sorted(trial.intermediate_values)],
             **trial.user_attrs,
-            **{name: _cell(sweep, name, as_chosen(sweep, trial.params).get(name)) for name in sweep.search},
+            **_cells(sweep, trial.params),
         }
         for arm, study in studies.items()
         for trial in finished(study)
@@ -69,10 +69,13 @@ def write_outcome(sweep: Sweep, studies: dict[str, optuna.Study]) -> list[str]:
     return files
 
 
-def _cell(sweep: Sweep, name: str, value: Any) -> Any:
-    """A value for a column of one type: choices of several types, lists and mappings as json."""
-    types = {type(choice) for choice in sweep.search[name].get("choices", ())}
-    return json.dumps(value) if len(types) > 1 or types & {list, dict} else value
+def _cells(sweep: Sweep, proposed: dict[str, Any]) -> dict[str, Any]:
+    """Values for columns of one type: choices of several types, lists and mappings as json."""
+    chosen, cells = as_chosen(sweep, proposed), {}
+    for name, space in sweep.search.items():
+        types, value = {type(choice) for choice in space.get("choices", ())}, chosen.get(name)
+        cells[name] = json.dumps(value) if len(types) > 1 or types & {list, dict} else value
+    return cells
 
 
 def draw(sweep: Sweep, arm: str, study: optuna.Study) -> list[str]:

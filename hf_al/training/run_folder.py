@@ -153,8 +153,7 @@ def _read(file: Path, size: int) -> bytes:
 
 def adopt_best(resumed: Path, output_dir: Path, best_step: int | None) -> None:
     """Checks, while another checkpoint can still be chosen, that the best checkpoint of the run of `resumed` is intact.
-    Copies it if the run continues in another folder, where a checkpoint of its name may be that of another run. On the
-    Hub, the two have names of their own.
+    Copies it if the run continues in another folder. On the Hub, the two have names of their own.
 
     Raises:
         CannotResume: that run no longer has it; or the other folder holds another run, which would be replaced.
